@@ -1,0 +1,207 @@
+"""The configuration: every field with its default, its unit and its meaning, and the checks that need more than a type.
+
+A file in `configs/` starts from `base_config()` and changes what it needs; `--config.a.b=v` changes it once more.
+ml_collections refuses an unknown field and a wrong type; `validate` refuses what is well-typed and still wrong, and says
+which field, which value and what to write instead.
+"""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the field, the value and the fix."""
+
+
+def model_card(**fields: object) -> ConfigDict:
+    """One external model, declared once; the prompt, the parser, the prices and the client all read this card.
+
+    Prices are dollars per million tokens, latency is seconds, performance maps a topic to a score in [0, 1].
+    `simulated` is read by the simulated server only (`failure_rate`: share of requests answered with HTTP 503).
+    """
+    card = ConfigDict(
+        dict(
+            name="",
+            provider="",
+            model="",
+            price_in=0.0,
+            price_out=0.0,
+            latency=0.0,
+            performance=ConfigDict(),
+            description="",
+            aliases=(),
+            simulated=ConfigDict(dict(failure_rate=0.0)),
+        )
+    )
+    with card.unlocked():
+        card.performance.update(fields.pop("performance", {}))
+    card.update(fields)
+    return card
+
+
+def provider(**fields: object) -> ConfigDict:
+    """One OpenAI-compatible endpoint. `key_env` names the environment variable that holds the key; "" sends none."""
+    entry = ConfigDict(dict(name="", base_url="", key_env="", headers=ConfigDict(), parameters=ConfigDict()))
+    with entry.headers.unlocked(), entry.parameters.unlocked():
+        entry.headers.update(fields.pop("headers", {}))
+        entry.parameters.update(fields.pop("parameters", {}))
+    entry.update(fields)
+    return entry
+
+
+def base_config() -> ConfigDict:
+    """All fields with their defaults. Lengths are tokens, times seconds, money dollars unless a comment says otherwise."""
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = 100  # GRPO updates
+
+    c.model = ConfigDict()
+    c.model.source = ""  # Hugging Face folder or hub name; "" initialises `arch` at random
+    c.model.tokenizer = ""  # folder or hub name; "" takes model.source's, or trains a BPE on the synthetic world's text
+    c.model.dtype = "float32"  # of parameters and activations; softmax, norms and log-probs are float32 at least
+    c.model.remat = True  # recompute each block in the backward pass
+    c.model.arch = ConfigDict(
+        dict(
+            family="qwen3",  # qwen2 | qwen3 | llama
+            num_layers=4,
+            width=128,
+            mlp=384,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            rope_theta=10_000.0,
+            tie_embeddings=True,
+        )
+    )
+
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the devices that are left
+
+    c.data = ConfigDict()
+    c.data.name = "synthetic"  # TFDS builder
+    c.data.dir = ""  # where prepared data lie; "" is <workdir>/data
+    c.data.world = ConfigDict(dict(seed=7, films=60, songs=60, clubs=60, persons=80, cities=60, countries=20, rivers=20))
+
+    c.prompt = ConfigDict()
+    c.prompt.template = "router"  # a file of router_r1_jax/templates without its suffix, or a path
+    c.prompt.max_tokens = 2048  # of the whole rendered prompt
+
+    c.pool = ConfigDict()
+    c.pool.providers = ()  # provider(...)
+    c.pool.models = ()  # model_card(...)
+    c.pool.price_date = ""  # the day on which the prices were read, YYYY-MM-DD
+    c.pool.shuffle = True  # order of the cards, drawn anew for each batch of prompts
+    c.pool.rename = False  # names of the models, drawn anew for each batch of prompts: the router must read the cards
+    c.pool.simulate = False  # start the simulated models' HTTP server on a free loopback port, for provider "simulated"
+    c.pool.concurrency = 64  # calls in flight
+    c.pool.deadline = 60.0  # of one call, retries included
+    c.pool.request_timeout = 20.0  # of one HTTP request
+    c.pool.backoff = 0.2  # first pause between retries; doubles, with jitter, up to backoff_max
+    c.pool.backoff_max = 5.0
+    c.pool.max_tokens = 512  # asked of the external model
+    c.pool.temperature = 0.0
+    c.pool.tape = ConfigDict(dict(mode="off", path=""))  # off | record | replay | strict; "" is <workdir>/tape.sqlite
+
+    c.rollout = ConfigDict()
+    c.rollout.questions = 16  # per step
+    c.rollout.group = 8  # episodes per question
+    c.rollout.slots = 64  # rows of the sampling loop
+    c.rollout.temperature = 1.0
+    c.rollout.max_calls = 4  # per episode; then one last turn
+    c.rollout.max_turn_tokens = 1024  # sampled tokens per turn
+    c.rollout.reply_tokens = 600  # of a reply that enter the context, tags not counted
+    c.rollout.max_tokens = 4096  # of one row behind the shared prefix: question, turns and replies
+    c.rollout.chunk = 64  # tokens fed to a row at a time
+    c.rollout.feed_rows = 8  # rows fed at a time
+    c.rollout.poll_every = 8  # decode steps between looks for replies while rows wait
+    c.rollout.driver = "jit"  # jit: one while_loop with a host callback | host: the same step driven from Python
+
+    c.reward = ConfigDict()
+    c.reward.preset = "official"
+    c.reward.alpha = 0.0  # weight of the cost term
+    c.reward.metric = "em"  # em | f1
+    c.reward.window = 1000  # raw costs in the normaliser's window
+
+    c.learner = ConfigDict()
+    c.learner.learning_rate = 1e-6
+    c.learner.warmup = 5  # updates
+    c.learner.decay = False  # cosine to a tenth at the last update
+    c.learner.weight_decay = 0.0
+    c.learner.max_grad_norm = 1.0
+    c.learner.clip_low = 0.2
+    c.learner.clip_high = 0.2
+    c.learner.kl_coef = 0.001  # k3 estimate against the warm-started reference, in the loss
+    c.learner.micro_batch = 32  # rows per forward and backward pass
+    c.learner.minibatches = 1  # updates per rollout
+    c.learner.logit_chunk = 64  # positions whose logits are held at a time
+
+    c.warmstart = ConfigDict()
+    c.warmstart.steps = 0  # supervised updates on scripted episodes whose choice of model is random
+    c.warmstart.file = ""  # safetensors with the result; read instead of training when it exists
+    c.warmstart.batch = 64
+    c.warmstart.learning_rate = 2e-3
+    c.warmstart.warmup = 50
+    c.warmstart.copy_steps = 0  # first updates in which half of the batch are repeating random sequences
+
+    c.checkpoint = ConfigDict(dict(every=20, keep=2))  # steps; latest ones kept beside first and best
+
+    c.validation = ConfigDict(dict(every=20, questions=100))  # greedy, on the validation split; 0 questions: never
+
+    c.evaluation = ConfigDict()
+    c.evaluation.split = "test"
+    c.evaluation.questions = 500  # at most
+    c.evaluation.bootstrap = 10_000  # resamples of the intervals
+    c.evaluation.baseline = "first"  # checkpoint compared with on the same questions: first (warm start), a step, or ""
+
+    c.logging = ConfigDict(dict(tensorboard=False, wandb="", episodes_every=10))  # wandb: project name
+    return c
+
+
+def _positive(config: ConfigDict, fields: Sequence[str]) -> None:
+    for field in fields:
+        node = config
+        for part in field.split("."):
+            node = node[part]
+        if node <= 0:
+            raise ConfigError(f"{field} is {node}; it must be greater than 0")
+
+
+def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{field} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise ConfigError for a configuration that cannot run. Cards are checked where they are built (`pool.cards`)."""
+    _positive(
+        config,
+        [
+            "rollout.questions", "rollout.group", "rollout.slots", "rollout.max_turn_tokens", "rollout.reply_tokens",
+            "rollout.chunk", "rollout.feed_rows", "rollout.poll_every", "pool.concurrency", "pool.deadline",
+            "pool.request_timeout", "pool.max_tokens", "learner.micro_batch", "learner.minibatches",
+            "learner.logit_chunk", "reward.window", "checkpoint.every", "checkpoint.keep",
+        ],
+    )  # fmt: skip
+    _one_of("reward.metric", config.reward.metric, ("em", "f1"))
+    _one_of("reward.preset", config.reward.preset, ("official",))
+    _one_of("rollout.driver", config.rollout.driver, ("jit", "host"))
+    _one_of("pool.tape.mode", config.pool.tape.mode, ("off", "record", "replay", "strict"))
+    _one_of("model.arch.family", config.model.arch.family, ("qwen2", "qwen3", "llama"))
+    if not 0.0 <= config.reward.alpha <= 1.0:
+        raise ConfigError(f"reward.alpha is {config.reward.alpha}; the weight of the cost term lies in [0, 1]")
+    if config.rollout.temperature < 0:
+        raise ConfigError(f"rollout.temperature is {config.rollout.temperature}; 0 is greedy, else it is positive")
+    if config.rollout.max_calls < 0:
+        raise ConfigError(f"rollout.max_calls is {config.rollout.max_calls}; it must be 0 or more")
+    if config.rollout.group < 2:
+        raise ConfigError(f"rollout.group is {config.rollout.group}; GRPO compares at least 2 episodes per question")
+    episodes = config.rollout.questions * config.rollout.group
+    if episodes % (config.learner.minibatches * config.learner.micro_batch):
+        raise ConfigError(
+            f"learner.micro_batch is {config.learner.micro_batch}; {episodes} episodes a step "
+            f"(rollout.questions x rollout.group) must be a multiple of learner.minibatches x learner.micro_batch"
+        )
+    if not config.pool.models:
+        raise ConfigError("pool.models is empty; declare at least one model with model_card(...)")
+    if config.data.name != "synthetic" and config.pool.simulate:
+        raise ConfigError("pool.simulate is True; the simulated models only know data.name='synthetic'")
