@@ -1,0 +1,77 @@
+"""Where arrays live: the device mesh and the one table that maps logical axes to it.
+
+A parameter names its axes by meaning ("embed", "heads", "mlp", "vocab"); this table says which mesh axis cuts each:
+
+- `data`   copies the parameters and splits the rows of a batch;
+- `fsdp`   splits the rows too, and also cuts every parameter along its model width, so that each device stores a part
+           and gathers the rest layer by layer;
+- `tensor` cuts heads, the feed-forward and the vocabulary, so that one matrix product is shared by several devices.
+
+To see it at work: a kernel ("embed", "mlp") of shape [D, F] on a mesh (data=2, fsdp=2, tensor=2) is stored as four
+different blocks [D/2, F/2], each on two devices.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, Any], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+    ("layers", None),
+    ("length", None),
+    ("embed_act", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices with axes data, fsdp, tensor; one size may be -1 for what is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}; at most one size may be -1")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}, which needs {int(np.prod(sizes))} devices; "
+            f"there are {len(devices)}"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Drop mesh axes that do not divide the dimension (few kv heads on a wide `tensor` axis are replicated)."""
+    sizes = dict(mesh.shape)
+    fitted = []
+    for dim, names in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
+        group = (names,) if isinstance(names, str) else (names or ())
+        fits = dim % int(np.prod([sizes[n] for n in group])) == 0
+        fitted.append(names if fits else None)
+    return PartitionSpec(*fitted)
+
+
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a tree of logically partitioned (abstract) parameters, as `jax.eval_shape(init)` gives them."""
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+    shapes = nn.meta.unbox(boxed)
+    return jax.tree.map(lambda x, spec: NamedSharding(mesh, _fit(spec, x.shape, mesh)), shapes, specs)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """Rows [B, ...] split over data and fsdp; `leading` axes (micro-batches, say) before B stay whole."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))

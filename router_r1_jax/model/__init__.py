@@ -1,0 +1,11 @@
+"""The router model: RouterLM, its configuration, its parameters."""
+
+from router_r1_jax.model.attention import KV
+from router_r1_jax.model.config import ModelConfig, RopeScaling, from_arch
+from router_r1_jax.model.init import abstract_params, count_params, init_params
+from router_r1_jax.model.transformer import Params, Prefix, RouterLM, empty_cache, unroll
+
+__all__ = [
+    "KV", "ModelConfig", "Params", "Prefix", "RopeScaling", "RouterLM", "abstract_params", "count_params",
+    "empty_cache", "from_arch", "init_params", "unroll",
+]  # fmt: skip

@@ -1,0 +1,63 @@
+"""The shape of a router model. One frozen dataclass covers the families; they differ by a few switches."""
+
+import dataclasses
+from typing import Any, Literal
+
+Family = Literal["qwen2", "qwen3", "llama"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the low RoPE frequencies (`rope_type` "llama3" in a Hugging Face config)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    `dtype` is that of parameters and activations ("float32", "bfloat16"); norms, softmax and log-probs are computed in
+    float32 at least.
+    """
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    mlp: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    family: Family = "qwen3"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_eps: float = 1e-6
+    tie_embeddings: bool = True
+    dtype: str = "float32"
+    remat: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads ({self.num_heads}) for grouped queries"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 and Qwen2.5 add a bias to the query, key and value projections."""
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises each query and key head before the rotary positions."""
+        return self.family == "qwen3"
+
+
+def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: bool) -> ModelConfig:
+    """The ModelConfig of a `config.model.arch` block and a tokenizer's vocabulary size."""
+    return ModelConfig(vocab_size=vocab_size, dtype=dtype, remat=remat, **dict(arch))

@@ -1,0 +1,239 @@
+"""RouterLM: the router as a pure-functional Flax Linen module, without hidden state.
+
+Parameters are plain nested dicts; the KV cache is an argument and a result. Two layouts of the same parameters:
+
+- *stacked* (training): one `lax.scan` over layers, each rematerialised; leaves under "layers" lead with L.
+- *unrolled* (rollout): one entry per layer, so that a decode step copies no weight and no cache. `unroll` goes from one
+  to the other, once at each weight push.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from router_r1_jax.model.attention import KV, apply_rope, attend, read_cache, write_cache
+from router_r1_jax.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Prefix:
+    """Keys and values of the tokens that all rows share, and how many of the P positions are real (int32 scalar).
+
+    `kv` is one KV with leading L (stacked) or a tuple of L (unrolled).
+    """
+
+    kv: Any
+    length: jax.Array
+
+
+def _init(*axes: str | None) -> nn.initializers.Initializer:
+    return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last axis, in float32."""
+
+    config: ModelConfig
+    axis: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Same shape and dtype as x."""
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)),
+            (x.shape[-1],),
+            self.config.dtype,
+        )
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_eps)
+        return x32.astype(x.dtype) * scale
+
+
+class Projection(nn.Module):
+    """A linear map between named axes; `kernel` carries their logical names for sharding."""
+
+    config: ModelConfig
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Contract the last len(inputs) axes of x with the kernel's first."""
+        dtype = self.config.dtype
+        kernel = self.param("kernel", _init(*self.axes), self.inputs + self.outputs, dtype)
+        n = len(self.inputs)
+        y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[n:])
+            y += self.param("bias", zeros, self.outputs, dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions, an optional shared prefix and an optional cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        prefix: KV | None,
+        prefix_length: jax.Array,
+        cache: KV | None,
+        rows: jax.Array | None,
+    ) -> tuple[jax.Array, KV]:
+        """x [B, T, D] -> ([B, T, D], the cache after writing, or without a cache this call's own KV [B, T, K, H])."""
+        c = self.config
+        D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
+        q = Projection(c, (D,), (N, H), ("embed", "heads", None), c.qkv_bias, name="q")(x)
+        k = Projection(c, (D,), (K, H), ("embed", "kv_heads", None), c.qkv_bias, name="k")(x)
+        v = Projection(c, (D,), (K, H), ("embed", "kv_heads", None), c.qkv_bias, name="v")(x)
+        if c.qk_norm:
+            q, k = RMSNorm(c, None, name="q_norm")(q), RMSNorm(c, None, name="k_norm")(k)
+        absolute = positions + prefix_length
+        q, own = apply_rope(q, absolute, c), KV(apply_rope(k, absolute, c), v)
+        if cache is None:
+            out, seen = attend(q, own, positions, prefix, prefix_length), own
+        else:
+            seen = write_cache(cache, own, positions, rows)
+            out = attend(q, read_cache(seen, rows), positions, prefix, prefix_length)
+        return Projection(c, (N, H), (D,), ("heads", None, "embed"), name="o")(out), seen
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c = self.config
+        gate = Projection(c, (c.width,), (c.mlp,), ("embed", "mlp"), name="gate")(x)
+        up = Projection(c, (c.width,), (c.mlp,), ("embed", "mlp"), name="up")(x)
+        return Projection(c, (c.mlp,), (c.width,), ("mlp", "embed"), name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the stream."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        prefix: KV | None,
+        cache: KV | None,
+        positions: jax.Array,
+        prefix_length: jax.Array,
+        rows: jax.Array | None,
+    ) -> tuple[jax.Array, KV]:
+        """x [B, T, D] -> ([B, T, D], KV); argument order suits `nn.scan` (scanned ones first)."""
+        c = self.config
+        normed = RMSNorm(c, name="attention_norm")(x)
+        out, kv = Attention(c, name="attention")(normed, positions, prefix, prefix_length, cache, rows)
+        x = x + out
+        x = x + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), kv
+
+
+class RouterLM(nn.Module):
+    """The router language model. `unrolled` chooses the parameter layout (see the module docstring)."""
+
+    config: ModelConfig
+    unrolled: bool = False
+
+    def setup(self) -> None:
+        """Embedding, layers, final norm and, where untied, the head."""
+        c = self.config
+        self.embed = self.param("embed", _init("vocab", "embed"), (c.vocab_size, c.width), c.dtype)
+        if self.unrolled:
+            self.layers = [Block(c, name=f"layer_{i}") for i in range(c.num_layers)]
+        else:
+            block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                out_axes=0,
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, name="layers")
+        self.final_norm = RMSNorm(c, name="final_norm")
+        if not c.tie_embeddings:
+            self.head = self.param("head", _init("vocab", "embed"), (c.vocab_size, c.width), c.dtype)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        prefix: Prefix | None = None,
+        cache: tuple[KV, ...] | None = None,
+        rows: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Hidden states before the head.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: [B, T] int32 own positions, counted from the end of the prefix; 0 .. T-1 by default.
+          prefix: what all rows see before their own position 0.
+          cache: one KV [B, S, K, H] per layer (unrolled layout only); written at `positions`, then attended to.
+          rows: [R] rows of the cache that `tokens` [R, T] belong to; all of them by default.
+
+        Returns:
+          [B, T, D] hidden states after the final norm, and the updated cache, or without one this call's own KV of
+          every layer (stacked or tuple, as the layout has it), from which a `Prefix` is made.
+        """
+        if cache is not None and not self.unrolled:
+            raise ValueError("a cache needs RouterLM(config, unrolled=True): a scan over layers would copy it")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        length = jnp.int32(0) if prefix is None else prefix.length
+        x = jnp.take(self.embed, tokens, axis=0)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+        if self.unrolled:
+            kvs = []
+            for i, layer in enumerate(self.layers):
+                before = None if prefix is None else prefix.kv[i]
+                x, kv = layer(x, before, None if cache is None else cache[i], positions, length, rows)
+                kvs.append(kv)
+            kv = tuple(kvs)
+        else:
+            x, kv = self.layers(x, None if prefix is None else prefix.kv, None, positions, length, None)
+        return self.final_norm(x), kv
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> logits [..., V], float32."""
+        head = self.embed if self.config.tie_embeddings else self.head
+        return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens: jax.Array, **kwargs: Any) -> Any:
+        """Logits [B, T, V] of tokens [B, T]; with `cache=` in kwargs (see `hidden`) also the updated cache."""
+        hidden, kv = self.hidden(tokens, **kwargs)
+        return self.logits(hidden) if kwargs.get("cache") is None else (self.logits(hidden), kv)
+
+
+def unroll(params: Params, num_layers: int) -> Params:
+    """Stacked parameters -> unrolled layout (`layer_0`, `layer_1`, ...)."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    layers = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}
+    return rest | layers
+
+
+def empty_cache(config: ModelConfig, rows: int, length: int) -> tuple[KV, ...]:
+    """Zeroed caches, one KV [B, S, K, H] per layer."""
+    shape = (rows, length, config.num_kv_heads, config.head_dim)
+    return tuple(KV(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))
