@@ -84,7 +84,7 @@ def base_config() -> ConfigDict:
 
     c.prompt = ConfigDict()
     c.prompt.template = "router"  # a file of router_r1_jax/templates without its suffix, or a path
-    c.prompt.max_tokens = 2048  # of the whole rendered prompt
+    c.prompt.question_tokens = 256  # longest question: what differs between the prompts of a batch
 
     c.pool = ConfigDict()
     c.pool.providers = ()  # provider(...)

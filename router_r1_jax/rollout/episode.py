@@ -1,0 +1,82 @@
+"""What a rollout yields: episodes as sampled token ids with their log-probs, and the calls they made."""
+
+import dataclasses
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+
+class ReplyText(Protocol):
+    """What the loop needs of a reply: the text that enters the context. The rest is the pool's."""
+
+    @property
+    def text(self) -> str:
+        """Already neutralised: it can neither open nor close a tag."""
+
+
+class Respond(Protocol):
+    """How the loop reaches external models: it passes the inside of a route tag on and gets a future reply."""
+
+    def __call__(self, route: str, *, episode: int, call: int) -> Future:
+        """`call` counts the episode's calls from 0. The future resolves within the pool's own deadline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One episode to sample. `episode` (uint32) seeds its draws; `tokens` is the whole rendered prompt."""
+
+    episode: int
+    tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Episode:
+    """One finished episode. `tokens`, `logps` and `sampled` run in step and begin behind the prompt.
+
+    Attributes:
+      prompt: ids of the whole prompt.
+      tokens: sampled and injected ids, in order.
+      logps: log-prob of each sampled token under the distribution it was drawn from; 0 for injected ones.
+      sampled: whether the router sampled the token (the loss mask) or it was injected.
+      replies: the pool's replies, in order of the calls.
+      stop: answer | call_limit | turn_limit | row_full | end_of_text | stopped.
+      text: the tokens as text, for people and rewards.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logps: list[float] = dataclasses.field(default_factory=list)
+    sampled: list[bool] = dataclasses.field(default_factory=list)
+    replies: list[Any] = dataclasses.field(default_factory=list)
+    stop: str = ""
+    text: str = ""
+
+    def extend(self, tokens: list[int], logps: list[float] | None) -> None:
+        """Append sampled tokens with their log-probs, or injected ones (logps None)."""
+        self.tokens += tokens
+        self.logps += [0.0] * len(tokens) if logps is None else logps
+        self.sampled += [logps is not None] * len(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutStats:
+    """What one rollout did. Times in seconds; `idle_seconds` is the time in which no row could go on by itself."""
+
+    seconds: float
+    prefix_tokens: int
+    decode_steps: int
+    decoded_tokens: int
+    feed_steps: int
+    fed_tokens: int
+    exchanges: int
+    idle_seconds: float
+    calls: int
+
+
+def common_prefix(prompts: list[Prompt]) -> int:
+    """Length of the longest token prefix that all prompts share, leaving each at least one token of its own."""
+    first, last = min(p.tokens for p in prompts), max(p.tokens for p in prompts)  # the two that differ earliest
+    shared = 0
+    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
+        shared += 1
+    return min(shared, min(len(p.tokens) for p in prompts) - 1)

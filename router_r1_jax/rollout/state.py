@@ -1,0 +1,160 @@
+"""The state of the sampling loop's rows, and how it meets the host: what a row reports, what it is handed.
+
+A row's life:
+
+    EMPTY --question--> FEED --fed--> RUN --turn ended--> WAIT --reply--> FEED ... --episode over--> EMPTY or FEED
+
+A turn ends at a closing tag, the end-of-text token, or a limit. The row then waits; the host reads the turn once (it is
+`reported`) and later hands back a reply, a new question, or nothing (EMPTY). Everything here is small: the caches live
+apart from it, so that meeting the host never touches them.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY, RUN, WAIT, FEED = range(4)
+
+# Why a turn ended. Values from FIRST_TAG on are the automaton's accepting states, in the order of its tags.
+TURN_LIMIT, ROW_FULL, END_OF_TEXT = 101, 102, 103
+
+
+class Limits(NamedTuple):
+    """Static sizes of a compiled loop; all lengths are tokens."""
+
+    slots: int  # B, rows
+    row_tokens: int  # S, own positions of a row
+    turn_tokens: int  # M, sampled tokens of one turn
+    feed_tokens: int  # F, longest question or reply with its tags
+    chunk: int  # C, tokens fed to a row at a time
+    feed_rows: int  # R, rows fed at a time
+    exchange_rows: int  # rows that one exchange carries each way
+    poll_every: int  # decode steps between looks for replies while rows wait
+
+
+@flax.struct.dataclass
+class Rows:
+    """Per-row state [B, ...]; see the module docstring for the meaning of `status`."""
+
+    status: jax.Array  # [B] int32
+    episode: jax.Array  # [B] uint32, seeds the row's draws
+    position: jax.Array  # [B] int32, own positions in the cache
+    last: jax.Array  # [B] int32, the next token to enter the cache
+    tag: jax.Array  # [B] uint8, state of the tag automaton
+    reason: jax.Array  # [B] int32, why the turn ended
+    reported: jax.Array  # [B] bool, the host has read the ended turn
+    feed: jax.Array  # [B, F] int32
+    feed_length: jax.Array  # [B] int32
+    feed_done: jax.Array  # [B] int32
+    turn: jax.Array  # [B, M] int32, tokens sampled in this turn
+    logps: jax.Array  # [B, M] float32
+    turn_length: jax.Array  # [B] int32
+    since_exchange: jax.Array  # int32, steps
+    more: jax.Array  # bool, the host has more to hand over than one exchange carries
+    stop: jax.Array  # bool
+    counts: jax.Array  # [4] int32: decode steps, decoded tokens, feed steps, fed tokens
+
+
+class Outbox(NamedTuple):
+    """What an exchange tells the host: up to E ended turns (row B: none), and whether no row can go on by itself."""
+
+    row: np.ndarray  # [E] int32
+    reason: np.ndarray  # [E] int32
+    length: np.ndarray  # [E] int32
+    turn: np.ndarray  # [E, M] int32
+    logps: np.ndarray  # [E, M] float32
+    idle: np.ndarray  # bool
+
+
+class Inbox(NamedTuple):
+    """What the host hands back: up to E rows with tokens to feed (row B: none; length 0: the row becomes EMPTY)."""
+
+    row: np.ndarray  # [E] int32
+    fresh: np.ndarray  # [E] bool, a new episode: own position 0
+    episode: np.ndarray  # [E] uint32, read where fresh
+    length: np.ndarray  # [E] int32
+    feed: np.ndarray  # [E, F] int32
+    more: np.ndarray  # bool, exchange again at the next step
+    stop: np.ndarray  # bool, leave the loop
+
+
+def inbox_spec(limits: Limits) -> Inbox:
+    """Shapes and dtypes of an Inbox."""
+    E, F = limits.exchange_rows, limits.feed_tokens
+    shape = jax.ShapeDtypeStruct
+    return Inbox(
+        row=shape((E,), np.int32),
+        fresh=shape((E,), np.bool_),
+        episode=shape((E,), np.uint32),
+        length=shape((E,), np.int32),
+        feed=shape((E, F), np.int32),
+        more=shape((), np.bool_),
+        stop=shape((), np.bool_),
+    )
+
+
+def empty_rows(limits: Limits) -> Rows:
+    """All rows EMPTY."""
+    B, F, M = limits.slots, limits.feed_tokens, limits.turn_tokens
+
+    def ints(*shape: int) -> jax.Array:
+        return jnp.zeros(shape, jnp.int32)
+
+    return Rows(
+        status=ints(B), episode=jnp.zeros(B, jnp.uint32), position=ints(B), last=ints(B), tag=jnp.zeros(B, jnp.uint8),
+        reason=ints(B), reported=jnp.ones(B, bool), feed=ints(B, F), feed_length=ints(B), feed_done=ints(B),
+        turn=ints(B, M), logps=jnp.zeros((B, M), jnp.float32), turn_length=ints(B), since_exchange=ints(),
+        more=jnp.array(True), stop=jnp.array(False), counts=ints(4),
+    )  # fmt: skip
+
+
+def wants_exchange(rows: Rows, limits: Limits) -> jax.Array:
+    """Whether to meet the host now: something ended, replies may have come, nothing else to do, or it has been long."""
+    waiting = rows.status == WAIT
+    idle = ~jnp.any((rows.status == RUN) | (rows.status == FEED))
+    patience = jnp.where(jnp.any(waiting), limits.poll_every, 8 * limits.poll_every)
+    return rows.more | idle | jnp.any(waiting & ~rows.reported) | (rows.since_exchange >= patience)
+
+
+def collect(rows: Rows, limits: Limits) -> tuple[Rows, Outbox]:
+    """Take up to E ended turns that the host has not seen, and mark them as seen."""
+    B = limits.slots
+    unseen = (rows.status == WAIT) & ~rows.reported
+    (row,) = jnp.nonzero(unseen, size=limits.exchange_rows, fill_value=B)
+    idle = ~jnp.any((rows.status == RUN) | (rows.status == FEED))
+    out = Outbox(
+        row=row.astype(jnp.int32),
+        reason=rows.reason.at[row].get(mode="fill", fill_value=0),
+        length=rows.turn_length.at[row].get(mode="fill", fill_value=0),
+        turn=rows.turn.at[row].get(mode="fill", fill_value=0),
+        logps=rows.logps.at[row].get(mode="fill", fill_value=0),
+        idle=idle,
+    )
+    return rows.replace(reported=rows.reported.at[row].set(True, mode="drop")), out
+
+
+def deliver(rows: Rows, inbox: Inbox) -> Rows:
+    """Hand the host's tokens to their rows."""
+    row = inbox.row
+
+    def put(field: jax.Array, value: jax.Array) -> jax.Array:
+        return field.at[row].set(value, mode="drop")
+
+    def keep_unless_fresh(field: jax.Array, value: jax.Array) -> jax.Array:
+        return put(field, jnp.where(inbox.fresh, value, field.at[row].get(mode="fill", fill_value=0)))
+
+    return rows.replace(
+        status=put(rows.status, jnp.where(inbox.length > 0, FEED, EMPTY)),
+        episode=keep_unless_fresh(rows.episode, inbox.episode),
+        position=keep_unless_fresh(rows.position, 0),
+        reported=put(rows.reported, True),
+        feed=put(rows.feed, inbox.feed),
+        feed_length=put(rows.feed_length, inbox.length),
+        feed_done=put(rows.feed_done, 0),
+        since_exchange=jnp.zeros_like(rows.since_exchange),
+        more=inbox.more,
+        stop=inbox.stop,
+    )

@@ -1,0 +1,127 @@
+"""One step of the sampling loop: feed a chunk to the rows that have tokens to read, decode one token on those that run.
+
+Pure functions of (parameters, caches, rows); both drivers, the jitted loop and the host-driven one, call these very
+functions. Every row's result depends on its own tokens, key and position only, so a schedule changes nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from router_r1_jax.model import KV, Params, Prefix, RouterLM
+from router_r1_jax.rollout.sampling import row_keys, sample
+from router_r1_jax.rollout.state import END_OF_TEXT, FEED, ROW_FULL, RUN, TURN_LIMIT, WAIT, Limits, Rows
+
+Caches = tuple[KV, ...]
+
+
+class Sampler(NamedTuple):
+    """What sampling needs beside the model: arrays, so that changing them compiles nothing anew."""
+
+    next_state: jax.Array  # [states, V] uint8, the tag automaton
+    tags: jax.Array  # int32 scalar: states 1 .. tags accept
+    end_of_text: jax.Array  # int32 scalar id, -1 for none
+    temperature: jax.Array  # float32 scalar, 0 is greedy
+    key: jax.Array  # of this rollout
+
+
+def feed(
+    model: RouterLM, limits: Limits, params: Params, prefix: Prefix, caches: Caches, rows: Rows
+) -> tuple[Caches, Rows]:
+    """Read up to C tokens into up to R rows. The last token of a feed is left to the decode step, which samples."""
+    B, S = limits.slots, limits.row_tokens
+    (row,) = jnp.nonzero(rows.status == FEED, size=limits.feed_rows, fill_value=B)
+
+    def of_row(field: jax.Array) -> jax.Array:
+        return field.at[row].get(mode="fill", fill_value=0)
+
+    done, start = of_row(rows.feed_done), of_row(rows.position)
+    here = jnp.maximum(jnp.minimum(of_row(rows.feed_length) - 1 - done, limits.chunk), 0)  # [R] tokens of this chunk
+    offset = jnp.arange(limits.chunk, dtype=jnp.int32)
+    source = jnp.minimum(done[:, None] + offset, limits.feed_tokens - 1)
+    tokens = jnp.take_along_axis(of_row(rows.feed), source, axis=1)
+    positions = jnp.where(offset < here[:, None], start[:, None] + offset, S)  # S: nothing is written
+    _, caches = model.apply(
+        {"params": params}, tokens, positions=positions, prefix=prefix, cache=caches, rows=row, method=RouterLM.hidden
+    )
+    done = done + here
+    ready = done >= of_row(rows.feed_length) - 1
+    last = jnp.take_along_axis(of_row(rows.feed), done[:, None], axis=1)[:, 0]
+
+    def put(field: jax.Array, value: jax.Array) -> jax.Array:
+        return field.at[row].set(value, mode="drop")
+
+    return caches, rows.replace(
+        status=put(rows.status, jnp.where(ready, RUN, FEED)),
+        position=put(rows.position, start + here),
+        feed_done=put(rows.feed_done, done),
+        last=put(rows.last, last),
+        tag=put(rows.tag, jnp.uint8(0)),
+        turn_length=put(rows.turn_length, 0),
+        counts=rows.counts + jnp.array([0, 0, 1, 0]).at[3].set(jnp.sum(here)),
+    )
+
+
+def decode(
+    model: RouterLM, limits: Limits, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
+) -> tuple[Caches, Rows]:
+    """Sample one token on every running row and see whether its turn ends there."""
+    running = rows.status == RUN
+    positions = jnp.where(running, rows.position, limits.row_tokens)
+    hidden, caches = model.apply(
+        {"params": params},
+        rows.last[:, None],
+        positions=positions[:, None],
+        prefix=prefix,
+        cache=caches,
+        method=RouterLM.hidden,
+    )
+    logits = model.apply({"params": params}, hidden[:, 0], method=RouterLM.logits)
+    keys = row_keys(sampler.key, rows.episode, rows.position)
+    token, logp = sample(logits, keys, sampler.temperature)
+    tag = sampler.next_state[rows.tag, token]
+    at = jnp.where(running, rows.turn_length, limits.turn_tokens)  # out of range: nothing is written
+    index = (jnp.arange(limits.slots), at)
+    length = rows.turn_length + 1
+    position = rows.position + 1
+    ended_by = jnp.select(
+        [(tag >= 1) & (tag <= sampler.tags), token == sampler.end_of_text, length >= limits.turn_tokens,
+         position >= limits.row_tokens - 1],
+        [tag.astype(jnp.int32), END_OF_TEXT, TURN_LIMIT, ROW_FULL],
+        0,
+    )  # fmt: skip
+    ended = running & (ended_by > 0)
+    return caches, rows.replace(
+        status=jnp.where(ended, WAIT, rows.status),
+        reason=jnp.where(ended, ended_by, rows.reason),
+        reported=rows.reported & ~ended,
+        position=jnp.where(running, position, rows.position),
+        last=jnp.where(running, token, rows.last),
+        tag=jnp.where(running, tag, rows.tag),
+        turn=rows.turn.at[index].set(token, mode="drop"),
+        logps=rows.logps.at[index].set(logp, mode="drop"),
+        turn_length=jnp.where(running, length, rows.turn_length),
+        counts=rows.counts + jnp.array([1, 0, 0, 0]).at[1].set(jnp.sum(running)),
+    )
+
+
+def work(
+    model: RouterLM, limits: Limits, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
+) -> tuple[Caches, Rows]:
+    """One step: feed if a row has tokens to read, decode if one runs."""
+    caches, rows = jax.lax.cond(
+        jnp.any(rows.status == FEED),
+        lambda c, r: feed(model, limits, params, prefix, c, r),
+        lambda c, r: (c, r),
+        caches,
+        rows,
+    )
+    caches, rows = jax.lax.cond(
+        jnp.any(rows.status == RUN),
+        lambda c, r: decode(model, limits, params, prefix, sampler, c, r),
+        lambda c, r: (c, r),
+        caches,
+        rows,
+    )
+    return caches, rows.replace(since_exchange=rows.since_exchange + 1)
