@@ -1,0 +1,1 @@
+"""Evaluation: statistics of scores over questions, and what policies are compared with."""

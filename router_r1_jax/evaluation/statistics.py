@@ -1,0 +1,75 @@
+"""Bootstrap intervals of a mean over questions, and of the mean difference of two policies on the same questions."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_CHUNK = 4_000_000  # drawn indices held at a time: 32 MB, whatever the number of questions and resamples
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, resamples: int, seed: int, level: float = 0.95) -> Interval:
+    """Percentile bootstrap (Efron 1979) of the mean of `values`, one number per question.
+
+    Args:
+        values: n numbers; each question is drawn with replacement, n at a time.
+        resamples: how many such draws; 10,000 leave about 0.5 % noise in the interval's ends.
+        seed: of NumPy's PCG64; the same seed gives the same interval.
+        level: share of the resampled means that the interval holds.
+
+    Raises:
+        ValueError: for no values, a value that is not finite, no resamples, or a level outside (0, 1).
+    """
+    sample = _checked("values", values)
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; it must be at least 1 (10000 is usual)")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is {level}; it lies between 0 and 1 (0.95 is usual)")
+    n = len(sample)
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    rows = max(1, _CHUNK // n)
+    for start in range(0, resamples, rows):
+        stop = min(start + rows, resamples)
+        means[start:stop] = sample[rng.integers(0, n, size=(stop - start, n))].mean(axis=1)
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(float(sample.mean()), float(low), float(high))
+
+
+def paired_bootstrap(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of mean(a - b), where a[i] and b[i] are two policies' scores on the same question i.
+
+    Questions are resampled, not scores: what makes a question hard for both cancels, which two separate intervals
+    would count twice. Arguments and errors as for `bootstrap_mean`; a and b must have one length.
+    """
+    first, second = _checked("a", a), _checked("b", b)
+    if len(first) != len(second):
+        raise ValueError(f"a has {len(first)} values and b has {len(second)}; pair them by question first")
+    return bootstrap_mean(first - second, resamples=resamples, seed=seed, level=level)
+
+
+def _checked(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name} has shape {array.shape}; give one number per question, at least one")
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if len(wrong):
+        value = "NaN" if math.isnan(array[wrong[0]]) else "infinite"
+        raise ValueError(f"{name}[{wrong[0]}] is {value}; leave that question out or give it a score")
+    return array

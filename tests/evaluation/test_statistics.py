@@ -1,0 +1,86 @@
+"""Bootstrap intervals against the normal approximation (large n) and against every possible resample (tiny n)."""
+
+import itertools
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from router_r1_jax.evaluation import statistics
+from router_r1_jax.evaluation.statistics import Interval, bootstrap_mean, paired_bootstrap
+
+
+def enumerated(values, level):
+    """The exact percentile interval: all n**n resamples of `values`, each equally likely."""
+    means = np.array([np.mean(draw) for draw in itertools.product(values, repeat=len(values))])
+    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+def test_tiny_samples_agree_with_all_resamples(level):
+    values = [0.0, 1.0, 4.0, 9.0, 2.5]  # 3125 resamples, most means distinct
+    got = bootstrap_mean(values, resamples=200_000, seed=3, level=level)
+    np.testing.assert_allclose(got[1:], enumerated(values, level), atol=0.08)
+    assert got.mean == pytest.approx(np.mean(values))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_large_samples_agree_with_the_normal_approximation(p):
+    values = (np.random.default_rng(0).random(4000) < p).astype(float)
+    got = bootstrap_mean(values, resamples=20_000, seed=1)
+    half = NormalDist().inv_cdf(0.975) * values.std() / np.sqrt(len(values))
+    assert got.low == pytest.approx(values.mean() - half, abs=0.03 * half)
+    assert got.high == pytest.approx(values.mean() + half, abs=0.03 * half)
+
+
+def test_pairing_removes_what_both_policies_share():
+    rng = np.random.default_rng(5)
+    hard = rng.random(800)  # a question's own difficulty, common to both
+    a, b = hard + 0.03 + 0.05 * rng.standard_normal(800), hard
+    got = paired_bootstrap(a, b, resamples=20_000, seed=2)
+    half = NormalDist().inv_cdf(0.975) * (a - b).std() / np.sqrt(800)
+    assert got.low == pytest.approx((a - b).mean() - half, abs=0.05 * half)
+    assert got.high == pytest.approx((a - b).mean() + half, abs=0.05 * half)
+    assert got.low > 0 > bootstrap_mean(a, resamples=2000, seed=2).low - bootstrap_mean(b, resamples=2000, seed=2).high
+
+
+def test_paired_is_antisymmetric_and_zero_on_itself():
+    a, b = [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]
+    there, back = paired_bootstrap(a, b, resamples=999, seed=0), paired_bootstrap(b, a, resamples=999, seed=0)
+    assert there == pytest.approx((-back.mean, -back.high, -back.low))
+    assert paired_bootstrap(a, a, resamples=9, seed=0) == Interval(0.0, 0.0, 0.0)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    values = np.random.default_rng(1).random(37)
+    whole = bootstrap_mean(values, resamples=501, seed=8)
+    for chunk in (1, 100, 37 * 7 + 5):  # one row at a time, two rows, a size that divides nothing
+        monkeypatch.setattr(statistics, "_CHUNK", chunk)
+        assert bootstrap_mean(values, resamples=501, seed=8) == whole
+
+
+def test_seed_decides():
+    values = np.random.default_rng(1).random(50)
+    assert bootstrap_mean(values, resamples=200, seed=1) == bootstrap_mean(values, resamples=200, seed=1)
+    assert bootstrap_mean(values, resamples=200, seed=1) != bootstrap_mean(values, resamples=200, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ([], {}, r"values has shape \(0,\)"),
+        ([[1.0]], {}, r"values has shape \(1, 1\)"),
+        ([1.0, float("nan")], {}, r"values\[1\] is NaN"),
+        ([float("inf")], {}, r"values\[0\] is infinite"),
+        ([1.0], {"resamples": 0}, "resamples is 0"),
+        ([1.0], {"level": 1.0}, "level is 1.0"),
+    ],
+)
+def test_bad_input_is_named(values, options, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_mean(values, **({"resamples": 10, "seed": 0} | options))
+
+
+def test_unpaired_lengths_are_refused():
+    with pytest.raises(ValueError, match="a has 2 values and b has 1"):
+        paired_bootstrap([1.0, 2.0], [1.0], resamples=10, seed=0)
