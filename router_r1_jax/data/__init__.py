@@ -1,0 +1,1 @@
+"""Questions with gold answers: the synthetic world, TFDS builders, the question iterator and scripted episodes."""

@@ -1,0 +1,57 @@
+"""Scripted episodes for the warm start, and the copying curriculum that comes before them.
+
+The script shows the format, the splitting of a two-hop question and the copying of replies. Its choice of model is
+uniformly random and its replies are right or wrong as the chosen model is, so that whom to ask is left to RL.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from router_r1_jax import protocol
+from router_r1_jax.data.world import Question, World, claim, query_text
+
+
+class RosterCard(Protocol):
+    """A model as the router sees it: the shown name and the skill by domain."""
+
+    name: str
+    performance: Mapping[str, float]
+
+
+def scripted_episode(
+    question: Question, world: World, roster: Sequence[RosterCard], rng: np.random.Generator
+) -> list[tuple[str, bool]]:
+    """The response to a question, in pieces of text: True where the router speaks (loss), False where a reply is injected.
+
+    Each think segment names the relation, the entity, the domain and then the model: with the entity in the query alone
+    a small router learnt nothing in 600 steps. A wrong reply is carried on as it is.
+    """
+    pieces = []
+    entity = question.hops[0].subject
+    for hop in question.hops:
+        fact = world.fact(hop.relation, entity)
+        card = roster[rng.integers(len(roster))]
+        query = query_text(fact.relation, entity)
+        thought = f"<think> {fact.relation} of {entity} : {fact.domain} : {card.name} </think>\n"
+        pieces.append((f"{thought}<search> {card.name}: {query} </search>", True))
+        pieces.append((protocol.information_block(world.reply(query, card.performance)), False))
+        entity = claim(fact, card.performance)
+    pieces.append((f"<think> {entity} </think>\n<answer> {entity} </answer>", True))
+    return pieces
+
+
+def repeating_sequences(
+    rng: np.random.Generator, batch: int, length: int, vocab_size: int, *, periods: tuple[int, int] = (8, 40)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random token sequences, each repeating with its own period, drawn from `periods` (both ends included).
+
+    Returns tokens int32 [batch, length] and mask bool [batch, length], True where the token repeats an earlier one: only
+    those can be predicted, and predicting them is copying.
+    """
+    period = rng.integers(periods[0], periods[1], size=(batch, 1), endpoint=True)
+    pattern = rng.integers(vocab_size, size=(batch, periods[1]))
+    position = np.arange(length)[None, :]
+    tokens = np.take_along_axis(pattern, position % period, axis=1)
+    return tokens.astype(np.int32), position >= period
