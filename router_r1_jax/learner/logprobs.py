@@ -1,0 +1,49 @@
+"""Log-probs and entropies of given tokens, without ever holding logits [B, T, V].
+
+The head runs over chunks of positions under `jax.checkpoint`: forward and backward hold one chunk's logits at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from router_r1_jax.model import KV, ModelConfig, Params, Prefix, RouterLM
+
+
+def prefix_kv(config: ModelConfig, params: Params, prefix: jax.Array) -> KV:
+    """Keys and values [L, P, K, H] of the shared prefix [P]; padding behind its length is masked by its readers."""
+    _, kv = RouterLM(config).apply({"params": params}, prefix[None], method=RouterLM.hidden)
+    return jax.tree.map(lambda x: x[:, 0], kv)
+
+
+def token_logprobs(
+    config: ModelConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, chunk: int, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """Log-prob and entropy [B, T] (nats, float32) of each of tokens [B, T] given all before it.
+
+    Logits are divided by `temperature` (that of the sampler), so that ratios compare like with like. Index 0, which
+    only the prefix predicts, is 0: a row begins with its question, and no loss falls there.
+    """
+    model = RouterLM(config)
+    hidden, _ = model.apply({"params": params}, tokens, prefix=prefix, method=RouterLM.hidden)
+    B, T, D = hidden.shape
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    n = -(-T // chunk)
+    pad = n * chunk - T
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, n, chunk, D).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, n, chunk).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def head(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply({"params": params}, hidden, method=RouterLM.logits) / temperature
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        mean = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
+        return chosen - norm, norm - mean
+
+    logps, entropy = jax.lax.map(lambda xs: head(*xs), (hidden, targets))
+
+    def align(x: jax.Array) -> jax.Array:
+        x = x.swapaxes(0, 1).reshape(B, n * chunk)[:, : T - 1]
+        return jnp.pad(x, ((0, 0), (1, 0)))
+
+    return align(logps), align(entropy)
