@@ -24,8 +24,8 @@ class PromptCard(Protocol):
 def load_template(name_or_path: str) -> str:
     """The text of a template: a file of `router_r1_jax/templates` by its name without suffix, or any path.
 
-    Raises ConfigError where there is no such file, or where the file has not each of {cards}, {max_calls} and {question}
-    exactly once with {question} last: what stands before the question is computed once for a whole batch.
+    Raises ConfigError where there is no such file, or where it does not hold each of {cards}, {max_calls} and
+    {question} exactly once with {question} last: what stands before the question is computed once for a whole batch.
     """
     shipped = resources.files("router_r1_jax") / "templates"
     source = shipped / f"{name_or_path}.txt" if re.fullmatch(r"\w+", name_or_path) else Path(name_or_path)
@@ -34,7 +34,7 @@ def load_template(name_or_path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(file.name.removesuffix(".txt") for file in shipped.iterdir()))
         raise ConfigError(
-            f"prompt.template is {name_or_path!r}, which cannot be read as text; choose one of {known}, or the path of a file"
+            f"prompt.template is {name_or_path!r}, which cannot be read; choose one of {known}, or a text file's path"
         ) from error
     found = _PLACEHOLDER.findall(text)
     if sorted(found) != ["cards", "max_calls", "question"] or found[-1] != "question":
@@ -48,8 +48,8 @@ def load_template(name_or_path: str) -> str:
 def card_line(card: PromptCard) -> str:
     """One model in one line, scores in percent: "film 97 music 16 : Titan ; price 12 latency 0.06".
 
-    The scores come directly before the name: a small router that scans the cards for a topic copies the name that follows
-    (it did not learn to read three other layouts).
+    The scores come directly before the name: a small router that looks for a topic copies the name that follows. With
+    other layouts it stayed at chance.
     """
     scores = "".join(f"{topic} {100 * score:.0f} " for topic, score in card.performance.items())
     line = f"{scores}: {card.name} ; price {card.price_out:g} latency {card.latency:g}"
@@ -70,8 +70,8 @@ def render(template: str, cards: Sequence[PromptCard], question: str, max_calls:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a rendered prompt for a Hugging Face tokenizer.
 
-    With a chat template the prompt is the user's turn and the assistant's turn has been opened; without one it is encoded
-    as it stands. No other special tokens are added.
+    With a chat template the prompt is the user's turn and the assistant's turn has been opened; without one it is
+    encoded as it stands. No other special tokens are added.
     """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": text}]

@@ -1,8 +1,8 @@
 """Five simulated models over the five domains of the synthetic world, and the provider that serves them.
 
-Per domain one model is best by at least 7 points; where that one is the dear Titan, a cheap one is within 10 points; every
-other is below .3. Under the published reward a cheaper model that is right more than 0.4 times as often as a dear one
-would win at alpha 0.6, and exact match would collapse: hence the gap. Prices are dollars per million tokens.
+Per domain one model is best by at least 7 points; where that one is the dear Titan, a cheap one is within 10 points;
+every other is below .3. Under the published reward a cheaper model that is right more than 0.4 times as often as a dear
+one would win at alpha 0.6, and exact match would collapse: hence the gap. Prices are dollars per million tokens.
 """
 
 from ml_collections import ConfigDict

@@ -23,7 +23,7 @@ class RosterCard(Protocol):
 def scripted_episode(
     question: Question, world: World, roster: Sequence[RosterCard], rng: np.random.Generator
 ) -> list[tuple[str, bool]]:
-    """The response to a question, in pieces of text: True where the router speaks (loss), False where a reply is injected.
+    """The response to a question in pieces: True where the router speaks (loss), False where a reply is injected.
 
     Each think segment names the relation, the entity, the domain and then the model: with the entity in the query alone
     a small router learnt nothing in 600 steps. A wrong reply is carried on as it is.
@@ -47,8 +47,8 @@ def repeating_sequences(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random token sequences, each repeating with its own period, drawn from `periods` (both ends included).
 
-    Returns tokens int32 [batch, length] and mask bool [batch, length], True where the token repeats an earlier one: only
-    those can be predicted, and predicting them is copying.
+    Returns tokens int32 [batch, length] and mask bool [batch, length], True where the token repeats an earlier one:
+    only those can be predicted, and predicting them is copying.
     """
     period = rng.integers(periods[0], periods[1], size=(batch, 1), endpoint=True)
     pattern = rng.integers(vocab_size, size=(batch, periods[1]))

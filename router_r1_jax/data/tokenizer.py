@@ -1,4 +1,4 @@
-"""A small byte-level BPE for the synthetic world, saved so that `transformers.AutoTokenizer` loads it like any other."""
+"""A small byte-level BPE for the synthetic world, saved so that transformers' AutoTokenizer loads it like any other."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +20,9 @@ _UNITS = Regex(r" ?</?[a-z]+>| ?\d+(?:\.\d+)?| ?\w+| ?[^\s\w]|\s+")
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path) -> None:
-    """Train on `texts` and write tokenizer.json and tokenizer_config.json into the folder `path`; same texts, same bytes.
+    """Train on `texts` and write tokenizer.json and tokenizer_config.json into the folder `path`.
 
-    Merging goes on until each unit of the texts is one token or the vocabulary is full.
+    Merging goes on until each unit of the texts is one token or the vocabulary is full. Same texts give the same bytes.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path) -> None:
 
 
 def corpus(world: World, cards: Sequence[prompts.PromptCard], template: str, max_calls: int) -> Iterator[str]:
-    """What the world's tokenizer is trained on: its texts, every prompt's parts, scripted episodes, names and scores."""
+    """What the world's tokenizer is trained on: the world's texts, a prompt, scripted episodes, names and scores."""
     yield from world.texts()
     rng = np.random.default_rng(0)
     question = world.questions("train")[0]

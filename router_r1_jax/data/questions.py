@@ -1,0 +1,93 @@
+"""Questions as the mains see them: records read from a prepared data set, and an iterator that resumes exactly."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class DataError(ValueError):
+    """A data set that cannot be used. The message names the folder, the question and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionRecord:
+    """One question. `domains` and `relations` say what to ask at each hop; they are empty where a set does not tell."""
+
+    id: str
+    question: str
+    golds: tuple[str, ...]
+    hops: int
+    domains: tuple[str, ...]
+    relations: tuple[str, ...]
+
+
+def load(data_dir: str | Path, split: str) -> list[QuestionRecord]:
+    """All questions of one split of a prepared data set (`synthetic.prepare`), in the order of the files.
+
+    Raises DataError for a folder without a data set, an unknown split, and a question without text or gold answer.
+    """
+    if not (Path(data_dir) / "dataset_info.json").is_file():
+        raise DataError(f"{data_dir} holds no prepared data set; remove the folder and prepare the data again")
+    builder = tfds.builder_from_directory(str(data_dir))
+    if split not in builder.info.splits:
+        raise DataError(f"{data_dir} has no split {split!r}; choose one of {', '.join(builder.info.splits)}")
+    return [_record(example, data_dir) for example in builder.as_data_source(split)]
+
+
+def _record(example: Mapping[str, Any], data_dir: str | Path) -> QuestionRecord:
+    """A TFDS example, whose text is bytes, as a record."""
+    record = QuestionRecord(
+        id=example["id"].decode(),
+        question=example["question"].decode(),
+        golds=tuple(gold.decode() for gold in example["golden_answers"]),
+        hops=int(example["hops"]),
+        domains=tuple(domain.decode() for domain in example["domains"]),
+        relations=tuple(relation.decode() for relation in example["relations"]),
+    )
+    if not record.question.strip():
+        raise DataError(
+            f"question {record.id!r} in {data_dir} is empty; correct or remove it and prepare the data again"
+        )
+    if not any(gold.strip() for gold in record.golds):
+        raise DataError(f"question {record.id!r} in {data_dir} has no gold answer; add one and prepare the data again")
+    return record
+
+
+class QuestionIterator:
+    """Endless batches of questions, in an order that follows from the seed and the epoch alone.
+
+    A batch never holds a question twice: the last questions of an epoch that do not fill a batch are left for a later
+    epoch, whose order is another. `state` and `restore` carry the place over a restart.
+    """
+
+    def __init__(self, records: Sequence[QuestionRecord], *, seed: int, batch: int):
+        if not 0 < batch <= len(records):
+            raise DataError(f"batch is {batch}; it must lie between 1 and the {len(records)} questions of the split")
+        self._records, self._seed, self._batch = records, seed, batch
+        self._epoch, self._position = 0, 0
+        self._order = self._shuffle()
+
+    def _shuffle(self) -> np.ndarray:
+        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._records))
+
+    def next(self) -> list[QuestionRecord]:
+        """The next batch."""
+        if self._position + self._batch > len(self._records):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._shuffle()
+        chosen = self._order[self._position : self._position + self._batch]
+        self._position += self._batch
+        return [self._records[i] for i in chosen]
+
+    def state(self) -> dict[str, int]:
+        """The place of the next batch, as plain JSON; the records, seed and batch are not part of it."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state` of an iterator with the same records, seed and batch."""
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._shuffle()
