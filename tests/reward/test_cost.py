@@ -1,0 +1,99 @@
+"""The cost window against the published values and NumPy's percentile of an explicit list."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_r1_jax.reward import CostNormalizer
+
+VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/cost.jsonl").open(encoding="utf-8")]
+RAW = np.array([row["raw_cost"] for row in VECTORS])
+EXPECTED = np.array([row["cost_reward"] for row in VECTORS])
+
+# Cents and more apart, or so close that a window of them is flat: no window lies at the edge of flatness, where the last
+# bit of a percentile decides.
+costs = st.lists(
+    st.sampled_from([0.0, 0.0, 1.0, 1.0 + 1e-9, 4.0]) | st.integers(0, 10**8).map(lambda cents: cents / 100),
+    max_size=40,
+)
+
+
+def test_published_values_in_one_batch():
+    assert len(RAW) > 1000  # the window slides
+    np.testing.assert_allclose(CostNormalizer()(RAW), EXPECTED, rtol=0, atol=1e-12)
+
+
+@given(costs, st.integers(1, 12))
+def test_agrees_with_numpy_on_an_explicit_window(raw_costs, window):
+    expected = []
+    for i in range(len(raw_costs)):
+        latest = np.sqrt(raw_costs[max(0, i + 1 - window) : i + 1])
+        low, high = np.percentile(latest, [5, 95])
+        expected.append(0.5 if high - low < 1e-8 else 1 - np.clip((latest[-1] - low) / (high - low), 0, 1))
+    np.testing.assert_allclose(CostNormalizer(window)(np.array(raw_costs)), expected, rtol=0, atol=1e-6)
+
+
+@given(costs, st.integers(0, 40), st.integers(1, 12))
+def test_resumed_equals_uninterrupted(raw_costs, cut, window):
+    whole = CostNormalizer(window)
+    first = CostNormalizer(window)
+    expected = whole(np.array(raw_costs))
+    before = first(np.array(raw_costs[:cut]))
+    second = CostNormalizer(window)
+    second.restore(json.loads(json.dumps(first.state())))
+    after = second(np.array(raw_costs[cut:]))
+    np.testing.assert_array_equal(np.concatenate([before, after]), expected)
+    assert second.state() == whole.state()
+
+
+def test_a_state_is_a_copy():
+    normalizer = CostNormalizer()
+    normalizer(np.array([1.0]))
+    state = normalizer.state()
+    normalizer(np.array([4.0]))
+    assert state == {"window": 1000, "sqrt_costs": [1.0]}
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_an_impossible_cost_is_refused_and_leaves_the_window_alone(bad):
+    normalizer = CostNormalizer()
+    normalizer(np.array([1.0, 2.0]))
+    before = normalizer.state()
+    with pytest.raises(ValueError, match=r"raw_costs\[1\]"):
+        normalizer(np.array([3.0, bad]))
+    assert normalizer.state() == before
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"window": 2, "sqrt_costs": []}, "reward.window=2"),
+        ({"window": 3, "sqrt_costs": [1.0] * 4}, "holds 4"),
+        ({"window": 3, "sqrt_costs": [1.0, math.nan]}, "nan"),
+        ({"window": 3, "sqrt_costs": [-1.0]}, "-1.0"),
+        ({"window": 3}, "fields"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(state, message):
+    normalizer = CostNormalizer(3)
+    normalizer(np.array([1.0, 2.0]))
+    before = normalizer.state()
+    with pytest.raises(ValueError, match=message):
+        normalizer.restore(state)
+    assert normalizer.state() == before
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_without_room_is_refused(window):
+    with pytest.raises(ValueError, match=f"window is {window}"):
+        CostNormalizer(window)
+
+
+def test_costs_of_a_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 2\)"):
+        CostNormalizer()(np.ones((1, 2)))

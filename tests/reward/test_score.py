@@ -1,0 +1,132 @@
+"""Whole rewards against the published values and the rule written out case by case."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_r1_jax.reward import CostNormalizer, check_format, extract_answer, f1_score, score
+
+VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/reward.jsonl").open(encoding="utf-8")]
+NAMES = [
+    "Qwen2.5-7B-Instruct",
+    "LLaMA-3.1-70B-Instruct",
+    "LLaMA-3.1-8B-Instruct",
+    "Mistral-7B-Instruct",
+    "Mixtral-8x22B-Instruct",
+    "Gemma-2-27B-Instruct",
+]
+GOOD = "<think>a</think><answer>Paris</answer>"
+
+
+def test_published_values_row_by_row():
+    """One window for all rows, in order; alpha and metric differ by row."""
+    normalizer = CostNormalizer()
+    for row in VECTORS:
+        rewards = score(
+            [row["response"]],
+            [row["golds"]],
+            np.array([row["raw_cost"]]),
+            NAMES,
+            alpha=row["alpha"],
+            metric=row["metric"],
+            normalizer=normalizer,
+        )
+        assert extract_answer(row["response"]) == row["extracted_answer"]
+        assert rewards.cost[0] == pytest.approx(row["cost_reward"], abs=1e-12)
+        assert rewards.total[0] == pytest.approx(row["reward"], abs=1e-12)
+
+
+def test_published_values_in_one_batch():
+    """The same rows at once, at one alpha and metric: the rows that have these must come out as published."""
+    columns = [[row[key] for row in VECTORS] for key in ("response", "golds")]
+    raw_costs = np.array([row["raw_cost"] for row in VECTORS])
+    compared = 0
+    for alpha in {row["alpha"] for row in VECTORS}:
+        for metric in ("em", "f1"):
+            rewards = score(*columns, raw_costs, NAMES, alpha=alpha, metric=metric, normalizer=CostNormalizer())
+            rows = [i for i, row in enumerate(VECTORS) if (row["alpha"], row["metric"]) == (alpha, metric)]
+            np.testing.assert_allclose(rewards.total[rows], [VECTORS[i]["reward"] for i in rows], rtol=0, atol=1e-12)
+            compared += len(rows)
+    assert compared == len(VECTORS)
+
+
+@given(st.lists(st.tuples(st.sampled_from(VECTORS), st.floats(0, 1e4)), max_size=8), st.floats(0, 1))
+def test_total_case_by_case(rows, alpha):
+    responses, golds = [row["response"] for row, _ in rows], [row["golds"] for row, _ in rows]
+    raw_costs = np.array([cost for _, cost in rows])
+    rewards = score(responses, golds, raw_costs, NAMES, alpha=alpha, metric="f1", normalizer=CostNormalizer(4))
+    np.testing.assert_array_equal(rewards.cost, CostNormalizer(4)(raw_costs))
+    for i, response in enumerate(responses):
+        report = check_format(response, NAMES)
+        answer = extract_answer(response)
+        f1 = 0.0 if answer is None else f1_score(answer, golds[i])
+        if not report.ok:
+            expected = -1.0
+        elif f1 == 0:
+            expected = 0.0
+        else:
+            expected = (1 - alpha) * f1 + alpha * rewards.cost[i]
+        assert rewards.total[i] == pytest.approx(expected, abs=1e-12)
+        assert (rewards.format[i], rewards.f1[i], rewards.faults[i]) == (-float(not report.ok), f1, report.faults)
+
+
+def test_components_judge_the_answer_of_a_malformed_response_too():
+    rewards = score(
+        ["x" + GOOD, GOOD, "nothing"],
+        [["paris"], ["paris in France"], ["x"]],
+        np.zeros(3),
+        NAMES,
+        alpha=0.0,
+        metric="f1",
+        normalizer=CostNormalizer(),
+    )
+    np.testing.assert_array_equal(rewards.format, [-1, 0, -1])
+    np.testing.assert_array_equal(rewards.exact_match, [1, 0, 0])
+    np.testing.assert_array_equal(rewards.f1, [1, 0.5, 0])
+    np.testing.assert_array_equal(rewards.outcome, rewards.f1)
+    np.testing.assert_array_equal(rewards.total, [-1, 0.5, -1])
+    assert rewards.faults[0] == ("wrong_start",)
+
+
+def test_rows_whose_pool_failed_stay_out_of_the_window():
+    """A failed call's cost (here not even a number) moves no other row and is neither rewarded nor punished."""
+    costs = np.array([1.0, np.nan, 9.0, 4.0])
+    valid = np.array([True, False, True, True])
+    with_failure, without = CostNormalizer(), CostNormalizer()
+    kwargs = dict(alpha=0.5, metric="em")
+    rewards = score([GOOD] * 4, [["Paris"]] * 4, costs, NAMES, normalizer=with_failure, valid=valid, **kwargs)
+    others = score([GOOD] * 3, [["Paris"]] * 3, costs[valid], NAMES, normalizer=without, **kwargs)
+    assert rewards.cost[1] == 0.5
+    np.testing.assert_array_equal(rewards.cost[valid], others.cost)
+    np.testing.assert_array_equal(rewards.total[valid], others.total)
+    assert with_failure.state() == without.state()
+
+
+def test_no_episodes_have_no_rewards():
+    rewards = score([], [], np.array([]), NAMES, alpha=0.0, metric="em", normalizer=CostNormalizer())
+    assert rewards.total.shape == (0,)
+    assert rewards.faults == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(preset="best"), "reward.preset is 'best'"),
+        (dict(metric="bleu"), "reward.metric is 'bleu'"),
+        (dict(alpha=1.5), "reward.alpha is 1.5"),
+        (dict(alpha=float("nan")), "reward.alpha is nan"),
+        (dict(golds=[]), "golds"),
+        (dict(raw_costs=np.zeros(2)), "raw_costs"),
+        (dict(valid=np.ones((1, 1), bool)), "valid"),
+    ],
+)
+def test_a_bad_argument_is_named_and_leaves_the_window_alone(change, message):
+    normalizer = CostNormalizer()
+    arguments = dict(responses=[GOOD], golds=[["Paris"]], raw_costs=np.ones(1), names=NAMES, alpha=0.0, metric="em")
+    with pytest.raises(ValueError, match=message):
+        score(**{**arguments, **change}, normalizer=normalizer)
+    assert normalizer.state()["sqrt_costs"] == []
