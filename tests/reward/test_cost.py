@@ -15,8 +15,8 @@ VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/co
 RAW = np.array([row["raw_cost"] for row in VECTORS])
 EXPECTED = np.array([row["cost_reward"] for row in VECTORS])
 
-# Cents and more apart, or so close that a window of them is flat: no window lies at the edge of flatness, where the last
-# bit of a percentile decides.
+# Cents and more apart, or so close that a window of them is flat: no window lies at the edge of flatness, where the
+# last bit of a percentile decides.
 costs = st.lists(
     st.sampled_from([0.0, 0.0, 1.0, 1.0 + 1e-9, 4.0]) | st.integers(0, 10**8).map(lambda cents: cents / 100),
     max_size=40,
