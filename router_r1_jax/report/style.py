@@ -1,0 +1,46 @@
+"""Colours and number formats that the plots and the page share, so that a model looks the same everywhere."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+SHARE_PREFIX = "calls/share/"  # metric key of one model's share of the calls
+ALONE_SUFFIX = " alone"  # a reference policy that always asks one model
+
+# Six hues of Okabe and Ito (2008) and four of Tol's "muted" scheme: told apart with any colour blindness, and none so
+# light that it is lost on white or so dark that it is lost on the dark page.
+_HUES = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999933", "#882255", "#DDCC77", "#6A5ACD",
+)  # fmt: skip
+
+
+def model_names(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> list[str]:
+    """Names of all external models that a run's metrics and results mention, sorted."""
+    names = {key.removeprefix(SHARE_PREFIX) for line in metrics for key in line if key.startswith(SHARE_PREFIX)}
+    for policy in results.get("policies", ()):
+        names.update(policy.get("calls_share") or {})
+    for reference in results.get("references", ()):
+        if reference["name"].endswith(ALONE_SUFFIX):
+            names.add(reference["name"].removesuffix(ALONE_SUFFIX))
+    return sorted(names)
+
+
+def model_colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour per model, the same for the same set of names; hues repeat after ten models."""
+    return dict(zip(sorted(names), cycle(_HUES), strict=False))
+
+
+def dollars(value: float | None) -> str:
+    """Dollars with three significant digits and no exponent: 0.0000123 -> "$0.0000123"."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "$0"
+    decimals = max(2, 2 - math.floor(math.log10(abs(value))))
+    return f"{'-' if value < 0 else ''}${abs(value):,.{decimals}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with one decimal: 0.734 -> "73.4 %"."""
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
