@@ -1,9 +1,9 @@
 """The synthetic world: invented entities, facts in five domains, one- and two-hop questions, and a model's replies.
 
-Everything follows from the configured seed, so the best choice per question is known and regret can be measured. Every
-fact has a rank in [0, 1), its difficulty. A simulated model of skill s in a domain knows exactly the facts of rank
-below s, so a better model knows all that a worse one knows; where it does not know, it names a wrong object of the right
-type, always the same one.
+Everything follows from the configured seed, so the best choice per question is known and regret can be measured.
+Every fact has a rank in [0, 1), its difficulty. A simulated model of skill s in a domain knows just the facts of rank
+below s, so a better model knows all that a worse one knows; where it does not know, it names a wrong object of the
+right type, always the same one.
 """
 
 import dataclasses
