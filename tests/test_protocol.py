@@ -254,6 +254,7 @@ def test_a_neutralized_reply_stays_inside_its_block(text, cut):
 )
 def test_what_becomes_harmless(text, expected):
     assert neutralize(text) == expected
+    assert neutralize(expected) == expected
 
 
 @pytest.mark.parametrize(

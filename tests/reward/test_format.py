@@ -100,6 +100,7 @@ def episode(search: str = f"{NAME}: who?", reply: str = "c") -> str:
         ("", ("no_tags", "no_think", "no_answer", "wrong_start", "wrong_end")),
         ("<think>a</think><think>b<answer>c</answer>", ("unbalanced_tags",)),
         ("<think>a<search>b</search></think><answer>c</answer>", ("nested_tags",)),
+        ("<think>a<search>b</think></search><answer>c</answer>", ("nested_tags",)),
         ("<think>a</think><think>\n</think><answer>c</answer>", ("empty_think",)),
         ("<think>a</think><answer>b</answer><answer>b</answer>", ("several_answers",)),
         (f"<think>a</think><search>{NAME}: b</search><answer>c</answer>", ("unanswered_search",)),
