@@ -59,13 +59,18 @@ def count_tokens(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def paths(world: World, question: Question, cards: Sequence[PricedCard]) -> list[Path]:
-    """All len(cards) ** len(hops) ways to answer, each carrying on the entity that the call before replied."""
-    return [_walk(world, question, cards, chosen) for chosen in _choices(len(cards), question)]
+def trees(world: World, questions: Sequence[Question], cards: Sequence[PricedCard]) -> list[list[Path]]:
+    """Per question all len(cards) ** len(hops) ways to answer it, each carrying on the entity that a call replied.
 
-
-def _choices(count: int, question: Question) -> list[tuple[int, ...]]:
-    return list(itertools.product(range(count), repeat=len(question.hops)))
+    A tree of paths is what all policies below are valued on.
+    """
+    return [
+        [
+            _walk(world, question, cards, chosen)
+            for chosen in itertools.product(range(len(cards)), repeat=len(question.hops))
+        ]
+        for question in questions
+    ]
 
 
 def _walk(world: World, question: Question, cards: Sequence[PricedCard], chosen: tuple[int, ...]) -> Path:
@@ -81,42 +86,36 @@ def _walk(world: World, question: Question, cards: Sequence[PricedCard], chosen:
     return Path(chosen, tuple(facts), float(entity in question.golds), dollars, raw_cost)
 
 
-def policy_value(
-    world: World,
-    questions: Sequence[Question],
-    cards: Sequence[PricedCard],
-    choose: Callable[[Fact], Sequence[float]],
-) -> PolicyValue:
+def policy_value(forest: Sequence[Sequence[Path]], choose: Callable[[Fact], Sequence[float]]) -> PolicyValue:
     """The value of a policy that asks hop by hop and picks card i for a fact with probability choose(fact)[i]."""
     weighted = []
-    for question in questions:
-        for path in paths(world, question, cards):
+    for tree in forest:
+        for path in tree:
             chances = [choose(fact)[i] for fact, i in zip(path.facts, path.cards, strict=True)]
             weighted.append((float(np.prod(chances)), path))
-    return _mean(weighted, len(questions))
+    return _mean(weighted, len(forest))
 
 
 def uniform(cards: Sequence[PricedCard]) -> Callable[[Fact], Sequence[float]]:
     """The choice of a random policy, for `policy_value`."""
-    return lambda fact: np.full(len(cards), 1 / len(cards))
+    chances = [1 / len(cards)] * len(cards)
+    return lambda fact: chances
 
 
 def always(cards: Sequence[PricedCard], key: str) -> Callable[[Fact], Sequence[float]]:
     """The choice of a policy that asks one model only, for `policy_value`."""
-    return lambda fact: [float(card.key == key) for card in cards]
+    chances = [float(card.key == key) for card in cards]
+    return lambda fact: chances
 
 
-def cost_range(world: World, questions: Sequence[Question], cards: Sequence[PricedCard]) -> tuple[float, float]:
+def cost_range(forest: Sequence[Sequence[Path]]) -> tuple[float, float]:
     """5th and 95th percentile of sqrt(raw cost) under the random policy.
 
-    This is the assumption about the reward's cost normaliser: it stands where it stands when training starts. In a run
-    its window follows the policy, and the range narrows with the policy's costs.
+    This is the assumption about the reward's cost normaliser: it stays where it is when training starts. In a run its
+    window follows the policy, and the range narrows with the policy's costs.
     """
-    costs, weights = [], []
-    for question in questions:
-        ways = paths(world, question, cards)
-        costs += [np.sqrt(path.raw_cost) for path in ways]
-        weights += [1 / len(ways)] * len(ways)
+    costs = [np.sqrt(path.raw_cost) for tree in forest for path in tree]
+    weights = [1 / len(tree) for tree in forest for _ in tree]
     low, high = np.quantile(costs, [0.05, 0.95], weights=weights, method="inverted_cdf")
     return float(low), float(high)
 
@@ -128,38 +127,33 @@ def reward(path: Path, alpha: float, bounds: tuple[float, float]) -> float:
     return float((1 - alpha) * path.em + alpha * cheapness) if path.em else 0.0
 
 
-def oracle(
-    world: World, questions: Sequence[Question], cards: Sequence[PricedCard], alpha: float, bounds: tuple[float, float]
-) -> PolicyValue:
+def oracle(forest: Sequence[Sequence[Path]], alpha: float, bounds: tuple[float, float]) -> PolicyValue:
     """The upper bound: per question the calls of the greatest reward, as if it were known who knows what.
 
     Equal rewards go to the fewer dollars, so at alpha 0 it is the cheapest right way.
     """
-    best = [
-        max(paths(world, question, cards), key=lambda path: (reward(path, alpha, bounds), -path.dollars))
-        for question in questions
-    ]
-    return _mean([(1.0, path) for path in best], len(questions))
+    best = [max(tree, key=lambda path: (reward(path, alpha, bounds), -path.dollars)) for tree in forest]
+    return _mean([(1.0, path) for path in best], len(forest))
 
 
 def best_by_domain(
-    world: World, questions: Sequence[Question], cards: Sequence[PricedCard], alpha: float, bounds: tuple[float, float]
+    forest: Sequence[Sequence[Path]], cards: Sequence[PricedCard], alpha: float, bounds: tuple[float, float]
 ) -> tuple[PolicyValue, dict[tuple[str, ...], tuple[str, ...]]]:
     """The best policy that knows of a question only the domains of its hops: all that cards can teach a router.
 
-    Per sequence of domains, the calls of the greatest mean reward over these questions. Returns the value and the model
-    keys chosen by domains.
+    Per sequence of domains, the calls of the greatest mean reward over these questions. Returns the value and the keys
+    of the models called, by domains.
     """
     groups = defaultdict(list)
-    for question in questions:
-        groups[tuple(fact.domain for fact in question.hops)].append(paths(world, question, cards))
-    taken, chosen = [], {}
+    for tree in forest:
+        groups[tuple(fact.domain for fact in tree[0].facts)].append(tree)
+    taken, called = [], {}
     for domains, members in groups.items():
-        ways = list(zip(*members, strict=True))  # the same calls for each question of the group
+        ways = zip(*members, strict=True)  # the same calls for each question of the group
         best = max(ways, key=lambda way: float(np.mean([reward(path, alpha, bounds) for path in way])))
         taken += [(1.0, path) for path in best]
-        chosen[domains] = tuple(cards[i].key for i in best[0].cards)
-    return _mean(taken, len(questions)), chosen
+        called[domains] = tuple(cards[i].key for i in best[0].cards)
+    return _mean(taken, len(forest)), called
 
 
 def _mean(weighted: Sequence[tuple[float, Path]], questions: int) -> PolicyValue:
@@ -174,14 +168,15 @@ def references(
     cards: Sequence[PricedCard],
     alphas: Sequence[float] = (0.0, 0.6),
 ) -> dict[str, PolicyValue]:
-    """The policies that a router is compared with, by name, the best first."""
-    bounds = cost_range(world, questions, cards)
-    named = {f"oracle (alpha {alpha:g})": oracle(world, questions, cards, alpha, bounds) for alpha in alphas}
+    """The policies that a router is compared with, by name: oracle, best by domain, each model alone, random choice."""
+    forest = trees(world, questions, cards)
+    bounds = cost_range(forest)
+    named = {f"oracle (alpha {alpha:g})": oracle(forest, alpha, bounds) for alpha in alphas}
     for alpha in alphas:
-        named[f"best by domain (alpha {alpha:g})"] = best_by_domain(world, questions, cards, alpha, bounds)[0]
+        named[f"best by domain (alpha {alpha:g})"] = best_by_domain(forest, cards, alpha, bounds)[0]
     for card in cards:
-        named[f"{card.key} alone"] = policy_value(world, questions, cards, always(cards, card.key))
-    named["random choice"] = policy_value(world, questions, cards, uniform(cards))
+        named[f"{card.key} alone"] = policy_value(forest, always(cards, card.key))
+    named["random choice"] = policy_value(forest, uniform(cards))
     return named
 
 
