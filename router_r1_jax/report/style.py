@@ -31,13 +31,17 @@ def model_colours(names: Sequence[str]) -> dict[str, str]:
     return dict(zip(sorted(names), cycle(_HUES), strict=False))
 
 
-def dollars(value: float | None) -> str:
-    """Dollars with three significant digits and no exponent: 0.0000123 -> "$0.0000123"."""
+def significant_decimals(value: float) -> int:
+    """Decimals that show three significant digits of a positive amount, at least two as money has."""
+    return max(2, 2 - math.floor(math.log10(value)))
+
+
+def dollars(value: float | None, decimals: int | None = None) -> str:
+    """Dollars without exponent and, unless `decimals` says otherwise, with three significant digits: "$0.0000123"."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value == 0:
-        return "$0"
-    decimals = max(2, 2 - math.floor(math.log10(abs(value))))
+    if decimals is None:
+        decimals = significant_decimals(abs(value)) if value else 0
     return f"{'-' if value < 0 else ''}${abs(value):,.{decimals}f}"
 
 
