@@ -28,14 +28,19 @@ class QuestionRecord:
 def load(data_dir: str | Path, split: str) -> list[QuestionRecord]:
     """All questions of one split of a prepared data set (`synthetic.prepare`), in the order of the files.
 
-    Raises DataError for a folder without a data set, an unknown split, and a question without text or gold answer.
+    Raises DataError for a folder without a readable data set, an unknown split, and a question without text or gold
+    answer.
     """
     if not (Path(data_dir) / "dataset_info.json").is_file():
         raise DataError(f"{data_dir} holds no prepared data set; remove the folder and prepare the data again")
-    builder = tfds.builder_from_directory(str(data_dir))
-    if split not in builder.info.splits:
+    try:
+        builder = tfds.builder_from_directory(str(data_dir))
+        examples = list(builder.as_data_source(split)) if split in builder.info.splits else None
+    except Exception as error:  # TFDS, array_record and protobuf each raise their own
+        raise DataError(f"{data_dir} cannot be read ({error}); remove the folder and prepare the data again") from error
+    if examples is None:
         raise DataError(f"{data_dir} has no split {split!r}; choose one of {', '.join(builder.info.splits)}")
-    return [_record(example, data_dir) for example in builder.as_data_source(split)]
+    return [_record(example, data_dir) for example in examples]
 
 
 def _record(example: Mapping[str, Any], data_dir: str | Path) -> QuestionRecord:

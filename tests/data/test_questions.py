@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 import subprocess
 import sys
 
@@ -81,6 +82,20 @@ def test_a_folder_without_data_and_an_unknown_split_are_named(prepared, tmp_path
         questions.load(tmp_path, "train")
     with pytest.raises(DataError, match="no split 'dev'; choose one of train, validation, test"):
         questions.load(prepared[1], "dev")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "info"])
+def test_a_damaged_data_set_is_named_with_the_way_out(prepared, tmp_path, damage):
+    folder = shutil.copytree(prepared[1], tmp_path / "1.0.0")
+    (records,) = folder.glob("*-test.*")
+    if damage == "truncated":
+        records.write_bytes(records.read_bytes()[:1000])
+    elif damage == "gone":
+        records.unlink()
+    else:
+        (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match=f"{folder} cannot be read .*; remove the folder and prepare the data again"):
+        questions.load(folder, "test")
 
 
 class Broken(tfds.core.GeneratorBasedBuilder):

@@ -98,7 +98,7 @@ def test_the_share_of_known_facts_is_the_skill_in_every_domain_and_split(split):
     """Over a whole domain to half a fact; in a split to a fact and a half per relation."""
     starts = all_questions() if split is None else WORLD.questions(split)
     facts = {question.hops[0] for question in starts}
-    for skill in np.linspace(0, 1, 21):
+    for skill in np.linspace(0, 1, 38):
         for domain in DOMAINS:
             own = [fact for fact in facts if fact.domain == domain]
             known = sum(claim(fact, {domain: skill}) == fact.object for fact in own)
