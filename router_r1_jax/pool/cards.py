@@ -1,0 +1,132 @@
+"""Model cards: what the router is told of each external model, what a call to it costs, and where it is served."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from router_r1_jax.config import ConfigError
+from router_r1_jax.protocol import PLACEHOLDERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One external model.
+
+    Attributes:
+      key: the name declared in the config; it stands for the model in ledger, metrics and rewards.
+      name: the name shown to the router, which is another one where the roster is renamed.
+      provider: name of the provider that serves it.
+      model: the id under which the provider knows it.
+      price_in: dollars per million prompt tokens.
+      price_out: dollars per million completion tokens.
+      latency: usual seconds per call, for the prompt and for the simulated server.
+      performance: topic -> score in [0, 1].
+      description: free text for the prompt.
+      aliases: further spellings of `name` that a call may use.
+      failure_rate: share of requests that the simulated server answers with HTTP 503.
+    """
+
+    key: str
+    name: str
+    provider: str
+    model: str
+    price_in: float
+    price_out: float
+    latency: float
+    performance: Mapping[str, float] = dataclasses.field(hash=False)
+    description: str
+    aliases: tuple[str, ...]
+    failure_rate: float
+
+
+def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
+    """The cards of `config.pool`, in declared order. Raises ConfigError for the first field that cannot be meant."""
+    providers = [provider.name for provider in pool_config.providers]
+    cards = tuple(_card(f"pool.models[{i}]", entry, providers) for i, entry in enumerate(pool_config.models))
+    _check_names(cards)
+    return cards
+
+
+def roster(cards: Sequence[Card], rng: np.random.Generator, *, shuffle: bool, rename: bool) -> tuple[Card, ...]:
+    """The cards as one batch of prompts shows them; a card keeps its `key`.
+
+    `shuffle` draws their order. `rename` deals the declared names (aliases with them) out anew among the cards. Names
+    are dealt and not invented: each stays one that the tokenizer and the router know, the set of valid names stays the
+    same for the parser and the reward, and yet a name says nothing of the model: the router must read the cards.
+    """
+    order = rng.permutation(len(cards)) if shuffle else range(len(cards))
+    shown = [cards[i] for i in order]
+    if rename:
+        named = [cards[i] for i in rng.permutation(len(cards))]
+        shown = [
+            dataclasses.replace(card, name=other.name, aliases=other.aliases)
+            for card, other in zip(shown, named, strict=True)
+        ]
+    return tuple(shown)
+
+
+def route_names(cards: Sequence[Card]) -> dict[str, str]:
+    """Every spelling that a call may use -> the shown name: the mapping that `protocol.parse_route` takes."""
+    return {spelling: card.name for card in cards for spelling in (card.name, *card.aliases)}
+
+
+def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
+    if entry.provider not in providers:
+        known = ", ".join(providers) or "none, declare one in pool.providers"
+        raise ConfigError(f"{where}.provider is {entry.provider!r}, which is not declared; the providers are: {known}")
+    if not entry.model:
+        raise ConfigError(f"{where}.model is ''; write the id under which provider {entry.provider!r} knows the model")
+    for field in ("price_in", "price_out"):
+        _check_number(f"{where}.{field}", entry[field], "a price is dollars per million tokens, >= 0")
+    _check_number(f"{where}.latency", entry.latency, "a latency is seconds per call, >= 0")
+    for topic, score in entry.performance.items():
+        _check_number(f"{where}.performance.{topic}", score, "a score lies in [0, 1]", most=1.0)
+    _check_number(f"{where}.simulated.failure_rate", entry.simulated.failure_rate, "a share lies in [0, 1]", most=1.0)
+    return Card(
+        key=entry.name,
+        name=entry.name,
+        provider=entry.provider,
+        model=entry.model,
+        price_in=float(entry.price_in),
+        price_out=float(entry.price_out),
+        latency=float(entry.latency),
+        performance={topic: float(score) for topic, score in entry.performance.items()},
+        description=entry.description,
+        aliases=tuple(entry.aliases),
+        failure_rate=float(entry.simulated.failure_rate),
+    )
+
+
+def _check_number(field: str, value: float, rule: str, *, most: float = math.inf) -> None:
+    if not (math.isfinite(value) and 0 <= value <= most):
+        raise ConfigError(f"{field} is {value}; {rule}")
+
+
+def _check_names(cards: Sequence[Card]) -> None:
+    """Every spelling can be written in a call, and means one model in any case."""
+    declared: dict[str, str] = {}
+    for i, card in enumerate(cards):
+        fields = {f"pool.models[{i}].name": card.name}
+        fields |= {f"pool.models[{i}].aliases[{j}]": alias for j, alias in enumerate(card.aliases)}
+        for field, spelling in fields.items():
+            _check_spelling(field, spelling)
+            other = declared.setdefault(spelling.casefold(), field)
+            if other != field:
+                raise ConfigError(
+                    f"{field} is {spelling!r}, which {other} is already; names and aliases differ by more than case"
+                )
+
+
+def _check_spelling(field: str, spelling: str) -> None:
+    if not spelling:
+        raise ConfigError(f"{field} is ''; give the model a name")
+    if any(mark in spelling for mark in ":<>") or not spelling.isprintable() or spelling != spelling.strip():
+        raise ConfigError(
+            f"{field} is {spelling!r}; a name holds no colon, angle bracket, line break or invisible character "
+            "and no space at its ends, or no call could spell it"
+        )
+    if any(placeholder in spelling.lower() for placeholder in PLACEHOLDERS):
+        raise ConfigError(f"{field} is {spelling!r}; {', '.join(PLACEHOLDERS)} stand for the prompt's example")
