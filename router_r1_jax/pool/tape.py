@@ -1,0 +1,147 @@
+"""The tape: external calls recorded in SQLite, so that a run can be repeated without the network and without paying.
+
+A reply is found by what was asked (provider, model, messages, parameters), and where the model samples (temperature
+above 0) also by who asked (episode and call). A fault says nothing of the question: it is kept by who asked and
+repeated in replay only, never while recording.
+"""
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError, provider_fault
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY, provider TEXT, request TEXT, text TEXT, outcome TEXT,
+    prompt_tokens INTEGER, completion_tokens INTEGER, latency REAL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS faults (
+    key TEXT, episode TEXT, call INTEGER, outcome TEXT, error TEXT, latency REAL, PRIMARY KEY (key, episode, call)
+) WITHOUT ROWID;
+"""
+_LOCK_TIMEOUT = 30.0  # seconds for which a process waits for another one's write
+
+
+class TapeMiss(PoolError):  # noqa: N818  a miss is what it is called
+    """In strict mode, a call that is not on the tape."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call as the tape knows it: the provider's name, the request body, and who asks."""
+
+    provider: str
+    body: Mapping[str, Any]
+    episode: str
+    call: int
+
+    def key(self) -> str:
+        """Hash of all that the reply depends on. A body without a temperature leaves it to the provider: it samples."""
+        samples = self.body.get("temperature", 1.0) > 0
+        parts = [self.provider, self.body, [self.episode, self.call] if samples else None]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Tape:
+    """The tape at `path`, in mode "record", "replay" or "strict". Threads and processes may share it.
+
+    record: a recorded reply is served; all else is asked and recorded.
+    replay: the same, and recorded faults are repeated.
+    strict: as replay, but a call that is not on the tape raises TapeMiss.
+    """
+
+    def __init__(self, path: str | Path, mode: str) -> None:
+        """Raises PoolError where the file is no tape, or is absent in strict mode."""
+        self._path = Path(path)
+        self._mode = mode
+        self._lock = threading.Lock()
+        if mode == "strict" and not self._path.exists():
+            raise PoolError(f"tape {self._path} does not exist; record it first with pool.tape.mode=record")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Autocommit: one statement is one transaction, which is all that is needed here.
+            self._db = sqlite3.connect(self._path, _LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(
+                "PRAGMA synchronous=NORMAL"
+            )  # survives a killed process; a power cut may cost the last calls
+            self._db.executescript(_SCHEMA)
+        except (sqlite3.Error, OSError) as error:
+            raise self._error(error) from error
+
+    @property
+    def strict(self) -> bool:
+        """Whether no call may leave the tape."""
+        return self._mode == "strict"
+
+    def find(self, request: Request) -> Completion | None:
+        """The recorded completion (attempts 0), or None where the call has to be made; strict mode raises TapeMiss."""
+        key = request.key()
+        found = None
+        if self._mode != "record":
+            found = self._fault(key, request)
+        if found is None:
+            found = self._reply(key)
+        if found is None and self.strict:
+            raise TapeMiss(
+                f"tape {self._path} does not hold call {request.call} of episode {request.episode} to model "
+                f"{request.body['model']!r}: this run differs from the recorded one; use pool.tape.mode=record"
+            )
+        return found
+
+    def keep(self, request: Request, completion: Completion) -> Completion:
+        """Record a completion that was just made, and return the one that counts.
+
+        Where someone else has recorded a reply to the same question in the meantime, that is the one: every episode
+        then goes on as it will in replay.
+        """
+        key = request.key()
+        who = (key, request.episode, request.call)
+        if provider_fault(completion.outcome):
+            row = (*who, completion.outcome, completion.error, completion.latency)
+            self._execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", row)
+            return completion
+        text = completion.text.encode("utf-8", "replace").decode()  # a lone surrogate is no text for SQLite
+        row = (
+            key, request.provider, json.dumps(request.body), text, completion.outcome,
+            completion.prompt_tokens, completion.completion_tokens, completion.latency,
+        )  # fmt: skip
+        self._execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._execute("DELETE FROM faults WHERE key = ? AND episode = ? AND call = ?", who)  # of an earlier recording
+        return self._reply(key) or completion
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    def _fault(self, key: str, request: Request) -> Completion | None:
+        rows = self._execute(
+            "SELECT outcome, error, latency FROM faults WHERE key = ? AND episode = ? AND call = ?",
+            (key, request.episode, request.call),
+        )
+        return Completion("", Outcome(rows[0][0]), 0, 0, rows[0][2], 0, rows[0][1]) if rows else None
+
+    def _reply(self, key: str) -> Completion | None:
+        rows = self._execute(
+            "SELECT text, outcome, prompt_tokens, completion_tokens, latency FROM replies WHERE key = ?", (key,)
+        )
+        return Completion(rows[0][0], Outcome(rows[0][1]), *rows[0][2:], attempts=0) if rows else None
+
+    def _execute(self, statement: str, values: tuple) -> list[tuple]:
+        try:
+            with self._lock:
+                return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> PoolError:
+        return PoolError(
+            f"tape {self._path} cannot be used ({error}); make room, correct pool.tape.path or remove the file"
+        )
