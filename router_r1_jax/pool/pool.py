@@ -1,0 +1,148 @@
+"""The pool: takes what the router wrote into a route tag and answers with a reply, from the tape or over HTTP.
+
+It runs beside the rollout: `respond` returns at once with a future, and a pool of threads makes the calls. Every call
+ends in exactly one outcome and one ledger line.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from ml_collections import ConfigDict
+
+from router_r1_jax.pool.cards import Card, route_names
+from router_r1_jax.pool.client import Client
+from router_r1_jax.pool.ledger import Ledger
+from router_r1_jax.pool.outcomes import FAULT_TEXT, Completion, Outcome, Reply, provider_fault
+from router_r1_jax.pool.providers import providers_from_config
+from router_r1_jax.pool.tape import Request, Tape
+from router_r1_jax.protocol import RouteFault, neutralize, parse_route
+
+
+class Pool:
+    """The external models of `config.pool`, ready to be asked. A context manager.
+
+    Raises ConfigError for a provider that cannot be meant or a key that is missing, PoolError for a ledger or tape that
+    cannot be used. In tape mode strict nothing but the tape is asked and no key is needed.
+    """
+
+    def __init__(
+        self, pool_config: ConfigDict, cards: Sequence[Card], *, ledger_path: str | Path, tape_path: str | Path
+    ) -> None:
+        providers = providers_from_config(pool_config)
+        self._providers = {card.provider: providers[card.provider] for card in cards}  # only those that serve a card
+        mode = pool_config.tape.mode
+        self._replays = mode in ("replay", "strict")
+        self._client = None if mode == "strict" else Client(pool_config, self._providers)
+        self._tape = None if mode == "off" else Tape(tape_path, mode)
+        self._ledger = Ledger(ledger_path, price_date=pool_config.price_date)
+        self._threads = ThreadPoolExecutor(pool_config.concurrency, thread_name_prefix="pool")
+
+    def check(self) -> None:
+        """Raise PoolError where a provider that serves a card does not answer. A replayed run asks nobody."""
+        if self._client is not None and not self._replays:
+            self._client.check(self._providers)
+
+    def respond(
+        self, route_text: str, *, cards: Sequence[Card], episode: str, call: int, step: int, split: str
+    ) -> Future[Reply]:
+        """Answer a route call.
+
+        Args:
+          route_text: the inside of the route tag.
+          cards: the roster that the episode's prompt shows.
+          episode: id of the episode, unique in the run and the same in a repeated run.
+          call: number of the call within the episode, from 0.
+          step: the training step, for the ledger.
+          split: the split that the question comes from, for the ledger.
+
+        Returns:
+          The future reply. It raises TapeMiss for a call that a strict tape does not hold and PoolError where ledger or
+          tape cannot be written; trouble of a provider is an outcome. A fault of the policy is answered at once.
+        """
+        where = {"step": step, "split": split, "episode": episode, "call": call}
+        route = parse_route(route_text, route_names(cards))
+        if isinstance(route, RouteFault):
+            done: Future[Reply] = Future()
+            try:
+                outcome = Outcome(route.reason)
+                done.set_result(self._entered(Reply(FAULT_TEXT[outcome], outcome, query=route_text.strip()), where))
+            except Exception as error:  # noqa: BLE001  a caller inside of a callback must not be raised at
+                done.set_exception(error)
+            return done
+        card = next(card for card in cards if card.name == route.name)
+        return self._threads.submit(self._answer, card, route.query, where)
+
+    def totals(self) -> dict[str, Any]:
+        """The ledger's sums: calls, dollars charged and spent, in all and per model."""
+        return self._ledger.totals()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, as JSON: the ledger's sums."""
+        return {"ledger": self._ledger.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._ledger.restore(state["ledger"])
+
+    def close(self) -> None:
+        """Drop calls that have not begun, let running ones end without another attempt, and close the files."""
+        if self._client is not None:
+            self._client.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        if self._tape is not None:
+            self._tape.close()
+        self._ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _answer(self, card: Card, query: str, where: dict[str, Any]) -> Reply:
+        """Take the reply from the tape, or ask; in a thread of the pool."""
+        body = self._providers[card.provider].body(card.model, query)
+        request = Request(card.provider, body, where["episode"], where["call"])
+        recorded = None if self._tape is None else self._tape.find(request)
+        if recorded is not None:
+            return self._entered(_reply(card, query, recorded, spent=0.0, hit=True), where)
+        made = self._client.complete(card, query)
+        if self._client.closed and provider_fault(made.outcome):
+            raise CancelledError  # cut short by ourselves: nothing to record, and no run is left to take it
+        counted = made if self._tape is None else self._tape.keep(request, made)
+        reply = _reply(card, query, counted, spent=_dollars(card, made), hit=False)
+        return self._entered(replace(reply, latency=made.latency, attempts=made.attempts), where)
+
+    def _entered(self, reply: Reply, where: dict[str, Any]) -> Reply:
+        self._ledger.add(reply, **where)
+        return reply
+
+
+def _dollars(card: Card, completion: Completion) -> float:
+    """The price of a completion. A fault has no tokens and costs nothing."""
+    return (completion.prompt_tokens * card.price_in + completion.completion_tokens * card.price_out) / 1e6
+
+
+def _reply(card: Card, query: str, completion: Completion, *, spent: float, hit: bool) -> Reply:
+    """The reply that a completion makes; whatever the model wrote can neither open nor close a tag."""
+    outcome, text = completion.outcome, neutralize(completion.text).strip()
+    if not text and not provider_fault(outcome):
+        outcome = Outcome.EMPTY
+    return Reply(
+        text=text if outcome in (Outcome.OK, Outcome.TRUNCATED) else FAULT_TEXT[outcome],
+        outcome=outcome,
+        model=card.key,
+        query=query,
+        prompt_tokens=completion.prompt_tokens,
+        completion_tokens=completion.completion_tokens,
+        raw_cost=completion.completion_tokens * card.price_out,
+        charged=_dollars(card, completion),
+        spent=spent,
+        latency=completion.latency,
+        attempts=completion.attempts,
+        hit=hit,
+        error=completion.error,
+    )
