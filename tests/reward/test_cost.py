@@ -51,6 +51,13 @@ def test_resumed_equals_uninterrupted(raw_costs, cut, window):
     assert second.state() == whole.state()
 
 
+def test_a_full_window_resumes_to_the_published_values():
+    first, second = CostNormalizer(), CostNormalizer()
+    first(RAW[:1200])
+    second.restore(first.state())
+    np.testing.assert_allclose(second(RAW[1200:]), EXPECTED[1200:], rtol=0, atol=1e-12)
+
+
 def test_a_state_is_a_copy():
     normalizer = CostNormalizer()
     normalizer(np.array([1.0]))
