@@ -31,17 +31,21 @@ def choose_questions(episodes: Iterable[Episode], *, per_split: Mapping[str, int
         answers.setdefault((str(episode.get("policy")), episode.get("step") or 0), episode)
     chosen: list[list[Episode]] = []
     for split, limit in per_split.items():
-        kinds: dict[tuple, list[list[Episode]]] = {}
-        for (name, _), answers in questions.items():
-            if name == split:
-                ordered = _thin(sorted(answers.values(), key=lambda episode: episode.get("step") or 0))
-                right = [is_right(episode) for episode in ordered]
-                # Sorting by this puts compared questions first, and among them those that training put right.
-                kind = (-len(ordered), not right[-1], *right, -int(ordered[0].get("hops") or 0))
-                kinds.setdefault(kind, []).append(ordered)
-        turns = zip_longest(*(kinds[kind] for kind in sorted(kinds)))
-        chosen.extend([question for turn in turns for question in turn if question is not None][:limit])
+        inside = [_thin(list(answers.values())) for (name, _), answers in questions.items() if name == split]
+        compared = [question for width in range(_COLUMNS, 0, -1) for question in _take_turns(inside, width)]
+        chosen.extend(compared[:limit])
     return chosen
+
+
+def _take_turns(questions: Iterable[list[Episode]], width: int) -> list[list[Episode]]:
+    """The questions that have `width` episodes, one of each kind in turn; those that training put right begin."""
+    kinds: dict[tuple, list[list[Episode]]] = {}
+    for question in questions:
+        if len(question) == width:
+            right = [is_right(episode) for episode in question]
+            kinds.setdefault((not right[-1], *right, -int(question[0].get("hops") or 0)), []).append(question)
+    turns = zip_longest(*(kinds[kind] for kind in sorted(kinds)))
+    return [question for turn in turns for question in turn if question is not None]
 
 
 def is_right(episode: Episode) -> bool:
@@ -65,10 +69,11 @@ def render_question(episodes: Sequence[Episode], colours: Mapping[str, str]) -> 
 
 
 def _thin(episodes: list[Episode]) -> list[Episode]:
-    """At most three: the first, the middle and the last."""
-    if len(episodes) <= _COLUMNS:
-        return episodes
-    return [episodes[0], episodes[len(episodes) // 2], episodes[-1]]
+    """At most three, by step: the first, the middle and the last."""
+    ordered = sorted(episodes, key=lambda episode: episode.get("step") or 0)
+    if len(ordered) <= _COLUMNS:
+        return ordered
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
 def _verdict(episode: Episode) -> str:

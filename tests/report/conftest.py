@@ -21,9 +21,9 @@ def curve(rng, start, end, steps, noise, middle=0.35):
 def fake_metrics(steps=120, seed=0):
     rng = np.random.default_rng(seed)
     lines = [
-        {"step": s, "phase": "warmstart", "warmstart/loss": 4 * np.exp(-s / 90) + 0.3, "warmstart/accuracy": 1 - np.exp(-s / 120)}
-        for s in range(0, 450, 10)
-    ]  # fmt: skip
+        {"step": s, "phase": "warmstart", "warmstart/loss": 4 * gap, "warmstart/accuracy": 1 - gap}
+        for s, gap in ((s, float(np.exp(-s / 90))) for s in range(0, 450, 10))
+    ]
     shares = np.stack([curve(rng, 0.2, end, steps, 0.015) for end in (0.3, 0.22, 0.17, 0.25, 0.06)])
     shares /= shares.sum(axis=0)
     columns = {
@@ -68,7 +68,8 @@ def fake_results():
         return {
             "name": name, "checkpoint": step, "em": em, "em_ci": [em - 0.044, em + 0.043], "f1": f1,
             "dollars_per_question": cost, "calls_per_question": 1.49, "best_model_share": best,
-            "two_hop_two_calls": two, "malformed_share": malformed, "calls_share": dict(zip(PRICES, shares, strict=True)),
+            "two_hop_two_calls": two, "malformed_share": malformed,
+            "calls_share": dict(zip(PRICES, shares, strict=True)),
         }  # fmt: skip
 
     references = [
@@ -123,10 +124,12 @@ def fake_episode(rng, number, policy, step, skill):
     response += f"<think> the reply says it </think>\n<answer> {answer} </answer>"
     return {
         "id": f"test-{number}", "split": "test", "step": step, "policy": policy,
-        "question": f"In which city was the lead singer of song {number} born?", "golds": [f"Veltara{number + hops - 1}"],
+        "question": f"In which city was the lead singer of song {number} born?",
+        "golds": [f"Veltara{number + hops - 1}"],
         "hops": hops, "response": response, "calls": calls,
         "reward": {"total": float(right), "format": 0.0, "outcome": float(right), "cost": 0.61},
-        "exact_match": float(right), "f1": float(right), "dollars": sum(call["charged"] for call in calls), "stop": "answer",
+        "exact_match": float(right), "f1": float(right),
+        "dollars": sum(call["charged"] for call in calls), "stop": "answer",
     }  # fmt: skip
 
 

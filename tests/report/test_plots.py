@@ -1,0 +1,170 @@
+"""What the pictures show, read back from the figures before they are written, and from the PNG files themselves."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from router_r1_jax.report import plots
+from router_r1_jax.report.style import dollars, model_colours, model_names, percent
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures drawn in a test, in order; nothing is written."""
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def panel(figure, title):
+    return next(axes for axes in figure.axes if axes.get_title(loc="left") == title)
+
+
+def test_files_are_pictures_of_readable_size(tmp_path, metrics, results):
+    for draw, source in (
+        (plots.learning_curves, metrics),
+        (plots.calls_per_model, metrics),
+        (plots.em_against_cost, results),
+    ):
+        path = draw(source, tmp_path / "plots" / f"{draw.__name__}.png")
+        height, width, _ = imread(path).shape
+        assert width > 1000 and height > 600
+
+
+@pytest.mark.parametrize("draw", [plots.learning_curves, plots.calls_per_model])
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "learning_rate": 0.1}], [{"step": 1, "em": None}]])
+def test_nothing_to_draw_writes_nothing(tmp_path, draw, lines):
+    assert draw(lines, tmp_path / "x.png") is None
+    assert plots.em_against_cost({"policies": [], "references": []}, tmp_path / "x.png") is None
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_curves_show_the_metrics_and_skip_what_was_not_finite(figures, metrics):
+    plots.learning_curves(metrics, "unused.png")
+    raw, smooth, validation = panel(figures[0], "Exact match").lines
+    train = [line for line in metrics if "phase" not in line]
+    np.testing.assert_array_equal(raw.get_ydata(), [line["em"] for line in train])
+    np.testing.assert_array_equal(validation.get_xdata(), [20, 40, 60, 80, 100, 120])
+    assert np.abs(np.diff(smooth.get_ydata())).max() < np.abs(np.diff(raw.get_ydata())).max()
+    gradient = panel(figures[0], "Gradient norm").lines[0].get_xdata()
+    missing = [line["step"] for line in train if line["grad_norm"] is None]
+    assert missing and set(gradient) == {line["step"] for line in train} - set(missing)
+
+
+def test_panels_without_data_are_left_out(figures):
+    plots.learning_curves([{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2, "em": None}], "unused.png")
+    assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["KL to the reference"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 19, 20, 41, 97])
+def test_smoothing_is_the_mean_of_the_window(length):
+    values = np.random.default_rng(length).random(length)
+    half = length // 20
+    expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(length)]
+    np.testing.assert_allclose(plots._smooth(values), expected, rtol=1e-12)
+
+
+def test_bands_carry_each_model_share_and_fill_the_height(figures, metrics):
+    plots.calls_per_model(metrics, "unused.png")
+    bands = figures[0].axes[0].collections
+    names = model_names(metrics, {})
+    tops = [band.get_paths()[0].get_extents().y1 for band in bands]
+    assert len(bands) == len(names) and tops[-1] == pytest.approx(1.0)
+    assert [to_hex(band.get_facecolor()[0]).upper() for band in bands] == list(model_colours(names).values())
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=15).map(sorted))
+def test_spread_labels_keep_order_distance_and_ceiling(wanted):
+    heights = plots._spread(np.array(wanted), 0.055, 0.98)
+    assert heights[-1] <= 0.98 and (np.diff(heights) >= 0.055 - 1e-12).all()
+    if (np.diff(wanted) >= 0.055).all() and wanted[-1] <= 0.98:
+        np.testing.assert_array_equal(heights, wanted)
+
+
+def labels_of(figure):
+    """Name -> pixel box of every label in the exact-match plot."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    return {text.get_text(): Text.get_window_extent(text, renderer) for text in texts}
+
+
+points = st.tuples(st.floats(1e-6, 1e-3), st.floats(0, 1))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(points, min_size=1, max_size=8), st.booleans())
+def test_labels_never_overlap_and_stay_inside(places, crowded):
+    if crowded:
+        places = [(2e-5 * (1 + cost), 0.3 + 0.02 * em) for cost, em in places]
+    names = ["oracle (alpha 0)", "random choice", *(f"Model-{i} alone" for i in range(6))]
+    rows = [
+        {"name": name, "em": em, "dollars_per_question": cost} for name, (cost, em) in zip(names, places, strict=False)
+    ]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+        plots.em_against_cost({"policies": [], "references": rows}, "unused.png")
+    boxes = labels_of(drawn[0])
+    assert set(boxes) == {row["name"] for row in rows}
+    for (_, one), (_, two) in itertools.combinations(boxes.items(), 2):
+        assert not one.padded(-1).overlaps(two.padded(-1))
+    axes = drawn[0].axes[0]
+    for row in rows:
+        x, y = axes.transData.transform((row["dollars_per_question"], row["em"]))
+        assert not any(box.padded(-1).contains(x, y) for box in boxes.values())
+    frame = axes.get_window_extent()
+    assert all(frame.padded(2).contains(*corner) for box in boxes.values() for corner in (box.min, box.max))
+
+
+def test_the_arrow_leads_from_the_warm_start_to_the_trained_router(figures, results):
+    plots.em_against_cost(results, "unused.png")
+    arrow = next(text for text in figures[0].axes[0].texts if not text.get_text())
+    trained, warm = results["policies"]
+    assert arrow.xy == (trained["dollars_per_question"], trained["em"])
+    assert arrow.xyann == (warm["dollars_per_question"], warm["em"])
+
+
+def test_a_policy_that_never_calls_is_shown_and_marked(figures, results):
+    results["policies"][1]["dollars_per_question"] = 0.0
+    plots.em_against_cost(results, "unused.png")
+    assert "warm start · $0" in labels_of(figures[0])
+
+
+@pytest.mark.parametrize("references", [[], [{"name": "Titan alone", "em": 0.0, "dollars_per_question": 0.0}]])
+def test_one_policy_is_enough(tmp_path, references):
+    policy = {"name": "trained", "em": 0.0, "dollars_per_question": 0.0}
+    assert plots.em_against_cost({"policies": [policy], "references": references}, tmp_path / "x.png").exists()
+
+
+def test_a_model_has_one_colour_in_all_plots(metrics, results):
+    from_metrics, from_results = model_names(metrics, {}), model_names((), results)
+    assert from_metrics == from_results == ["Aria", "Boreal", "Corvid", "Dune", "Titan"]
+    assert len(set(model_colours(from_metrics).values())) == 5
+    assert len(model_colours([f"m{i}" for i in range(23)])) == 23
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.234e-5, "$0.0000123"), (0.5, "$0.500"), (12.3456, "$12.35"), (2500, "$2,500.00"), (0, "$0"),
+        (-1.3e-5, "-$0.0000130"), (None, "–"), (float("nan"), "–"),
+    ],
+)  # fmt: skip
+def test_dollars(value, text):
+    assert dollars(value) == text
+
+
+def test_dollars_in_one_column_have_one_number_of_decimals():
+    assert dollars(5.1e-6, 7) == "$0.0000051" and dollars(0, 4) == "$0.0000"
+
+
+def test_percent():
+    assert (percent(0.7345), percent(1), percent(None)) == ("73.5 %", "100.0 %", "–")
