@@ -1,15 +1,17 @@
 """Checkpoints: save without stopping the run, keep the right ones, restore them on any mesh.
 
-A store is one folder with one sub-folder per step, written by Orbax. A step holds `params`, `train` (optimizer state and
-step), `run` (what the host must know to go on: data iterator, RNG, cost window, ledger totals) and `index` (the metric, and
-the shapes that a restore is checked against). Orbax writes into a temporary folder and renames it at the end, so a step
-that is listed was written to its end, whenever the process was killed.
+A store is one folder with one sub-folder per step, written by Orbax. A step holds `params`, `train` (optimizer state,
+step), `run` (what the host must know to go on: data iterator, RNG, cost window, ledger totals) and `index` (the metric,
+and the shapes that a restore is checked against). Orbax writes into a temporary folder and renames it at the end, so a
+step that is listed was written to its end, whenever the process was killed.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,8 +25,8 @@ PyTree = Any
 _WRITE_ERRORS = (OSError, ValueError)
 _READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
-# On a full disk Orbax logs about a thousand lines of tracebacks, from each of its threads, before the exception arrives.
-# The exception says it all, so Orbax's own records are dropped.
+# On a full disk Orbax logs about a thousand lines of tracebacks, from each of its threads, before the exception
+# arrives. The exception says it all, so Orbax's own records are dropped.
 _ORBAX_SOURCES = os.path.join("orbax", "checkpoint", "")
 logging.getLogger("absl").addFilter(lambda record: _ORBAX_SOURCES not in record.pathname)
 
@@ -76,27 +78,13 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: str | ocp.path.PathLike, *, keep: int | None = None):
-        self.directory = ocp.path.Path(directory).absolute()
+        path = ocp.path.Path(directory)
+        self.directory = path if path.is_absolute() else path.absolute()  # absolute() would spoil a gs:// address
         self.keep = keep
         self._metrics: dict[int, float | None] = {}  # of every step seen; those on disk are the checkpointer's to know
-        context = ocp.Context()
-        context.checkpointables.registry = ocp.handlers.local_registry()
-        for name in ("run", "index"):  # else Orbax stores a dict as a tree of arrays
-            context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
         if keep is None and not self.directory.exists():
             raise CheckpointError(f"{self.directory}: no such checkpoint folder; train first, or name the run's folder")
-        try:
-            self._checkpointer = ocp.training.Checkpointer(
-                self.directory,
-                context=context,
-                preservation_policy=None if keep is None else _Preservation(keep, self._metrics),
-                cleanup_tmp_directories=keep is not None,  # what a killed run left unfinished
-            )
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.directory}: cannot be opened as a checkpoint folder ({_cause(error)}); "
-                f"mend its permissions or name another folder"
-            ) from error
+        self._checkpointer: ocp.training.Checkpointer | None = self._open(clean=keep is not None)
         self._metrics.update((c.step, self._read_metric(c.step)) for c in self._checkpointer.checkpoints)
 
     def __enter__(self) -> "CheckpointStore":
@@ -134,15 +122,15 @@ class CheckpointStore:
     def wait(self) -> None:
         """Return when the save in flight is on disk; CheckpointError if it failed. Earlier steps stay usable."""
         try:
-            self._checkpointer.wait()
+            if self._checkpointer is not None:
+                self._checkpointer.wait()
         except _WRITE_ERRORS as error:
             self._raise_failed_save(error)
 
     def close(self) -> None:
         """Finish the save in flight and release the threads; CheckpointError if that save failed."""
-        try:
-            self.wait()
-        finally:
+        self.wait()
+        if self._checkpointer is not None:
             self._checkpointer.close()
 
     def steps(self) -> list[int]:
@@ -167,16 +155,14 @@ class CheckpointStore:
         named = {"first": min(metrics, default=None), "last": max(metrics, default=None), "best": best_step(metrics)}
         step = named[spec] if spec in named else int(spec) if str(spec).isdecimal() else None
         if step not in metrics:
-            raise CheckpointError(
-                f"{self.directory}: no checkpoint {spec!r}; choose first, last, best or one of the steps "
-                f"{_listed(metrics)}"
-            )
+            choices = f"first, last, best or one of the steps {_listed(metrics)}"
+            raise CheckpointError(f"{self.directory}: no checkpoint {spec!r}; choose {choices}")
         return step
 
     def restore(self, step: int, *, abstract_params: PyTree, abstract_train: PyTree) -> Restored:
         """The whole checkpoint of `step`, in the shapes, dtypes and shardings of the trees of jax.ShapeDtypeStruct.
 
-        The mesh may differ from the one that saved. Raises CheckpointError where the shapes differ or a file is damaged.
+        The mesh may differ from the one that saved. CheckpointError where the shapes differ or a file is damaged.
         """
         state = self._load(step, {"params": abstract_params, "train": abstract_train, "run": None})
         return Restored(state["params"], state["train"], state["run"], step)
@@ -185,13 +171,33 @@ class CheckpointStore:
         """Only the parameters of `step`, e.g. for evaluation or as the reference policy; otherwise as `restore`."""
         return self._load(step, {"params": abstract_params})["params"]
 
+    def _open(self, *, clean: bool) -> ocp.training.Checkpointer:
+        context = ocp.Context()
+        context.checkpointables.registry = ocp.handlers.local_registry()
+        for name in ("run", "index"):  # else Orbax stores a dict as a tree of arrays
+            context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+        try:
+            return ocp.training.Checkpointer(
+                self.directory,
+                context=context,
+                preservation_policy=None if self.keep is None else _Preservation(self.keep, self._metrics),
+                cleanup_tmp_directories=clean,  # what a killed run left unfinished
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory}: cannot be opened as a checkpoint folder ({_cause(error)}); "
+                f"mend its permissions or name another folder"
+            ) from error
+
     def _settled(self) -> dict[int, float | None]:
         """The metric of every step on disk, the one in flight included once it is there."""
+        if self._checkpointer is None:
+            self._checkpointer = self._open(clean=False)  # threads of the failed save may still be writing
         self.wait()
-        return self._on_disk()
+        return self._on_disk(self._checkpointer)
 
-    def _on_disk(self) -> dict[int, float | None]:
-        return {c.step: self._metrics.get(c.step) for c in self._checkpointer.checkpoints}
+    def _on_disk(self, checkpointer: ocp.training.Checkpointer) -> dict[int, float | None]:
+        return {c.step: self._metrics.get(c.step) for c in checkpointer.checkpoints}
 
     def _read_metric(self, step: int) -> float | None:
         """A step whose index is damaged cannot be restored, so it is not the best; the others stay usable."""
@@ -210,18 +216,21 @@ class CheckpointStore:
                 return self._checkpointer.load_checkpointables(step, abstract)
         except _READ_ERRORS as error:
             others = [other for other in self.steps() if other != step]
-            other = max((other for other in others if other < step), default=max(others, default=None))
-            fix = "start a new run" if other is None else f"fall back to step {other}"
-            raise CheckpointError(
-                f"{folder}: cannot be read ({_cause(error)}); if it is damaged, remove it to {fix}"
-            ) from error
+            fix = f"fall back to step {others[-1]}" if others else "start a new run"
+            message = f"{folder}: cannot be read ({_cause(error)}); if it is damaged, remove it to {fix}"
+            raise CheckpointError(message) from error
         raise CheckpointError(f"{folder}: {difference}; use the model and learner settings it was saved with")
 
     def _raise_failed_save(self, error: Exception) -> NoReturn:
-        self._checkpointer.reload()  # Orbax has already struck the failed step and the ones it was to replace
+        # After some failures Orbax raises the same error for ever: the next use opens a new checkpointer. Not at once:
+        # opening waits for the other processes, who need not have failed.
+        failed, self._checkpointer = self._checkpointer, None
+        failed.reload()  # Orbax has already struck the failed step and the ones it was to replace
+        with contextlib.suppress(*_WRITE_ERRORS):
+            failed.close()
         raise CheckpointError(
             f"{self.directory}: a checkpoint could not be written ({_cause(error)}); free space or mend the folder and "
-            f"start again, steps {_listed(self._on_disk())} are whole"
+            f"start again, steps {_listed(self._on_disk(failed))} are whole"
         ) from error
 
 
@@ -230,10 +239,10 @@ def _listed(steps: Mapping[int, object]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """One line from the root of a chain of errors, without the specification that TensorStore appends in brackets."""
+    """One line from the root of a chain of errors, without the details that TensorStore appends, [name='...']."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return f"{type(error).__name__}: {error}".split(" [")[0].splitlines()[0]
+    return re.split(r" \[[a-z_ ]+=|\n", f"{type(error).__name__}: {error}")[0]
 
 
 def _shapes(tree: PyTree) -> dict[str, list[int]]:
