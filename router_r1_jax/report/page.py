@@ -7,7 +7,7 @@ its own: a reply that holds markup is shown, not obeyed.
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -85,7 +85,7 @@ def _try_json(path: Path, notices: list[str], remedy: str) -> dict[str, Any]:
     return {}
 
 
-def _try_lines(read: Any, workdir: Path, notices: list[str]) -> list[dict[str, Any]]:
+def _try_lines(read: Callable[[Path], list[dict[str, Any]]], workdir: Path, notices: list[str]) -> list[dict[str, Any]]:
     try:
         return read(workdir)
     except ValueError as error:
@@ -147,7 +147,7 @@ def _tiles(results: Mapping[str, Any]) -> str:
         tiles.append(("Gain in exact match", _signed(100 * gain["mean"]), note))
     if oracles and now.get("em") is not None:
         note = f"{percent(max(oracles))} is the best possible"
-        tiles.append(("Share of the oracle's exact match", percent(now["em"] / max(oracles)), note))
+        tiles.append(("Share of the oracle", percent(now["em"] / max(oracles)), note))
     return '<div class="tiles">{}</div>'.format(
         "".join(
             f'<div class="tile"><div class="name">{name}</div><div class="value">{value}</div>'
