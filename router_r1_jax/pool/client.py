@@ -134,7 +134,7 @@ class Client:
                 data=body,
                 timeout=max(until - time.monotonic(), 0.001),
                 stream=True,
-                allow_redirects=False,  # a POST would arrive as a GET
+                allow_redirects=False,  # the POST would arrive as a GET, and elsewhere
             ) as answer:
                 content = _read(answer, until)
         except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
@@ -144,7 +144,10 @@ class Client:
         status = answer.status_code
         if status == 200:
             return self._parse(provider, content, len(body))
-        error = self._blot(provider, f"HTTP {status}: {_error_message(content)}".rstrip(": "))
+        message = _error_message(content)
+        if "Location" in answer.headers:
+            message = f"it redirects to {answer.headers['Location']}"
+        error = self._blot(provider, f"HTTP {status}: {message}".rstrip(": "))[:300]
         if status in _RETRIED or status >= 500:
             outcome = _RETRIED.get(status, Outcome.UNAVAILABLE)
             return _Attempt(outcome, error=error, again=True, pause=_retry_after(answer.headers.get("Retry-After", "")))

@@ -1,0 +1,119 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_r1_jax.config import ConfigError, base_config, model_card, provider
+from router_r1_jax.pool.cards import cards_from_config, roster, route_names
+from router_r1_jax.protocol import RouteCall, parse_route
+
+
+def test_a_card_says_what_the_config_says(pool_config):
+    titan, pico = cards_from_config(pool_config())
+    assert (titan.key, titan.name, titan.provider, titan.model) == ("Titan", "Titan", "p", "titan-70b")
+    assert (titan.price_in, titan.price_out, titan.latency, titan.aliases) == (3.0, 12.0, 0.5, ("Titan XL",))
+    assert titan.performance == {"film": 0.9}
+    assert pico.failure_rate == 0.0
+
+
+def _third(**fields):
+    entry = model_card(name="Third", provider="p", model="third")
+    if "failure_rate" in fields:
+        entry.simulated.failure_rate = fields.pop("failure_rate")
+    return model_card(**{**entry.to_dict(), **fields, "simulated": entry.simulated})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"price_out": -1.0}, r"pool\.models\[2\]\.price_out is -1\.0; a price is dollars per million tokens, >= 0"),
+        ({"price_in": math.nan}, r"pool\.models\[2\]\.price_in is nan; a price"),
+        ({"latency": -0.5}, r"pool\.models\[2\]\.latency is -0\.5; a latency is seconds"),
+        ({"latency": math.inf}, r"pool\.models\[2\]\.latency is inf"),
+        ({"performance": {"film": 1.5}}, r"pool\.models\[2\]\.performance\.film is 1\.5; a score lies in \[0, 1\]"),
+        ({"failure_rate": 2.0}, r"pool\.models\[2\]\.simulated\.failure_rate is 2\.0; a share"),
+        ({"name": ""}, r"pool\.models\[2\]\.name is ''; give"),
+        ({"name": "A: b"}, r"pool\.models\[2\]\.name is 'A: b'; a name holds no colon"),
+        ({"name": "<a>"}, r"pool\.models\[2\]\.name"),
+        ({"name": "a\nb"}, r"pool\.models\[2\]\.name is 'a\\nb'"),
+        ({"name": "a\u200bb"}, r"pool\.models\[2\]\.name"),
+        ({"name": " a"}, r"pool\.models\[2\]\.name"),
+        ({"name": "My LLM-Name"}, r"pool\.models\[2\]\.name is 'My LLM-Name'"),
+        ({"aliases": ("x", "y:z")}, r"pool\.models\[2\]\.aliases\[1\] is 'y:z'"),
+        ({"name": "TITAN"}, r"pool\.models\[2\]\.name is 'TITAN', which pool\.models\[0\]\.name is already"),
+        ({"name": "titan xl"}, r"which pool\.models\[0\]\.aliases\[0\] is already"),
+        ({"aliases": ("pico",)}, r"pool\.models\[2\]\.aliases\[0\] is 'pico', which pool\.models\[1\]\.name is"),
+        ({"aliases": ("third",)}, r"pool\.models\[2\]\.aliases\[0\] is 'third', which pool\.models\[2\]\.name is"),
+        ({"provider": "q"}, r"pool\.models\[2\]\.provider is 'q', which is not declared; the providers are: p"),
+        ({"model": ""}, r"pool\.models\[2\]\.model is ''"),
+    ],
+)
+def test_a_card_that_cannot_be_meant_is_refused_by_its_field(pool_config, fields, message):
+    config = pool_config()
+    config.models = (*config.models, _third(**fields))
+    with pytest.raises(ConfigError, match=message) as caught:
+        cards_from_config(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_third_card_is_fine_without_the_fault(pool_config):
+    config = pool_config()
+    config.models = (*config.models, _third())
+    assert len(cards_from_config(config)) == 3
+
+
+def _cards(count):
+    config = base_config().pool
+    config.providers = (provider(name="p"),)
+    config.models = tuple(
+        model_card(name=f"Model {i}", provider="p", model=str(i), price_out=float(i), aliases=(f"m{i}", f"n{i}"))
+        for i in range(count)
+    )
+    return cards_from_config(config)
+
+
+@given(count=st.integers(1, 7), seed=st.integers(0, 2**32), shuffle=st.booleans(), rename=st.booleans())
+def test_a_roster_deals_order_and_names_and_leaves_the_rest_alone(count, seed, shuffle, rename):
+    cards = _cards(count)
+    shown = roster(cards, np.random.default_rng(seed), shuffle=shuffle, rename=rename)
+    by_key = {card.key: card for card in cards}
+    assert sorted(card.key for card in shown) == sorted(by_key)
+    for card in shown:
+        declared = by_key[card.key]
+        assert dataclasses.replace(card, name=declared.name, aliases=declared.aliases) == declared
+    # Names stay the declared ones, each with its own aliases.
+    assert sorted((card.name, card.aliases) for card in shown) == sorted((card.name, card.aliases) for card in cards)
+    if not shuffle:
+        assert [card.key for card in shown] == [card.key for card in cards]
+    if not rename:
+        assert all(card.name == card.key for card in shown)
+
+
+@pytest.mark.parametrize("switch", ["shuffle", "rename"])
+def test_every_arrangement_is_drawn_about_equally_often(switch):
+    cards = _cards(3)
+    rng = np.random.default_rng(0)
+    switches = {"shuffle": False, "rename": False, switch: True}
+    field = "key" if switch == "shuffle" else "name"
+    drawn = [tuple(getattr(card, field) for card in roster(cards, rng, **switches)) for _ in range(3000)]
+    counts = np.unique(drawn, axis=0, return_counts=True)[1]
+    assert len(counts) == 6
+    assert abs(counts - 500).max() < 5 * math.sqrt(500)  # 5 standard deviations
+
+
+def test_order_and_names_are_drawn_apart_from_each_other():
+    cards = _cards(3)
+    rng = np.random.default_rng(0)
+    drawn = {tuple((c.key, c.name) for c in roster(cards, rng, shuffle=True, rename=True)) for _ in range(1000)}
+    assert len(drawn) == 36
+
+
+def test_every_spelling_finds_the_name_that_is_shown():
+    cards = roster(_cards(5), np.random.default_rng(1), shuffle=True, rename=True)
+    names = route_names(cards)
+    for card in cards:
+        for spelling in (card.name, card.name.upper(), *card.aliases):
+            assert parse_route(f" {spelling} : who: me?", names) == RouteCall(card.name, "who: me?")

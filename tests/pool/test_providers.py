@@ -1,0 +1,82 @@
+import pytest
+
+from router_r1_jax.config import ConfigError, provider
+from router_r1_jax.pool.providers import providers_from_config
+
+KEY = "sk-marked-5ecre7"
+
+
+def _providers(pool_config, *entries, **fields):
+    config = pool_config(**fields)
+    config.providers = entries
+    return providers_from_config(config)
+
+
+def test_a_request_has_the_form_that_openai_documents(pool_config):
+    entry = provider(name="a", base_url="https://x.example/v1/", parameters={"top_p": 0.9})
+    body = _providers(pool_config, entry, max_tokens=99)["a"].body("some-model", "Who?")
+    assert body == {
+        "model": "some-model",
+        "messages": [{"role": "user", "content": "Who?"}],
+        "max_tokens": 99,
+        "temperature": 0.0,
+        "top_p": 0.9,
+    }
+
+
+def test_a_providers_parameters_win_and_none_drops_one(pool_config):
+    entry = provider(
+        name="a",
+        base_url="http://x/v1",
+        parameters={"max_tokens": None, "max_completion_tokens": 7, "temperature": 0.5},
+    )
+    parameters = _providers(pool_config, entry)["a"].parameters
+    assert parameters == {"max_completion_tokens": 7, "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": ""}, r"pool\.providers\[1\]\.name is ''"),
+        ({"name": "first"}, r"pool\.providers\[1\]\.name is 'first'; every provider needs a name of its own"),
+        ({"base_url": ""}, r"pool\.providers\[1\]\.base_url is ''; write the address"),
+        ({"base_url": "api.example.com/v1"}, r"pool\.providers\[1\]\.base_url is 'api"),
+        ({"base_url": "http://x:99999/v1"}, r"pool\.providers\[1\]\.base_url"),
+        ({"base_url": f"http://u:{KEY}@x/v1"}, r"pool\.providers\[1\]\.base_url holds a user"),
+        ({"base_url": f"http://x/v1?key={KEY}"}, r"pool\.providers\[1\]\.base_url holds"),
+        ({"headers": {"Authorization": KEY}}, r"pool\.providers\[1\]\.headers\.Authorization is set; a key comes from"),
+        ({"headers": {"X-Team": f"a\n{KEY}"}}, r"pool\.providers\[1\]\.headers\.X-Team is not text"),
+        ({"parameters": {"stream": True}}, r"pool\.providers\[1\]\.parameters\.stream is set; leave it out"),
+    ],
+)
+def test_a_provider_that_cannot_be_meant_is_refused_by_its_field(pool_config, fields, message):
+    first = provider(name="first", base_url="http://x/v1")
+    second = provider(**{"name": "second", "base_url": "http://x/v1", **fields})
+    with pytest.raises(ConfigError, match=message) as caught:
+        _providers(pool_config, first, second)
+    assert KEY not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_comes_from_the_environment(pool_config, monkeypatch):
+    entry = provider(name="a", base_url="http://x/v1", key_env="SOME_KEY")
+    monkeypatch.setenv("SOME_KEY", f" {KEY}\n")  # as `export SOME_KEY="$(cat file)"` may leave it
+    made = _providers(pool_config, entry)["a"]
+    assert made.key() == KEY
+    assert KEY not in repr(made)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(None, "not set"), ("", "not set"), (f"{KEY}\nx", "no key"), ("ключ", "no key")]
+)
+def test_a_key_that_is_missing_or_broken_is_named_and_never_shown(pool_config, monkeypatch, value, said):
+    entry = provider(name="a", base_url="http://x/v1", key_env="SOME_KEY")
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SOME_KEY", value)
+    with pytest.raises(
+        ConfigError, match=rf"pool\.providers\[0\]\.key_env names SOME_KEY, .*{said}.*export it"
+    ) as caught:
+        _providers(pool_config, entry)["a"].key()
+    assert not value or value not in str(caught.value)
+    assert KEY not in str(caught.value)
