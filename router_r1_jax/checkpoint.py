@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -84,7 +84,20 @@ class CheckpointStore:
         self._metrics: dict[int, float | None] = {}  # of every step seen; those on disk are the checkpointer's to know
         if keep is None and not self.directory.exists():
             raise CheckpointError(f"{self.directory}: no such checkpoint folder; train first, or name the run's folder")
-        self._checkpointer: ocp.training.Checkpointer | None = self._open(clean=keep is not None)
+        context = ocp.Context()
+        context.checkpointables.registry = ocp.handlers.local_registry()
+        for name in ("run", "index"):  # else Orbax stores a dict as a tree of arrays
+            context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                context=context,
+                preservation_policy=None if keep is None else _Preservation(keep, self._metrics),
+                cleanup_tmp_directories=keep is not None,  # what a killed run left unfinished
+            )
+        except OSError as error:
+            message = f"cannot be opened ({_cause(error)}); mend its permissions or name another folder"
+            raise CheckpointError(f"{self.directory}: {message}") from error
         self._metrics.update((c.step, self._read_metric(c.step)) for c in self._checkpointer.checkpoints)
 
     def __enter__(self) -> "CheckpointStore":
@@ -104,15 +117,13 @@ class CheckpointStore:
         if self.keep is None:
             raise CheckpointError(f"{self.directory}: opened for reading, step {step} is not saved; pass keep")
         if step in self._settled():
-            raise CheckpointError(
-                f"{self.directory}: step {step} exists already; go on from the last step, or name another folder"
-            )
+            raise CheckpointError(f"{self.directory}: step {step} exists; go on from the last, or name another folder")
         run = json.loads(json.dumps(run))  # Orbax serialises it later, in a thread; the run goes on changing its own
         self._metrics[step] = None if metric is None or math.isnan(metric) else float(metric)
         state = {"params": params, "train": train}
         index = {"metric": self._metrics[step], "shapes": _shapes(state)}
         try:
-            # When to save is the caller's decision, not a policy's: force.
+            # force: when to save is the caller's decision, not a policy's
             self._checkpointer.save_checkpointables_async(step, {**state, "run": run, "index": index}, force=True)
         except _WRITE_ERRORS as error:
             self._raise_failed_save(error)
@@ -122,16 +133,17 @@ class CheckpointStore:
     def wait(self) -> None:
         """Return when the save in flight is on disk; CheckpointError if it failed. Earlier steps stay usable."""
         try:
-            if self._checkpointer is not None:
-                self._checkpointer.wait()
+            self._checkpointer.wait()
         except _WRITE_ERRORS as error:
             self._raise_failed_save(error)
 
     def close(self) -> None:
         """Finish the save in flight and release the threads; CheckpointError if that save failed."""
-        self.wait()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(*_WRITE_ERRORS):  # Orbax repeats some errors of a save that `wait` has raised
+                self._checkpointer.close()
 
     def steps(self) -> list[int]:
         """The steps on disk, ascending."""
@@ -151,11 +163,10 @@ class CheckpointStore:
 
     def resolve(self, spec: str | int) -> int:
         """The step that "first", "last", "best", a number or its digits mean; CheckpointError if it is not there."""
-        metrics = self._settled()
-        named = {"first": min(metrics, default=None), "last": max(metrics, default=None), "best": best_step(metrics)}
-        step = named[spec] if spec in named else int(spec) if str(spec).isdecimal() else None
-        if step not in metrics:
-            choices = f"first, last, best or one of the steps {_listed(metrics)}"
+        steps, named = self.steps(), {"first": self.first, "last": self.latest, "best": self.best}
+        step = named[spec]() if spec in named else int(spec) if str(spec).isdecimal() else None
+        if step not in steps:
+            choices = f"first, last, best or one of the steps {_listed(steps)}"
             raise CheckpointError(f"{self.directory}: no checkpoint {spec!r}; choose {choices}")
         return step
 
@@ -171,33 +182,10 @@ class CheckpointStore:
         """Only the parameters of `step`, e.g. for evaluation or as the reference policy; otherwise as `restore`."""
         return self._load(step, {"params": abstract_params})["params"]
 
-    def _open(self, *, clean: bool) -> ocp.training.Checkpointer:
-        context = ocp.Context()
-        context.checkpointables.registry = ocp.handlers.local_registry()
-        for name in ("run", "index"):  # else Orbax stores a dict as a tree of arrays
-            context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-        try:
-            return ocp.training.Checkpointer(
-                self.directory,
-                context=context,
-                preservation_policy=None if self.keep is None else _Preservation(self.keep, self._metrics),
-                cleanup_tmp_directories=clean,  # what a killed run left unfinished
-            )
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.directory}: cannot be opened as a checkpoint folder ({_cause(error)}); "
-                f"mend its permissions or name another folder"
-            ) from error
-
     def _settled(self) -> dict[int, float | None]:
         """The metric of every step on disk, the one in flight included once it is there."""
-        if self._checkpointer is None:
-            self._checkpointer = self._open(clean=False)  # threads of the failed save may still be writing
         self.wait()
-        return self._on_disk(self._checkpointer)
-
-    def _on_disk(self, checkpointer: ocp.training.Checkpointer) -> dict[int, float | None]:
-        return {c.step: self._metrics.get(c.step) for c in checkpointer.checkpoints}
+        return {c.step: self._metrics.get(c.step) for c in self._checkpointer.checkpoints}
 
     def _read_metric(self, step: int) -> float | None:
         """A step whose index is damaged cannot be restored, so it is not the best; the others stay usable."""
@@ -222,19 +210,14 @@ class CheckpointStore:
         raise CheckpointError(f"{folder}: {difference}; use the model and learner settings it was saved with")
 
     def _raise_failed_save(self, error: Exception) -> NoReturn:
-        # After some failures Orbax raises the same error for ever: the next use opens a new checkpointer. Not at once:
-        # opening waits for the other processes, who need not have failed.
-        failed, self._checkpointer = self._checkpointer, None
-        failed.reload()  # Orbax has already struck the failed step and the ones it was to replace
-        with contextlib.suppress(*_WRITE_ERRORS):
-            failed.close()
+        self._checkpointer.reload()  # Orbax has already struck the failed step and the ones it was to replace
         raise CheckpointError(
             f"{self.directory}: a checkpoint could not be written ({_cause(error)}); free space or mend the folder and "
-            f"start again, steps {_listed(self._on_disk(failed))} are whole"
+            f"start again, steps {_listed(c.step for c in self._checkpointer.checkpoints)} are whole"
         ) from error
 
 
-def _listed(steps: Mapping[int, object]) -> str:
+def _listed(steps: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(steps))) or "(none)"
 
 

