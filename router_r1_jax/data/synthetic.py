@@ -72,5 +72,6 @@ def prepare(data: ConfigDict, workdir: str | Path) -> Path:
     name = "_".join(f"{field}{settings[field]}" for field in ("seed", *COUNTS.values()))
     root = Path(data.dir) if data.dir else Path(workdir) / "data"
     builder = Synthetic(data_dir=root, config=WorldConfig(name=name, world=settings), file_format="array_record")
+    tfds.disable_progress_bar()  # less than a second of work
     builder.download_and_prepare()
     return Path(builder.data_dir)

@@ -28,10 +28,10 @@ class Ledger:
         self._sums: dict[str, list[int]] = {}  # model -> in the order of _SUMS
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            size = os.fstat(self._file).st_size
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                os.write(self._file, b"\n")  # a line that a kill has torn must not swallow the next one
+            self._file = open(self._path, "a+b", buffering=0)
+            size = os.fstat(self._file.fileno()).st_size
+            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+                self._file.write(b"\n")  # a line that a kill has torn must not swallow the next one
         except OSError as error:
             raise self._error(error) from error
 
@@ -58,9 +58,9 @@ class Ledger:
         data = (json.dumps(line) + "\n").encode()
         with self._lock:
             try:
-                written = os.write(self._file, data)  # one write: lines of several processes do not mix
+                written = self._file.write(data)  # unbuffered, one write: lines of several processes do not mix
                 if written < len(data):  # a full disk may take a part; the next write then says why
-                    os.write(self._file, data[written:])
+                    self._file.write(data[written:])
             except OSError as error:
                 raise self._error(error) from error
             sums = self._sums.setdefault(reply.model, [0] * len(_SUMS))
@@ -87,7 +87,7 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file; `add` must not be called any more."""
-        os.close(self._file)
+        self._file.close()
 
     def _error(self, error: OSError) -> PoolError:
         return PoolError(

@@ -100,7 +100,7 @@ class Engine:
         promptly: the loop runs in a thread of its own.
         """
         started = time.monotonic()
-        shared = common_prefix(prompts)
+        shared = common_prefix([p.tokens for p in prompts])
         self._check(prompts, shared)
         exchange = Exchange(
             self._limits, self._tokenizer, prompts, shared, respond,

@@ -1,6 +1,7 @@
 """What a rollout yields: episodes as sampled token ids with their log-probs, and the calls they made."""
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -73,10 +74,10 @@ class RolloutStats:
     calls: int
 
 
-def common_prefix(prompts: list[Prompt]) -> int:
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the longest token prefix that all prompts share, leaving each at least one token of its own."""
-    first, last = min(p.tokens for p in prompts), max(p.tokens for p in prompts)  # the two that differ earliest
+    first, last = min(prompts), max(prompts)  # the two that differ earliest
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1
-    return min(shared, min(len(p.tokens) for p in prompts) - 1)
+    return min(shared, min(map(len, prompts)) - 1)

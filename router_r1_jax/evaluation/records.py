@@ -1,0 +1,88 @@
+"""One plain dict per episode, as it stands in episodes/*.jsonl, and the figures that a set of them adds up to."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from router_r1_jax.pool.cards import Card
+from router_r1_jax.reward import Rewards
+
+Record = dict[str, Any]
+
+
+def make_records(
+    questions: Sequence[Any], episodes: Sequence[Any], rewards: Rewards, *, step: int, split: str, policy: str
+) -> list[Record]:
+    """A record per episode; `questions` and `episodes` (rollout.Episode, with the pool's replies) run in step."""
+    records = []
+    for i, (question, episode) in enumerate(zip(questions, episodes, strict=True)):
+        calls = [
+            {
+                "model": reply.model, "query": reply.query, "reply": reply.text, "outcome": str(reply.outcome),
+                "completion_tokens": reply.completion_tokens, "charged": reply.charged, "latency": reply.latency,
+            }
+            for reply in episode.replies
+        ]  # fmt: skip
+        records.append(
+            {
+                "id": question.id, "split": split, "step": step, "policy": policy, "question": question.question,
+                "golds": list(question.golds), "hops": question.hops, "domains": list(question.domains),
+                "response": episode.text, "calls": calls,
+                "reward": {
+                    "total": float(rewards.total[i]), "format": float(rewards.format[i]),
+                    "outcome": float(rewards.outcome[i]), "cost": float(rewards.cost[i]),
+                },
+                "exact_match": float(rewards.exact_match[i]), "f1": float(rewards.f1[i]),
+                "dollars": sum(call["charged"] for call in calls), "faults": list(rewards.faults[i]),
+                "stop": episode.stop,
+            }
+        )  # fmt: skip
+    return records
+
+
+def best_models(cards: Sequence[Card]) -> dict[str, str]:
+    """Topic -> key of the model whose card states the highest score for it."""
+    topics = {topic for card in cards for topic in card.performance}
+    return {t: max(cards, key=lambda card, t=t: card.performance.get(t, -1.0)).key for t in topics}
+
+
+def summarise(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any]:
+    """Means over episodes.
+
+    Keys: em, f1, reward/{total,format,outcome,cost}, malformed_share, calls_per_question, dollars_per_question (charged),
+    calls/share (per model key, of all calls that reached one). Where questions carry their domains also
+    best_model_share: of the calls that belong to a hop, those to the model that is best for the hop's domain; and
+    two_hop_two_calls: of the two-hop questions, those with exactly two calls.
+    """
+    called = [call["model"] for r in records for call in r["calls"] if call["model"]]
+    figures: dict[str, Any] = {
+        "em": _mean([r["exact_match"] for r in records]),
+        "f1": _mean([r["f1"] for r in records]),
+        **{f"reward/{part}": _mean([r["reward"][part] for r in records]) for part in ("total", "format", "outcome", "cost")},
+        "malformed_share": _mean([r["reward"]["format"] < 0 for r in records]),
+        "calls_per_question": _mean([len(r["calls"]) for r in records]),
+        "dollars_per_question": _mean([r["dollars"] for r in records]),
+        "calls/share": {card.key: called.count(card.key) / max(len(called), 1) for card in cards},
+    }
+    figures |= _routing(records, best_models(cards))
+    return figures
+
+
+def _routing(records: Sequence[Record], best: Mapping[str, str]) -> dict[str, float]:
+    chosen = [
+        best.get(domain) == call["model"]
+        for r in records
+        for domain, call in zip(r["domains"], r["calls"], strict=False)  # hop by hop; further calls belong to none
+    ]
+    two_hop = [len(r["calls"]) == 2 for r in records if r["hops"] == 2]
+    figures = {}
+    if any(r["domains"] for r in records):
+        figures["best_model_share"] = _mean(chosen)
+    if two_hop:
+        figures["two_hop_two_calls"] = _mean(two_hop)
+    return figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

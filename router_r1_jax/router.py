@@ -1,0 +1,138 @@
+"""The router at work: questions in, scored-ready episodes out.
+
+Joins prompt text, the sampling engine and the pool. Training and evaluation both ask it, with their own parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from router_r1_jax import prompts
+from router_r1_jax.data.questions import QuestionRecord
+from router_r1_jax.model import ModelConfig, Params, unroll
+from router_r1_jax.pool.cards import Card, roster
+from router_r1_jax.pool.outcomes import PoolError, provider_fault
+from router_r1_jax.pool.pool import Pool
+from router_r1_jax.rollout import Engine, Episode, Prompt, RolloutStats, make_limits
+
+# A rollout of which more calls than this failed at the provider teaches nothing and costs money: the run stops.
+MAX_FAILED_SHARE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Episodes of one rollout, `group` in a row per question, and what they were shown.
+
+    Attributes:
+      questions: [B] the question of each episode.
+      episodes: [B].
+      roster: the cards in the prompt's order, under the names it shows.
+      prefix_length: tokens that all prompts share.
+      valid: [B] bool, False where a provider failed: such an episode is nobody's fault and teaches nothing.
+    """
+
+    questions: list[QuestionRecord]
+    episodes: list[Episode]
+    roster: tuple[Card, ...]
+    prefix_length: int
+    valid: np.ndarray
+    stats: RolloutStats
+
+    @property
+    def raw_costs(self) -> np.ndarray:
+        """[B] sum over calls of completion tokens x dollars per million tokens."""
+        return np.array([sum(reply.raw_cost for reply in e.replies) for e in self.episodes])
+
+
+class Router:
+    """Asks the router questions. Parameters are pushed to the engine's device with `push`."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        cards: Sequence[Card],
+        pool: Pool,
+    ) -> None:
+        """Nothing is compiled before the first question."""
+        self._config, self._tokenizer, self._cards, self._pool = config, tokenizer, tuple(cards), pool
+        self._template = prompts.load_template(config.prompt.template)
+        r = config.rollout
+        self._engine = Engine(
+            model,
+            make_limits(r, config.prompt.question_tokens),
+            tokenizer,
+            max_calls=r.max_calls,
+            reply_tokens=r.reply_tokens,
+            driver=r.driver,
+        )
+        self._unroll = jax.jit(lambda params: unroll(params, model.num_layers))
+        self._params: Params | None = None
+
+    def push(self, params: Params) -> None:
+        """Take stacked parameters from the learner's mesh to the engine's device, unrolled."""
+        self._params = self._unroll(jax.device_put(params, self._engine.device))
+
+    def roster(self, *seed: int) -> tuple[Card, ...]:
+        """The cards as one batch of prompts shows them: shuffled and renamed as the configuration says."""
+        pool = self._config.pool
+        return roster(self._cards, np.random.default_rng(seed), shuffle=pool.shuffle, rename=pool.rename)
+
+    def prompt_ids(self, question: QuestionRecord, cards: Sequence[Card]) -> tuple[int, ...]:
+        """Token ids of a question's whole prompt."""
+        text = prompts.render(self._template, cards, question.question, self._config.rollout.max_calls)
+        return tuple(prompts.encode(self._tokenizer, text))
+
+    def answer(
+        self,
+        questions: Sequence[QuestionRecord],
+        *,
+        group: int,
+        temperature: float,
+        seed: tuple[int, ...],
+        step: int,
+        split: str,
+        on_finish: Callable[[Episode], None] | None = None,
+    ) -> Answers:
+        """Sample `group` episodes per question.
+
+        `seed` decides the roster and every draw. Raises PoolError where most calls failed at their provider.
+        """
+        cards = self.roster(*seed)
+        repeated = [question for question in questions for _ in range(group)]
+        ids = {question.id: self.prompt_ids(question, cards) for question in questions}
+        asked = [Prompt(i, ids[question.id]) for i, question in enumerate(repeated)]
+        name = "-".join(map(str, (split, *seed)))
+
+        def respond(route: str, *, episode: int, call: int) -> Future:
+            return self._pool.respond(
+                route, cards=cards, episode=f"{name}-{episode}", call=call, step=step, split=split
+            )
+
+        episodes, stats = self._engine.run(
+            self._params, asked, respond, temperature=temperature, seed=_draw_seed(seed), on_finish=on_finish
+        )
+        valid = np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes])
+        self._refuse_outage(episodes)
+        return Answers(repeated, episodes, cards, stats.prefix_tokens, valid, stats)
+
+    def _refuse_outage(self, episodes: Sequence[Episode]) -> None:
+        replies = [reply for episode in episodes for reply in episode.replies]
+        failed = [reply for reply in replies if provider_fault(reply.outcome)]
+        if len(failed) > MAX_FAILED_SHARE * len(replies):
+            last = failed[-1]
+            raise PoolError(
+                f"{len(failed)} of {len(replies)} calls failed at their provider (the last one: model {last.model!r}, "
+                f"{last.outcome}, {last.error}); see ledger.jsonl, mend the provider and run the same command again"
+            )
+
+
+def _draw_seed(seed: tuple[int, ...]) -> int:
+    """One number from several, so that every rollout of a run draws from a stream of its own."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)

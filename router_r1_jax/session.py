@@ -1,0 +1,125 @@
+"""What a main opens before it starts: tokenizer, model, mesh, data and the pool, from one configuration.
+
+A simulated pool is served by a process of its own, over HTTP like any other provider; it ends with the session.
+"""
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from router_r1_jax import prompts
+from router_r1_jax.config import ConfigError
+from router_r1_jax.data import questions, synthetic
+from router_r1_jax.data.tokenizer import corpus, train_tokenizer
+from router_r1_jax.data.world import World
+from router_r1_jax.mesh import make_mesh
+from router_r1_jax.model import ModelConfig, Params, abstract_params, from_arch, init_params, load_hf
+from router_r1_jax.pool.cards import Card, cards_from_config
+from router_r1_jax.pool.pool import Pool
+from router_r1_jax.pool.server import start_server
+from router_r1_jax.router import Router
+
+VOCABULARY_MULTIPLE = 64  # a random start rounds its vocabulary up to it, so that it divides over devices
+
+
+@dataclasses.dataclass
+class Session:
+    """The opened parts. A context manager that closes the pool and its server."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    cards: tuple[Card, ...]
+    tokenizer: PreTrainedTokenizerBase
+    model: ModelConfig
+    abstract_params: Params
+    data_dir: Path
+    world: World | None
+    pool: Pool
+    router: Router
+    _initial: Params | None
+    _closing: ExitStack
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+    def questions(self, split: str) -> list[questions.QuestionRecord]:
+        """All questions of a split."""
+        return questions.load(self.data_dir, split)
+
+    def initial_params(self) -> Params:
+        """The parameters that training starts from: those of model.source, or random ones from the seed."""
+        if self._initial is not None:
+            return self._initial
+        return init_params(self.model, self.mesh, self.config.seed)
+
+
+def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Session:
+    """Open everything; `load_source` also reads the weights of model.source (evaluation restores its own).
+
+    Raises ConfigError, DataError or PoolError with what to mend, before anything is computed.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    cards = cards_from_config(config.pool)
+    world = World(config.data.world) if config.data.name == "synthetic" else None
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tokenizer = load_tokenizer(config, workdir, cards, world)
+    model, initial = _load_model(config, tokenizer, mesh, load_source)
+    data_dir = synthetic.prepare(config.data, workdir)
+    with ExitStack() as opening:
+        pool = opening.enter_context(_open_pool(config, workdir, cards, opening))
+        pool.check()
+        router = Router(config, model, tokenizer, cards, pool)
+        return Session(
+            config, workdir, mesh, cards, tokenizer, model, abstract_params(model, mesh), data_dir, world, pool,
+            router, initial, opening.pop_all(),
+        )  # fmt: skip
+
+
+def load_tokenizer(
+    config: ConfigDict, workdir: Path, cards: tuple[Card, ...], world: World | None
+) -> PreTrainedTokenizerBase:
+    """The configured tokenizer; where none is named, one trained on the synthetic world and kept in the workdir."""
+    source = config.model.tokenizer or config.model.source
+    if not source:
+        if world is None:
+            raise ConfigError("model.tokenizer and model.source are empty; name a folder or hub name in one of them")
+        folder = workdir / "tokenizer"
+        if not (folder / "tokenizer_config.json").exists():
+            template = prompts.load_template(config.prompt.template)
+            train_tokenizer(corpus(world, cards, template, config.rollout.max_calls), folder)
+        source = str(folder)
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _load_model(
+    config: ConfigDict, tokenizer: PreTrainedTokenizerBase, mesh: Mesh, load_source: bool
+) -> tuple[ModelConfig, Params | None]:
+    m = config.model
+    if m.source:
+        model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
+        return dataclasses.replace(model, remat=m.remat), params if load_source else None
+    vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat), None
+
+
+def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], opening: ExitStack) -> Pool:
+    settings = config.pool.copy_and_resolve_references()
+    if settings.simulate:
+        server = opening.enter_context(start_server(config.data.world, cards))
+        for entry in settings.providers:
+            if entry.name == "simulated":
+                entry.base_url = server.base_url
+    tape = Path(settings.tape.path) if settings.tape.path else workdir / "tape.sqlite"
+    return Pool(settings, cards, ledger_path=workdir / "ledger.jsonl", tape_path=tape)

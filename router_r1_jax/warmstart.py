@@ -1,0 +1,164 @@
+"""The warm start: supervised learning of the format, on scripted episodes whose choice of model is random.
+
+A router that starts at random must first learn to think, call, copy and answer; whom to ask is left to RL. The result
+can be kept in one safetensors file, so that a demo starts from it:
+
+    python -m router_r1_jax.warmstart --config=configs/demo.py --workdir=runs/warmstart
+
+trains anew and writes `config.warmstart.file`, or `<workdir>/warmstart.safetensors` where that is empty.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from router_r1_jax import prompts
+from router_r1_jax.cli import launch
+from router_r1_jax.config import ConfigError
+from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
+from router_r1_jax.learner import Batch, Learner, Row, init_state, make_batch, make_optimizer, supervised_loss
+from router_r1_jax.model import Params
+from router_r1_jax.pool.cards import roster
+from router_r1_jax.report.writer import MetricsWriter
+from router_r1_jax.rollout import common_prefix
+from router_r1_jax.session import Session, open_session
+
+COPY_LENGTH = 96  # tokens of a repeating sequence
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+def recipe(config: ConfigDict) -> str:
+    """A hash of all that the warm start's result depends on; a kept file carries it."""
+    fields = {
+        "seed": config.seed,
+        "arch": config.model.arch.to_dict(),
+        "world": config.data.world.to_dict(),
+        "template": prompts.load_template(config.prompt.template),
+        "max_calls": config.rollout.max_calls,
+        "models": [model.to_dict() for model in config.pool.models],
+        "rename": config.pool.rename,
+        "warmstart": {name: value for name, value in config.warmstart.to_dict().items() if name != "file"},
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def scripted_batch(session: Session, step: int) -> Batch:
+    """The rows of one supervised update: scripted episodes on one roster, and at first repeating random sequences.
+
+    Without the repeating sequences a router of this size learns neither to copy names of several tokens nor to read
+    cards; with them, both within a few hundred updates.
+    """
+    config = session.config
+    rng = np.random.default_rng([config.seed, step])
+    cards = roster(session.cards, rng, shuffle=config.pool.shuffle, rename=config.pool.rename)
+    copies = config.warmstart.batch // 2 if step < config.warmstart.copy_steps else 0
+    all_questions = session.world.questions("train")
+    asked = [all_questions[i] for i in rng.integers(len(all_questions), size=config.warmstart.batch - copies)]
+    template = prompts.load_template(config.prompt.template)
+    rendered = [prompts.render(template, cards, q.text, config.rollout.max_calls) for q in asked]
+    ids = [prompts.encode(session.tokenizer, text) for text in rendered]
+    shared = common_prefix(ids)
+    rows = []
+    for question, prompt in zip(asked, ids, strict=True):
+        tokens, mask = [], []
+        for text, spoken in scripted_episode(question, session.world, cards, rng):
+            piece = session.tokenizer.encode(text, add_special_tokens=False)
+            tokens += piece
+            mask += [float(spoken)] * len(piece)
+        rows.append(Row(prompt[shared:], tokens, mask, [0.0] * len(tokens), 0.0))
+    if copies:
+        tokens, repeats = repeating_sequences(rng, copies, COPY_LENGTH, len(session.tokenizer))
+        rows += [Row([], t, m, np.zeros(COPY_LENGTH), 0.0) for t, m in zip(tokens, repeats, strict=True)]
+    return make_batch(ids[0][:shared], rows)
+
+
+def train_warm_start(session: Session, report: Report) -> Params:
+    """Supervised updates from the initial parameters; `report(step, metrics)` is called after each."""
+    if session.world is None:
+        raise ConfigError(
+            f"warmstart.steps is {session.config.warmstart.steps}, but only data.name='synthetic' has scripted "
+            "episodes; set it to 0 and start from an instruction-tuned model.source"
+        )
+    w = session.config.warmstart
+    optimizer, _ = make_optimizer(
+        learning_rate=w.learning_rate, warmup=w.warmup, total=w.steps, decay=True, weight_decay=0.0, max_grad_norm=1.0
+    )
+    learner = Learner(
+        session.model, optimizer, supervised_loss, session.mesh, session.abstract_params,
+        micro_batch=w.batch, chunk=session.config.learner.logit_chunk,
+    )  # fmt: skip
+    state = init_state(optimizer, session.initial_params(), session.abstract_params, session.mesh)
+    for step in range(w.steps):
+        state, metrics = learner.update(state, scripted_batch(session, step))
+        report(step + 1, metrics)
+    return state.params
+
+
+def save_warm_start(path: Path, params: Params, config: ConfigDict) -> None:
+    """Write parameters to one safetensors file, with the recipe that made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leaves = {
+        jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(jax.device_get(leaf))
+        for key, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    save_file(leaves, path, metadata={"recipe": recipe(config)})
+
+
+def load_warm_start(path: Path, session: Session) -> Params:
+    """Read a kept warm start onto the session's mesh. ConfigError if it is unreadable or from another recipe."""
+    rebuild = "build it anew with python -m router_r1_jax.warmstart, or set warmstart.file='' to train it in the run"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            made_by = file.metadata().get("recipe")
+            if made_by != recipe(session.config):
+                raise ConfigError(f"warmstart.file {path} was made by another configuration ({made_by}); {rebuild}")
+
+            def place(key: tuple, target: jax.ShapeDtypeStruct) -> jax.Array:
+                value = file.get_tensor(jax.tree_util.keystr(key, simple=True, separator="/"))
+                return jax.device_put(value, target.sharding)
+
+            return jax.tree_util.tree_map_with_path(place, session.abstract_params)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"warmstart.file {path} cannot be read ({error}); {rebuild}") from error
+
+
+def warm_start(session: Session, writer: MetricsWriter) -> Params:
+    """The parameters that RL starts from: the kept file, or scripted training now, or the initial ones as they are."""
+    w = session.config.warmstart
+    if w.file and Path(w.file).exists():
+        print(f"warm start: read from {w.file}")
+        return load_warm_start(Path(w.file), session)
+    if w.steps == 0:
+        return session.initial_params()
+    with tqdm(total=w.steps, desc="warm start", unit="step", dynamic_ncols=True) as bar:
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+            writer.write(step, {"phase": "warmstart"} | {f"warmstart/{k}": v for k, v in metrics.items()})
+
+        return train_warm_start(session, report)
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Train the warm start and keep it in one file."""
+    target = Path(config.warmstart.file) if config.warmstart.file else workdir / "warmstart.safetensors"
+    config.warmstart.file = ""
+    with open_session(config, workdir, load_source=True) as session:
+        writer = MetricsWriter(workdir)
+        save_warm_start(target, warm_start(session, writer), config)
+        writer.close()
+    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    launch(main)
