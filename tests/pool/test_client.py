@@ -18,6 +18,7 @@ from router_r1_jax.pool.outcomes import Outcome, PoolError
 from router_r1_jax.pool.providers import providers_from_config
 
 KEY = "sk-marked-5ecre7-key"
+ONCE = dict(backoff=1000.0, backoff_max=1000.0)  # the first pause would end behind any deadline
 
 
 def _client(config):
@@ -163,14 +164,23 @@ def test_a_retry_after_that_says_nothing_is_passed_over(ask, value):
     assert (got.outcome, got.attempts) == (Outcome.OK, 2)
 
 
-def test_a_silent_provider_times_out(ask):
+@pytest.mark.parametrize("always", [True, False])
+def test_a_silent_provider_times_out_and_is_tried_again(ask, always):
     released = threading.Event()
+    silence = lambda connection: released.wait(60)  # noqa: E731
     try:
-        got, _ = ask(lambda n, b: lambda connection: released.wait(20), deadline=0.5, request_timeout=0.2)
+        got, _ = ask(
+            lambda n, b: silence if always or not n else completion("late"),
+            deadline=0.7 if always else 30.0,
+            request_timeout=0.3,
+        )
     finally:
         released.set()
-    assert (got.outcome, got.error) == (Outcome.TIMEOUT, "no answer in time")
-    assert got.attempts > 1
+    if always:
+        assert (got.outcome, got.error) == (Outcome.TIMEOUT, "no answer in time")
+    else:
+        assert (got.outcome, got.text) == (Outcome.OK, "late")
+        assert got.attempts > 1
 
 
 def test_a_provider_that_drips_times_out_too(ask):
@@ -193,12 +203,12 @@ def test_a_provider_that_drips_times_out_too(ask):
 
 def test_an_endless_answer_is_cut_off(ask, monkeypatch):
     monkeypatch.setattr(client_module, "_MAX_BODY", 1000)
-    got, _ = ask(lambda n, b: completion("x" * 1001), deadline=0.05, backoff=1.0, backoff_max=1.0)
+    got, _ = ask(lambda n, b: completion("x" * 1001), **ONCE)
     assert (got.outcome, got.error) == (Outcome.UNAVAILABLE, "an answer of more than 1000 bytes")
 
 
 def test_an_address_where_nobody_listens_is_unavailable(pool_config):
-    client, card = _client(pool_config("http://127.0.0.1:9/v1", deadline=0.05))
+    client, card = _client(pool_config("http://127.0.0.1:9/v1", **ONCE))
     got = client.complete(card, "Who?")
     assert (got.outcome, got.error) == (Outcome.UNAVAILABLE, "connection refused")
 
@@ -257,7 +267,7 @@ def test_no_body_makes_it_raise(serve_once, body):
 @pytest.fixture
 def serve_once(serve, pool_config):
     scripted = serve(None)
-    client, card = _client(pool_config(scripted.base_url, deadline=0.5, backoff=1.0, backoff_max=1.0))  # no retries
+    client, card = _client(pool_config(scripted.base_url, **ONCE))
     return scripted, client, card
 
 
@@ -272,7 +282,7 @@ def test_a_key_is_sent_and_shows_up_nowhere_else(serve, pool_config, monkeypatch
     """The provider is as indiscreet as can be: it echoes the key in reply, error and header."""
     message = {"error": {"message": f"bad key {KEY}"}, "choices": [{"message": {"content": f"you sent {KEY}"}}]}
     scripted = serve(lambda n, b: (status, {"X-Echo": KEY}, json.dumps(message).encode()))
-    client, card = _client(_with_key(pool_config(scripted.base_url, deadline=0.2), monkeypatch))
+    client, card = _client(_with_key(pool_config(scripted.base_url, **ONCE), monkeypatch))
     with caplog.at_level(logging.DEBUG):
         got = client.complete(card, "Who?")
         with pytest.raises(PoolError) if status == 401 else _nothing() as caught:

@@ -1,0 +1,211 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import requests
+
+from router_r1_jax.config import base_config, model_card, provider
+from router_r1_jax.data.world import World, query_text
+from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.pool.outcomes import Outcome, PoolError
+from router_r1_jax.pool.pool import Pool
+from router_r1_jax.pool.server import start_server
+
+WORLD = dict(seed=3, films=8, songs=8, clubs=8, persons=10, cities=8, countries=5, rivers=5)
+
+
+def _config():
+    config = base_config().pool
+    config.providers = (provider(name="simulated"),)
+    config.models = (
+        model_card(name="Reel", provider="simulated", model="reel", price_out=1.0, performance={"film": 1.0}),
+        model_card(name="Aria", provider="simulated", model="aria", price_out=1.0, performance={"film": 0.0}),
+        model_card(name="Flaky", provider="simulated", model="flaky", price_out=1.0, performance={"film": 0.5}),
+    )
+    config.models[2].simulated.failure_rate = 0.5
+    config.update(dict(backoff=0.01, backoff_max=0.05, concurrency=16))
+    return config
+
+
+@pytest.fixture(scope="module")
+def server():
+    with start_server(WORLD, cards_from_config(_config())) as server:
+        yield server
+
+
+def _post(server, body, path="/chat/completions"):
+    return requests.post(server.base_url + path, json=body, timeout=10)
+
+
+def test_replies_are_the_worlds_and_tokens_are_counted(server):
+    world = World(WORLD)
+    fact = next(fact for fact in world.facts if fact.relation == "director")
+    query = query_text(fact.relation, fact.subject)
+    for model, skill in (("reel", {"film": 1.0}), ("aria", {"film": 0.0})):
+        body = {"model": model, "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": query}]}
+        answer = _post(server, body).json()
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": world.reply(query, skill)}
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        # "director of X?" and "The director of X is Y."
+        assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 7, "total_tokens": 11}
+    assert world.reply(query, {"film": 1.0}) != world.reply(query, {"film": 0.0})
+    cut = _post(server, {**body, "max_tokens": 3}).json()["choices"][0]
+    assert (cut["message"]["content"], cut["finish_reason"]) == ("The director of", "length")
+
+
+def test_models_are_listed(server):
+    listed = requests.get(server.base_url + "/models", timeout=10).json()
+    assert [model["id"] for model in listed["data"]] == ["reel", "aria", "flaky"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"model": "nobody", "messages": [{"role": "user", "content": "?"}]}, 404),
+        ({"model": ["reel"], "messages": [{"role": "user", "content": "?"}]}, 404),
+        ({"model": "reel", "messages": []}, 400),
+        ({"model": "reel", "messages": [{"role": "user", "content": 3}]}, 400),
+        ({"model": "reel", "messages": [{"role": "user", "content": "?"}], "max_tokens": 0}, 400),
+        ({"model": "reel", "messages": [{"role": "user", "content": "?"}], "max_tokens": "x"}, 400),
+        ([], 400),
+        ({}, 400),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(server, body, status):
+    answer = _post(server, body)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def _raw(server, data):
+    """Everything that the server says to these bytes until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        said = b""
+        while chunk := connection.recv(65536):
+            said += chunk
+        return said
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\x16\x03\x01\x02\n", b"400"),
+        (b"hello\r\n\r\n", b"400"),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: many\r\n\r\n", b"400"),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"411"),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", b"413"),
+        (b"GET /v1/models HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", b"431"),
+        (b"DELETE /v1/models HTTP/1.1\r\n\r\n", b"404"),
+    ],
+)
+def test_bytes_that_are_no_request_are_refused_and_harm_nobody(server, data, status):
+    assert _raw(server, data).startswith(b"HTTP/1.1 " + status)
+    assert requests.get(server.base_url + "/models", timeout=10).status_code == 200
+
+
+def test_a_connection_serves_many_requests_and_closes_when_asked(server):
+    get = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
+    assert _raw(server, (get + b"\r\n") * 3).count(b"HTTP/1.1 200 OK") == 3
+    assert _raw(server, get + b"Connection: close\r\n\r\n" + get + b"\r\n").count(b"HTTP/1.1 200 OK") == 1
+
+
+def _pool(server, tmp_path, **fields):
+    config = _config()
+    config.providers[0].base_url = server.base_url
+    config.update(fields)
+    cards = cards_from_config(config)
+    return Pool(config, cards, ledger_path=tmp_path / "ledger.jsonl", tape_path=tmp_path / "tape"), cards
+
+
+def test_a_model_that_fails_half_of_the_time_is_retried_to_an_answer(server, tmp_path):
+    pool, cards = _pool(server, tmp_path)
+    with pool:
+        pool.check()
+        futures = [
+            pool.respond(f"Flaky: {i}?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(60)
+        ]
+        replies = [future.result(timeout=60) for future in futures]
+    assert {reply.outcome for reply in replies} == {Outcome.OK}
+    assert sum(reply.attempts for reply in replies) > 80  # 120 on average
+
+
+def test_calls_wait_for_a_server_that_went_away_and_came_back(tmp_path):
+    """It is gone for 1.5 s, in the middle of a stream of calls; all of them end well."""
+    cards = cards_from_config(_config())
+    first = start_server(WORLD, cards)
+    pool, _ = _pool(first, tmp_path, deadline=60.0, backoff=0.05, backoff_max=0.5)
+    futures = []
+    stopped = threading.Event()
+
+    def respond(i):
+        futures.append(pool.respond(f"Reel: {i}?", cards=cards, episode=str(i), call=0, step=0, split="train"))
+
+    def outage():
+        first.stop()
+        stopped.set()
+        time.sleep(1.5)
+
+    with pool:
+        for i in range(200):
+            respond(i)
+        away = threading.Thread(target=outage)
+        away.start()
+        stopped.wait(30)
+        for i in range(200, 400):  # nobody listens now
+            respond(i)
+        away.join()
+        with start_server(WORLD, cards, first.port) as second:
+            assert second.base_url == first.base_url
+            replies = [future.result(timeout=90) for future in futures]
+    assert {reply.outcome for reply in replies} == {Outcome.OK}
+    assert max(reply.attempts for reply in replies) > 1
+
+
+_PARENT = """
+import json, sys, time
+from router_r1_jax.pool.cards import Card
+from router_r1_jax.pool.server import start_server
+server = start_server(json.loads(sys.argv[1]), [Card("a", "a", "p", "a", 1.0, 1.0, 0.0, {}, "", (), 0.0)])
+print(server.port, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_server_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, json.dumps(WORLD)], stdout=subprocess.PIPE, text=True)
+    port = int(parent.stdout.readline())
+    assert _is_served(port)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    give_up = time.monotonic() + 60
+    while _is_served(port):
+        assert time.monotonic() < give_up, "the server is still there"
+        time.sleep(0.02)
+
+
+def _is_served(port):
+    try:
+        return requests.get(f"http://127.0.0.1:{port}/v1/models", timeout=10).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
+def test_a_server_that_cannot_start_says_why(server):
+    cards = cards_from_config(_config())
+    with pytest.raises(PoolError, match=r"server did not start: .*Address already in use"):
+        start_server(WORLD, cards, server.port)
+    with pytest.raises(PoolError, match=r"server did not start: data\.world\.films is 1; at least 3"):
+        start_server({**WORLD, "films": 1}, cards)
+
+
+def test_the_servers_process_loads_no_accelerator_library():
+    code = "import sys, router_r1_jax.pool.server; print({'jax', 'tensorflow', 'requests'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

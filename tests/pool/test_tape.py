@@ -1,0 +1,168 @@
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError
+from router_r1_jax.pool.tape import Request, Tape, TapeMiss
+
+BODY = {"model": "m", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 5, "temperature": 0.0}
+REPLY = Completion("Kessan \udc80.", Outcome.TRUNCATED, 11, 5, 0.25, 2)
+FAULT = Completion("", Outcome.TIMEOUT, 0, 0, 9.5, 4, "no answer in time")
+
+
+def _request(episode="e1", call=0, **body):
+    return Request("p", {**BODY, **body}, episode, call)
+
+
+@pytest.fixture
+def tape(tmp_path):
+    """tape(mode) opens the test's tape."""
+    opened = []
+
+    def open_tape(mode):
+        opened.append(Tape(tmp_path / "deep" / "tape.sqlite", mode))
+        return opened[-1]
+
+    yield open_tape
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.parametrize("mode", ["record", "replay", "strict"])
+def test_a_reply_is_found_again_in_every_mode(tape, mode):
+    kept = tape("record").keep(_request(), REPLY)
+    found = tape(mode).find(_request())
+    assert found == kept  # also in the characters that cannot be stored
+    assert found == replace(REPLY, text="Kessan ?.", attempts=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Request("q", BODY, "e1", 0),
+        _request(model="m2"),
+        _request(messages=[{"role": "user", "content": "who?"}]),
+        _request(max_tokens=6),
+        _request(top_p=1.0),
+        _request(temperature=0.1),
+    ],
+)
+def test_another_question_is_another_call(tape, other):
+    recording = tape("record")
+    recording.keep(_request(), REPLY)
+    assert recording.find(other) is None
+
+
+@given(episodes=st.tuples(st.text(), st.text()), calls=st.tuples(st.integers(0, 9), st.integers(0, 9)))
+def test_who_asks_matters_only_where_the_model_samples(episodes, calls):
+    same = episodes[0] == episodes[1] and calls[0] == calls[1]
+    for temperature in ({"temperature": 0.7}, {"temperature": 1}):
+        keys = [_request(e, c, **temperature).key() for e, c in zip(episodes, calls, strict=True)]
+        assert (keys[0] == keys[1]) == same
+    keys = [_request(e, c).key() for e, c in zip(episodes, calls, strict=True)]
+    assert keys[0] == keys[1]
+    without = {name: value for name, value in BODY.items() if name != "temperature"}
+    keys = [Request("p", without, e, c).key() for e, c in zip(episodes, calls, strict=True)]
+    assert (keys[0] == keys[1]) == same
+
+
+def test_the_order_of_parameters_does_not_matter():
+    assert Request("p", dict(reversed(BODY.items())), "e", 0).key() == _request().key()
+
+
+def test_a_fault_is_repeated_in_replay_and_never_while_recording(tape):
+    recording = tape("record")
+    assert recording.keep(_request(), FAULT) == FAULT
+    assert recording.find(_request()) is None
+    for mode in ("replay", "strict"):
+        assert tape(mode).find(_request()) == replace(FAULT, attempts=0)
+    assert tape("replay").find(_request("e2")) is None  # nobody else's fault
+    assert tape("replay").find(_request(call=1)) is None
+
+
+def test_one_episodes_fault_and_anothers_reply_to_the_same_question_are_both_repeated(tape):
+    recording = tape("record")
+    recording.keep(_request("e1"), FAULT)
+    recording.keep(_request("e2"), REPLY)
+    strict = tape("strict")
+    assert strict.find(_request("e1")).outcome == Outcome.TIMEOUT
+    assert strict.find(_request("e2")).outcome == Outcome.TRUNCATED
+    assert recording.find(_request("e1")).outcome == Outcome.TRUNCATED  # while recording a reply is better than a fault
+
+
+def test_a_later_recording_of_the_same_call_replaces_its_fault(tape):
+    recording = tape("record")
+    recording.keep(_request(), FAULT)
+    recording.keep(_request(), REPLY)
+    assert tape("strict").find(_request()).outcome == Outcome.TRUNCATED
+
+
+def test_the_first_reply_to_a_question_counts_for_all(tape):
+    first = tape("record").keep(_request("e1"), replace(REPLY, text="first"))
+    second = tape("record").keep(_request("e2"), replace(REPLY, text="second"))
+    assert (first.text, second.text) == ("first", "first")
+
+
+def test_a_strict_miss_says_which_call(tape):
+    tape("record")
+    with pytest.raises(TapeMiss, match=r"tape .*tape\.sqlite does not hold call 3 of episode e9 to model 'm'.*record"):
+        tape("strict").find(_request("e9", 3))
+    assert tape("replay").find(_request("e9", 3)) is None
+
+
+def test_a_strict_tape_has_to_exist(tmp_path):
+    with pytest.raises(PoolError, match=r"tape .*none\.sqlite does not exist; record it first"):
+        Tape(tmp_path / "none.sqlite", "strict")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_tape_is_named(tmp_path):
+    path = tmp_path / "tape.sqlite"
+    path.write_text("something else entirely, and longer than the header of a database\n" * 20)
+    with pytest.raises(PoolError, match=r"^tape .*tape\.sqlite cannot be used \(file is not a database\)"):
+        Tape(path, "record")
+
+
+_WRITER = """
+import sys
+from router_r1_jax.pool.outcomes import Completion, Outcome
+from router_r1_jax.pool.tape import Request, Tape
+path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+tape = Tape(path, "record")
+for i in range(count):
+    body = {"model": "m", "messages": str(i), "temperature": 0.0}
+    kept = tape.keep(Request("p", body, name, i), Completion(f"{i} from {name}", Outcome.OK, 1, 1, 0.0, 1))
+    print(kept.text, flush=True)
+"""
+
+
+def _write(path, name, count):
+    return subprocess.Popen([sys.executable, "-c", _WRITER, path, name, str(count)], stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_that_record_the_same_questions_agree_on_the_replies(tmp_path):
+    path = tmp_path / "tape.sqlite"
+    processes = [_write(path, name, 300) for name in "abc"]
+    said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    assert said[0] == said[1] == said[2]
+    assert [text.split()[0] for text in said[0]] == [str(i) for i in range(300)]
+    rows = sqlite3.connect(path).execute("SELECT count(*) FROM replies").fetchone()
+    assert rows == (300,)
+
+
+def test_what_was_kept_outlives_kill_9(tmp_path):
+    path = tmp_path / "tape.sqlite"
+    process = _write(path, "a", 10**9)
+    kept = [process.stdout.readline() for _ in range(200)]
+    process.send_signal(signal.SIGKILL)
+    kept += process.communicate()[0].splitlines()
+    tape = Tape(path, "strict")
+    for i in range(len(kept)):
+        body = {"model": "m", "messages": str(i), "temperature": 0.0}
+        assert tape.find(Request("p", body, "x", 0)).text == f"{i} from a"
