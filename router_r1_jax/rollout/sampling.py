@@ -16,25 +16,30 @@ def row_keys(seed_key: jax.Array, episodes: jax.Array, positions: jax.Array) -> 
     return jax.vmap(lambda e, p: jax.random.fold_in(jax.random.fold_in(seed_key, e), p))(episodes, positions)
 
 
-def _first_above(cumulative: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Index [B] of the first entry of cumulative [B, N] that exceeds threshold [B], at most N - 1."""
-    below = jnp.sum(cumulative <= threshold[:, None], axis=-1)
-    return jnp.minimum(below, cumulative.shape[-1] - 1)
+def _first_above(weights: jax.Array, cumulative: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Index [B] of the first of weights [B, N] that is above 0 and whose prefix sum exceeds threshold [B].
+
+    Prefix sums are formed as a tree, so they can rise by a rounding across an entry of weight 0: such an entry is never
+    taken. Where rounding leaves the threshold at or past the last sum, the last entry with weight is the one.
+    """
+    possible = weights > 0
+    above = possible & (cumulative > threshold[:, None])
+    last = weights.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
+    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last)
 
 
 def inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     """Sample ids [B] with probability proportional to weights [B, V] >= 0, from uniforms [B] in [0, 1)."""
     B, V = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-    sums = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)  # [B, V / BLOCK]
+    totals = jnp.sum(blocks, axis=-1)  # [B, V / BLOCK]
+    sums = jnp.cumsum(totals, axis=-1)
     target = uniforms * sums[:, -1]
-    block = _first_above(sums, target)
+    block = _first_above(totals, sums, target)
     before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, BLOCK]
-    cumulative = jnp.cumsum(inside, axis=-1)
-    # Rounding may leave the target past the block's own sum: then its last entry with weight is the one.
-    entry = _first_above(cumulative, jnp.minimum(target - before, cumulative[:, -1] * (1 - 1e-7)))
-    return jnp.minimum(block * BLOCK + entry, V - 1).astype(jnp.int32)
+    entry = _first_above(inside, jnp.cumsum(inside, axis=-1), target - before)
+    return jnp.minimum(block * BLOCK + entry, V - 1).astype(jnp.int32)  # V - 1: only NaN weights point past the end
 
 
 def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
