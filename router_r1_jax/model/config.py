@@ -36,6 +36,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     rms_eps: float = 1e-6
     tie_embeddings: bool = True
+    max_positions: int = 32_768  # the longest context it was made for: goes into exports, nothing is cut at it here
     dtype: str = "float32"
     remat: bool = True
 

@@ -1,0 +1,171 @@
+"""config.json of a Hugging Face checkpoint: read into a ModelConfig or refused with the reason, and written.
+
+Both generations are read: `rope_theta` and `rope_scaling` side by side (transformers 4) and `rope_parameters` (5).
+"""
+
+import os
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from router_r1_jax.model.config import ModelConfig, RopeScaling
+
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_DEFAULT_THETA = 10_000.0  # of all three families in transformers
+_QWEN3_HEAD_DIM = 128  # what transformers' Qwen3Config has where the field is absent
+
+# Settings that change the computation, and the only value that this model computes; absent means that value.
+_REQUIRED_VALUES = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be read or written. The message names the file or field, what it holds and the fix."""
+
+
+def config_from_hf(fields: dict[str, Any], *, dtype: str, source: str | os.PathLike[str]) -> ModelConfig:
+    """The ModelConfig of a config.json.
+
+    Args:
+      fields: the parsed file.
+      dtype: of parameters and activations.
+      source: the file, for messages.
+
+    Raises:
+      WeightsError: another family, or a setting that RouterLM does not compute (rope types other than default and
+        llama3, sliding windows, extra biases, quantised weights).
+    """
+    family = fields.get("model_type")
+    if family not in _ARCHITECTURES:
+        raise WeightsError(f"{source}: model_type is {family!r}; supported are {', '.join(_ARCHITECTURES)}")
+    for field, value in _REQUIRED_VALUES.items():
+        if fields.get(field) not in (None, value):
+            raise WeightsError(
+                f"{source}: {field} is {_short(fields[field])}; only {value!r} is supported, take another checkpoint"
+            )
+    _refuse_sliding_window(fields, source)
+    width, num_heads = (_positive_int(fields, name, source) for name in ("hidden_size", "num_attention_heads"))
+    theta, scaling = _read_rope(fields, source)
+    head_dim = fields.get("head_dim") or (_QWEN3_HEAD_DIM if family == "qwen3" else width // num_heads)
+    try:
+        return ModelConfig(
+            vocab_size=_positive_int(fields, "vocab_size", source),
+            num_layers=_positive_int(fields, "num_hidden_layers", source),
+            width=width,
+            mlp=_positive_int(fields, "intermediate_size", source),
+            num_heads=num_heads,
+            num_kv_heads=fields.get("num_key_value_heads") or num_heads,
+            head_dim=head_dim,
+            family=family,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            rms_eps=float(fields.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+            max_positions=fields.get("max_position_embeddings") or ModelConfig.max_positions,
+            dtype=dtype,
+        )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{source}: {error}; the file does not describe a model of family {family}") from error
+
+
+def config_to_hf(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """The config.json of a model; `tokenizer` gives the special tokens' ids."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling.factor,
+            "low_freq_factor": config.rope_scaling.low_freq_factor,
+            "high_freq_factor": config.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": config.rope_scaling.original_max_positions,
+        }
+    return {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_positions,
+        "attention_bias": False,  # Qwen2's query, key and value biases are not what this field means
+        "rope_parameters": rope,
+        # transformers 4 does not know rope_parameters and would fall back to 10,000 without a word.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else rope,
+        "dtype": config.dtype,
+        # Written also where unknown: the families' own defaults are ids of other vocabularies.
+        **{name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+
+
+def _positive_int(fields: dict[str, Any], name: str, source: str | os.PathLike[str]) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise WeightsError(f"{source}: {name} is {_short(value)}; it must be a positive integer")
+    return value
+
+
+def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[float, RopeScaling | None]:
+    """Base wavelength and scaling. Of both generations' fields the older one counts, as in transformers."""
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = fields.get(name) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise WeightsError(f"{source}: {name} is {_short(rope)}; only one setting for all layers is supported")
+    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or _DEFAULT_THETA)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise WeightsError(
+            f"{source}: {name}.partial_rotary_factor is {rope['partial_rotary_factor']}; only 1 is supported"
+        )
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise WeightsError(
+            f"{source}: {name}.rope_type is {kind!r}; supported are 'default' and 'llama3'. If the scaling only serves "
+            f"longer contexts than you need, remove it"
+        )
+    original = (
+        fields.get("original_max_position_embeddings")
+        or rope.get("original_max_position_embeddings")
+        or fields.get("max_position_embeddings")
+    )
+    values = {field: rope.get(field) for field in ("factor", "low_freq_factor", "high_freq_factor")}
+    values["original_max_position_embeddings"] = original
+    for field, value in values.items():
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise WeightsError(
+                f"{source}: {name}.{field} is {_short(value)}; rope_type 'llama3' needs a positive number"
+            )
+    return theta, RopeScaling(*map(float, list(values.values())[:3]), original_max_positions=int(original))
+
+
+def _refuse_sliding_window(fields: dict[str, Any], source: str | os.PathLike[str]) -> None:
+    """Qwen's files name a window also where it is switched off, or where no layer is above `max_window_layers`."""
+    if not fields.get("use_sliding_window") or fields.get("sliding_window") is None:
+        return
+    num_layers = _positive_int(fields, "num_hidden_layers", source)
+    first = fields.get("max_window_layers", 28)  # transformers' default
+    layer_types = fields.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(num_layers)]
+    if "sliding_attention" in layer_types:
+        raise WeightsError(
+            f"{source}: use_sliding_window is True with sliding_window {fields['sliding_window']}; windows are not "
+            f"supported. If no sequence is longer than the window, set use_sliding_window to false"
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
