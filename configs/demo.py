@@ -1,8 +1,8 @@
 """The whole main job on two CPU cores: a 1M-parameter router learns whom to ask in the synthetic world.
 
-    make demo
-    python -m router_r1_jax.train --config=configs/demo.py --workdir=runs/demo
-    python -m router_r1_jax.evaluate --config=configs/demo.py --workdir=runs/demo
+make demo
+python -m router_r1_jax.train --config=configs/demo.py --workdir=runs/demo
+python -m router_r1_jax.evaluate --config=configs/demo.py --workdir=runs/demo
 """
 
 import importlib.util

@@ -80,7 +80,9 @@ def base_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.name = "synthetic"  # TFDS builder
     c.data.dir = ""  # where prepared data lie; "" is <workdir>/data
-    c.data.world = ConfigDict(dict(seed=7, films=60, songs=60, clubs=60, persons=80, cities=60, countries=20, rivers=20))
+    c.data.world = ConfigDict(
+        dict(seed=7, films=60, songs=60, clubs=60, persons=80, cities=60, countries=20, rivers=20)
+    )
 
     c.prompt = ConfigDict()
     c.prompt.template = "router"  # a file of router_r1_jax/templates without its suffix, or a path

@@ -24,7 +24,14 @@ from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.data.reference import references
 from router_r1_jax.evaluation.records import Record, make_records, summarise
 from router_r1_jax.evaluation.statistics import bootstrap_mean, paired_bootstrap
-from router_r1_jax.report import EpisodeWriter, calls_per_model, em_against_cost, learning_curves, read_metrics, write_report
+from router_r1_jax.report import (
+    EpisodeWriter,
+    calls_per_model,
+    em_against_cost,
+    learning_curves,
+    read_metrics,
+    write_report,
+)
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.train import config_hash, judge
@@ -46,13 +53,13 @@ def answer_all(
                 split=split, on_finish=lambda _: bar.update(),
             )  # fmt: skip
             rewards = judge(config, answers, normalizer)
-            records += make_records(
-                answers.questions, answers.episodes, rewards, step=step, split=split, policy=policy
-            )
+            records += make_records(answers.questions, answers.episodes, rewards, step=step, split=split, policy=policy)
     return records
 
 
-def policy_entry(config: ConfigDict, session: Session, records: list[Record], *, name: str, step: int) -> dict[str, Any]:
+def policy_entry(
+    config: ConfigDict, session: Session, records: list[Record], *, name: str, step: int
+) -> dict[str, Any]:
     """One policy's line of results.json."""
     figures = summarise(records, session.cards)
     em = bootstrap_mean([r["exact_match"] for r in records], resamples=config.evaluation.bootstrap, seed=config.seed)
@@ -60,7 +67,9 @@ def policy_entry(config: ConfigDict, session: Session, records: list[Record], *,
     return {"name": name, "checkpoint": step, "em_ci": [em.low, em.high]} | figures
 
 
-def reference_entries(config: ConfigDict, session: Session, questions: Sequence[QuestionRecord]) -> list[dict[str, Any]]:
+def reference_entries(
+    config: ConfigDict, session: Session, questions: Sequence[QuestionRecord]
+) -> list[dict[str, Any]]:
     """What other policies reach on these very questions, computed from the world; empty for real data."""
     if session.world is None:
         return []
@@ -118,7 +127,9 @@ def print_table(results: dict[str, Any]) -> None:
             f"{p['calls_per_question']:>7.2f}{best:>12}{p['malformed_share']:>11.1%}"
         )
     for r in results["references"]:
-        print(f"{r['name']:<30}{r['em']:>7.3f}{'':>15}{r['dollars_per_question']:>18.3e}{r['calls_per_question']:>7.2f}")
+        print(
+            f"{r['name']:<30}{r['em']:>7.3f}{'':>15}{r['dollars_per_question']:>18.3e}{r['calls_per_question']:>7.2f}"
+        )
     if results["gain"]:
         em = results["gain"]["em"]
         print(f"\ngain in EM, paired: {em['mean']:+.3f}, 95 % interval {em['ci'][0]:+.3f} .. {em['ci'][1]:+.3f}")

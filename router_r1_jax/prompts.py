@@ -45,13 +45,18 @@ def load_template(name_or_path: str) -> str:
     return text
 
 
+def score_text(score: float) -> str:
+    """A score in [0, 1] as prompts write it: in percent, without the sign."""
+    return f"{100 * score:.0f}"
+
+
 def card_line(card: PromptCard) -> str:
     """One model in one line, scores in percent: "film 97 music 16 : Titan ; price 12 latency 0.06".
 
     The scores come directly before the name: a small router that looks for a topic copies the name that follows. With
     other layouts it stayed at chance.
     """
-    scores = "".join(f"{topic} {100 * score:.0f} " for topic, score in card.performance.items())
+    scores = "".join(f"{topic} {score_text(score)} " for topic, score in card.performance.items())
     line = f"{scores}: {card.name} ; price {card.price_out:g} latency {card.latency:g}"
     return f"{line} ; {card.description}" if card.description else line
 

@@ -16,6 +16,8 @@ import hashlib
 import json
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,7 @@ class Run:
     normalizer: CostNormalizer
     state: TrainState | None = None
     step: int = 0
+    saved_step: int = -1
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def advance(self, state: TrainState, step: int) -> None:
@@ -153,6 +156,20 @@ class Run:
         """Write a checkpoint of this step."""
         train = {"opt_state": self.state.opt_state, "step": self.state.step}
         store.save(self.step, params=self.state.params, train=train, run=self.progress, metric=metric)
+        self.saved_step = self.step
+
+    @contextmanager
+    def kept_on_error(self, store: CheckpointStore) -> Iterator[None]:
+        """Whatever ends the block, the last whole step is kept: also on Ctrl-C, a failing pool or a failing host."""
+        try:
+            yield
+        except BaseException:
+            whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))  # else cut inside an update
+            if self.step > self.saved_step and whole:
+                self.save(store, None)
+                store.wait()
+                print(f"\nstopped; step {self.step} is kept in {store.directory}")
+            raise
 
     def restore(self, store: CheckpointStore, step: int, abstract: TrainState) -> None:
         """Become the run that checkpoint `step` holds."""
@@ -164,54 +181,81 @@ class Run:
         self.normalizer.restore(saved.run["cost_window"])
         self.session.pool.restore(saved.run["pool"])
         self.advance(TrainState(saved.params, saved.train["opt_state"], saved.train["step"]), step)
+        self.saved_step = step
 
 
-def train(config: ConfigDict, session: Session, store: CheckpointStore) -> None:
-    """The run, from its first or its latest checkpoint to config.steps."""
-    # ---- data -------------------------------------------------------------------------------------------------------
-    train_questions = session.questions("train")
-    validation_questions = session.questions("validation")[: config.validation.questions]
-    iterator = QuestionIterator(train_questions, seed=config.seed, batch=config.rollout.questions)
-
-    # ---- optimizer and learner --------------------------------------------------------------------------------------
-    lc = config.learner
+def setup_learner(config: ConfigDict, session: Session) -> tuple[Learner, TrainState, Any, Any]:
+    """The learner, an abstract TrainState to restore into, the optimizer and its schedule."""
+    c = config.learner
     optimizer, schedule = make_optimizer(
-        learning_rate=lc.learning_rate, warmup=lc.warmup, total=config.steps * lc.minibatches, decay=lc.decay,
-        weight_decay=lc.weight_decay, max_grad_norm=lc.max_grad_norm,
+        learning_rate=c.learning_rate, warmup=c.warmup, total=config.steps * c.minibatches, decay=c.decay,
+        weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm,
     )  # fmt: skip
-    loss = PolicyLoss(clip_low=lc.clip_low, clip_high=lc.clip_high, kl_coef=lc.kl_coef)
     learner = Learner(
-        session.model, optimizer, loss, session.mesh, session.abstract_params,
-        micro_batch=lc.micro_batch, chunk=lc.logit_chunk, temperature=config.rollout.temperature,
+        session.model, optimizer, PolicyLoss(clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef),
+        session.mesh, session.abstract_params,
+        micro_batch=c.micro_batch, chunk=c.logit_chunk, temperature=config.rollout.temperature,
     )  # fmt: skip
-    abstract = abstract_state(optimizer, session.abstract_params, session.mesh)
+    return learner, abstract_state(optimizer, session.abstract_params, session.mesh), optimizer, schedule
 
-    # ---- first or latest checkpoint ---------------------------------------------------------------------------------
-    resume_step = store.latest()
-    writer = MetricsWriter(
-        session.workdir, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, resume_step=resume_step
-    )
-    episodes_file = EpisodeWriter(session.workdir, "train", resume_step=resume_step)
-    run = Run(session, iterator, CostNormalizer(config.reward.window))
-    if resume_step is None:
-        params = warm_start(session, writer)
-        reference = jax.tree.map(jnp.copy, params)  # the state's own copy is donated by the first update
-        run.advance(init_state(optimizer, params, session.abstract_params, session.mesh), 0)
-        run.save(store, None)
-    else:
-        print(f"going on from step {resume_step}")
-        run.restore(store, resume_step, abstract)
-        reference = store.restore_params(store.first(), session.abstract_params)
-    session.router.push(run.state.params)
-    print(estimate(config))
 
-    # ---- steps ------------------------------------------------------------------------------------------------------
-    saved_step = run.step
-    bar = tqdm(initial=run.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True)
-    try:
+def rollout_metrics(session: Session, answers: Answers, records: list[Record]) -> dict[str, Any]:
+    """What a step's episodes and its rollout add to the metrics. Times in seconds, money in dollars."""
+    stats = answers.stats
+    return summarise(records, session.cards) | {
+        "failed_episodes": int(np.sum(~answers.valid)),
+        "response_tokens": float(np.mean([len(e.tokens) for e in answers.episodes])),
+        "tokens_per_second": stats.decoded_tokens / stats.seconds,
+        "idle_seconds": stats.idle_seconds,
+        "spent_dollars": session.pool.totals()["spent"],
+    }
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """The run, from its first or its latest checkpoint to config.steps."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is handled like Ctrl-C
+    if config.rollout.temperature == 0:
+        raise ConfigError("rollout.temperature is 0; training needs draws that differ, set it to 1.0")
+    with ExitStack() as stack:
+        # ---- pool, model, data --------------------------------------------------------------------------------------
+        store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
+        session = stack.enter_context(open_session(config, workdir, load_source=True))
+        (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
+        train_questions = session.questions("train")
+        validation_questions = session.questions("validation")[: config.validation.questions]
+        iterator = QuestionIterator(train_questions, seed=config.seed, batch=config.rollout.questions)
+        print(estimate(config))
+
+        # ---- logging ------------------------------------------------------------------------------------------------
+        resume_step = store.latest()
+        logging = config.logging
+        writer = MetricsWriter(workdir, tensorboard=logging.tensorboard, wandb=logging.wandb, resume_step=resume_step)
+        stack.callback(writer.close)
+        episodes_file = EpisodeWriter(workdir, "train", resume_step=resume_step)
+        stack.callback(episodes_file.close)
+
+        # ---- learner, first or latest checkpoint --------------------------------------------------------------------
+        learner, abstract, optimizer, schedule = setup_learner(config, session)
+        run = Run(session, iterator, CostNormalizer(config.reward.window))
+        if resume_step is None:
+            params = warm_start(session, writer)
+            reference = jax.tree.map(jnp.copy, params)  # the state's own copy is donated by the first update
+            run.advance(init_state(optimizer, params, session.abstract_params, session.mesh), 0)
+            run.save(store, None)
+        else:
+            print(f"going on from step {resume_step}")
+            run.restore(store, resume_step, abstract)
+            reference = store.restore_params(store.first(), session.abstract_params)
+        session.router.push(run.state.params)
+        stack.enter_context(run.kept_on_error(store))
+
+        # ---- steps --------------------------------------------------------------------------------------------------
+        bar = stack.enter_context(
+            tqdm(initial=run.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True)
+        )
         while run.step < config.steps:
             started = time.monotonic()
-            questions = run.iterator.next()
+            questions = iterator.next()
             answers = session.router.answer(
                 questions, group=config.rollout.group, temperature=config.rollout.temperature,
                 seed=(config.seed, run.step), step=run.step + 1, split="train",
@@ -220,6 +264,7 @@ def train(config: ConfigDict, session: Session, store: CheckpointStore) -> None:
             groups = np.repeat(np.arange(len(questions)), config.rollout.group)
             advantages, without_spread = group_advantages(rewards.total, groups, answers.valid)
             sampled = time.monotonic()
+
             state, metrics = update(config, learner, run.state, reference, answers, advantages)
             run.advance(state, run.step + 1)
             session.router.push(run.state.params)
@@ -228,61 +273,34 @@ def train(config: ConfigDict, session: Session, store: CheckpointStore) -> None:
             records = make_records(
                 answers.questions, answers.episodes, rewards, step=run.step, split="train", policy="training"
             )
-            metrics |= summarise(records, session.cards) | {
+            metrics |= rollout_metrics(session, answers, records) | {
                 "zero_variance_groups": without_spread,
-                "failed_episodes": int(np.sum(~answers.valid)),
-                "response_tokens": float(np.mean([len(e.tokens) for e in answers.episodes])),
-                "tokens_per_second": answers.stats.decoded_tokens / answers.stats.seconds,
-                "idle_seconds": answers.stats.idle_seconds,
                 "rollout_seconds": sampled - started,
                 "update_seconds": updated - sampled,
-                "learning_rate": float(schedule(run.step * lc.minibatches)),
-                "spent_dollars": session.pool.totals()["spent"],
+                "learning_rate": float(schedule((run.step - 1) * config.learner.minibatches)),
             }
+            last = run.step == config.steps
             validated = None
-            if config.validation.questions and (run.step % config.validation.every == 0 or run.step == config.steps):
+            if config.validation.questions and (last or run.step % config.validation.every == 0):
                 figures, validation_records = validate(config, session, validation_questions, run.step)
                 metrics |= figures
                 validated = figures["val/reward/total"]
                 episodes_file.write(validation_records[:20])
-            if run.step % config.logging.episodes_every == 0:
+            if last or run.step % logging.episodes_every == 0:
                 episodes_file.write(records)
             writer.write(run.step, metrics)
-            if run.step % config.checkpoint.every == 0 or run.step == config.steps:
+            if last or run.step % config.checkpoint.every == 0:
                 run.save(store, validated)
-                saved_step = run.step
             bar.update()
             bar.set_postfix(
                 em=f"{metrics['em']:.2f}", reward=f"{metrics['reward/total']:.2f}",
                 dollars=f"{metrics['dollars_per_question']:.1e}",
             )  # fmt: skip
-    except BaseException:
-        # Nothing learnt is lost: the last whole step is kept, unless it is already, or the update itself was cut.
-        if run.step > saved_step and not any(x.is_deleted() for x in jax.tree.leaves(run.state.params)):
-            run.save(store, None)
-            store.wait()
-            print(f"\nstopped; step {run.step} is kept in {store.directory}")
-        raise
-    finally:
-        bar.close()
-        writer.close()
-        episodes_file.close()
 
-
-def main(config: ConfigDict, workdir: Path) -> None:
-    """Open the session, train, and say where things are."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is handled like Ctrl-C
-    if config.rollout.temperature == 0:
-        raise ConfigError("rollout.temperature is 0; training needs draws that differ, set it to 1.0")
-    with (
-        CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep) as store,
-        open_session(config, workdir, load_source=True) as session,
-    ):
-        (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
-        train(config, session, store)
         store.wait()
-        best = store.best()
-        print(f"steps kept: {store.steps()}; best by validation: {best}; metrics in {workdir / 'metrics.jsonl'}")
+        print(
+            f"steps kept: {store.steps()}; best by validation: {store.best()}; metrics in {workdir / 'metrics.jsonl'}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from router_r1_jax import protocol
+from router_r1_jax import prompts, protocol
 from router_r1_jax.data.world import Question, World, claim, query_text
 
 
@@ -25,8 +25,10 @@ def scripted_episode(
 ) -> list[tuple[str, bool]]:
     """The response to a question in pieces: True where the router speaks (loss), False where a reply is injected.
 
-    Each think segment names the relation, the entity, the domain and then the model: with the entity in the query alone
-    a small router learnt nothing in 600 steps. A wrong reply is carried on as it is.
+    Each think segment names the relation, the entity, the domain, a score that some card states for that domain, and
+    then that card's model. With the entity in the query alone a small router learnt nothing in 600 steps; and with the
+    model named directly behind the domain, RL had to learn a table of names instead of what the scores say. A wrong
+    reply is carried on as it is.
     """
     pieces = []
     entity = question.hops[0].subject
@@ -34,7 +36,8 @@ def scripted_episode(
         fact = world.fact(hop.relation, entity)
         card = roster[rng.integers(len(roster))]
         query = query_text(fact.relation, entity)
-        thought = f"<think> {fact.relation} of {entity} : {fact.domain} : {card.name} </think>\n"
+        score = prompts.score_text(card.performance[fact.domain])
+        thought = f"<think> {fact.relation} of {entity} : {fact.domain} {score} : {card.name} </think>\n"
         pieces.append((f"{thought}<search> {card.name}: {query} </search>", True))
         pieces.append((protocol.information_block(world.reply(query, card.performance)), False))
         entity = claim(fact, card.performance)

@@ -59,7 +59,10 @@ def summarise(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any
     figures: dict[str, Any] = {
         "em": _mean([r["exact_match"] for r in records]),
         "f1": _mean([r["f1"] for r in records]),
-        **{f"reward/{part}": _mean([r["reward"][part] for r in records]) for part in ("total", "format", "outcome", "cost")},
+        **{
+            f"reward/{part}": _mean([r["reward"][part] for r in records])
+            for part in ("total", "format", "outcome", "cost")
+        },
         "malformed_share": _mean([r["reward"]["format"] < 0 for r in records]),
         "calls_per_question": _mean([len(r["calls"]) for r in records]),
         "dollars_per_question": _mean([r["dollars"] for r in records]),

@@ -67,9 +67,7 @@ def state_shardings(optimizer: optax.GradientTransformation, abstract: Params, m
     return TrainState(shardings, opt, replicated(mesh))
 
 
-def init_state(
-    optimizer: optax.GradientTransformation, params: Params, abstract: Params, mesh: Mesh
-) -> TrainState:
+def init_state(optimizer: optax.GradientTransformation, params: Params, abstract: Params, mesh: Mesh) -> TrainState:
     """A fresh TrainState around parameters that are already on the mesh."""
     shardings = state_shardings(optimizer, abstract, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
