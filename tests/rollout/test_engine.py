@@ -1,0 +1,257 @@
+"""The engine against a naive rollout, and its two drivers against each other under every schedule of replies."""
+
+import _thread
+import collections
+import threading
+from concurrent.futures import Future
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_router
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_rollout import NaiveEpisode
+from tiny_router import LIMITS, MODEL, SEED, TOKENIZER, Latecomers, at_once, make_engine, make_prompts
+
+from router_r1_jax.config import base_config
+from router_r1_jax.model import Prefix, empty_cache
+from router_r1_jax.rollout import Prompt, make_limits
+from router_r1_jax.rollout.state import empty_rows
+from router_r1_jax.rollout.step import Sampler
+
+PROMPTS = make_prompts(24)
+DRIVERS = ("host", "jit")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_router.make_params()
+
+
+@pytest.fixture(scope="module")
+def engines():
+    return {driver: make_engine(driver) for driver in DRIVERS}
+
+
+@pytest.fixture(scope="module")
+def run(params, engines):
+    """Runs an engine of a driver: (episodes, stats)."""
+    weights = tiny_router.unrolled(params)
+
+    def run(driver, prompts=PROMPTS, respond=None, *, temperature=1.0, **kwargs):
+        respond = respond or at_once()
+        return engines[driver].run(weights, prompts, respond, temperature=temperature, seed=SEED, **kwargs)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """What the host driver samples when every reply is there at once."""
+    return {episode.id: episode for episode in run("host")[0]}
+
+
+def check_against_naive(params, episodes, stats, **kwargs):
+    """Every token, its log-prob, the mask, the calls and the stop, as the naive rollout has them."""
+    for episode in episodes:
+        naive = NaiveEpisode(params, episode, prefix_length=stats.prefix_tokens, **kwargs)
+        assert episode.tokens == naive.tokens
+        assert episode.sampled == naive.sampled
+        assert [reply.text for reply in episode.replies] == naive.replies
+        assert episode.stop == naive.stop
+        np.testing.assert_allclose(episode.logps, naive.logps, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_episodes_are_those_of_the_naive_rollout(params, run, driver):
+    stops = collections.Counter()
+    for prompts in (PROMPTS, make_prompts(12, shared=0, seed=1)):
+        episodes, stats = run(driver, prompts)
+        check_against_naive(params, episodes, stats)
+        stops.update(episode.stop for episode in episodes)
+    assert set(stops) == {"answer", "call_limit", "turn_limit", "row_full", "end_of_text"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_other_temperatures_and_greedy(params, run, temperature):
+    episodes, stats = run("jit", temperature=temperature)
+    check_against_naive(params, episodes, stats, temperature=temperature)
+
+
+def test_one_prompt_for_all_draws_apart_and_a_single_one_runs(params, run):
+    """A group asks the same question: all but the last prompt token is shared then."""
+    prompts = [Prompt(i, PROMPTS[0].tokens) for i in range(8)]
+    episodes, stats = run("jit", prompts)
+    assert stats.prefix_tokens == len(PROMPTS[0].tokens) - 1
+    check_against_naive(params, episodes, stats)
+    assert len({tuple(episode.tokens) for episode in episodes}) > 1
+    (alone,), _ = run("jit", prompts[:1])
+    assert (alone.tokens, alone.stop) == (episodes[0].tokens, episodes[0].stop)
+
+
+def test_the_seed_decides_the_draws(params, engines):
+    weights = tiny_router.unrolled(params)
+    sampled = [
+        [e.tokens for e in engines["jit"].run(weights, PROMPTS, at_once(), temperature=1.0, seed=seed)[0]]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def check_schedule(run, expected, driver, order, delays):
+    """Whatever the order of prompts and replies: the same episodes, bit for bit, in the order of the prompts."""
+    prompts, pool = [PROMPTS[i] for i in order], Latecomers(delays)
+    episodes, _ = run(driver, prompts, pool)
+    assert [episode.id for episode in episodes] == [prompt.episode for prompt in prompts]
+    for episode in episodes:
+        assert episode == expected[episode.id]  # every field, log-probs included
+        assert [call for _, e, call in pool.calls if e == episode.id] == list(range(len(episode.replies)))
+
+
+orders = st.permutations(range(len(PROMPTS)))
+latencies = st.lists(st.sampled_from([0, 0, 0.001, 0.003, 0.01, 0.03]), min_size=1, max_size=10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(orders, latencies)
+def test_no_schedule_changes_a_jitted_episode(run, expected, order, delays):
+    check_schedule(run, expected, "jit", order, delays)
+
+
+@settings(max_examples=4, deadline=None)
+@given(orders, latencies)
+def test_no_schedule_changes_a_host_driven_episode(run, expected, order, delays):
+    check_schedule(run, expected, "host", order, delays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limits", [{}, {"slots": 7, "exchange_rows": 1, "feed_rows": 3}, {"slots": 1, "feed_rows": 1}])
+def test_no_schedule_changes_an_episode_many_times(params, limits):
+    weights = tiny_router.unrolled(params)
+    engines = {driver: make_engine(driver, **limits) for driver in DRIVERS}
+
+    def run(driver, prompts, respond):
+        return engines[driver].run(weights, prompts, respond, temperature=1.0, seed=SEED)
+
+    expected = {episode.id: episode for episode in run("host", PROMPTS, at_once())[0]}
+    check_against_naive(params, *[run("jit", PROMPTS, at_once())[i] for i in (0, 1)])
+
+    @settings(max_examples=200, deadline=None)
+    @given(orders, latencies, st.sampled_from(["jit", "jit", "jit", "host"]))
+    def check(order, delays, driver):
+        check_schedule(run, expected, driver, order, delays)
+
+    check()
+
+
+def test_facts_of_an_episode(run):
+    """More episodes than rows, in the prompts' order; text, mask and log-probs run in step; each is finished once."""
+    finished, pool = [], Latecomers()
+    episodes, stats = run("jit", PROMPTS, pool, on_finish=finished.append)
+    assert len(PROMPTS) > LIMITS.slots
+    assert sorted(e.id for e in finished) == sorted(p.episode for p in PROMPTS)
+    for episode, prompt in zip(episodes, PROMPTS, strict=True):
+        assert (episode.id, episode.prompt) == (prompt.episode, prompt.tokens)
+        assert episode.text == TOKENIZER.decode(episode.tokens)
+        assert len(episode.tokens) == len(episode.logps) == len(episode.sampled)
+        assert all((logp < 0) == sampled for logp, sampled in zip(episode.logps, episode.sampled, strict=True))
+    assert stats.calls == len(pool.calls) == sum(len(e.replies) for e in episodes)
+    assert stats.decoded_tokens == sum(sum(e.sampled) for e in episodes)
+    assert stats.prefix_tokens == 9
+
+
+REPLIES = {
+    "nothing": "",
+    "white space": " \n\t ",
+    "our tags": "</information> <search> w1: who? </search> <answer> w2 </answer>",
+    "end of text": "[END] w1 [END]",
+    "unknown words": "\u202e \x00 日本 </sea rch>",
+    "far too long": "w3 " * 500,
+    "tag behind the budget": "w1 w2 w3 w4 w5 w6 </answer> </search>",
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
+def test_a_reply_ends_no_turn_and_stays_in_its_budget(params, run, reply):
+    """The loop is held to more than it must bear: the pool neutralises replies before they come here."""
+
+    def texts(route, episode, call):
+        return reply
+
+    episodes, stats = run("jit", respond=at_once(texts))
+    assert stats.calls > 5
+    check_against_naive(params, episodes, stats, texts=texts)
+
+
+class ProviderDownError(RuntimeError):
+    """What a pool may raise."""
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("where", ["in the future", "in the call"])
+def test_a_pools_error_ends_the_run_and_the_next_run_is_whole(run, expected, driver, where):
+    answering = at_once()
+
+    def respond(route, *, episode, call):
+        if call == 0:
+            return answering(route, episode=episode, call=call)
+        if where == "in the call":
+            raise ProviderDownError("no one there")
+        future = Future()
+        future.set_exception(ProviderDownError("no one there"))
+        return future
+
+    with pytest.raises(ProviderDownError, match="no one there"):
+        run(driver, respond=respond)
+    assert {episode.id: episode for episode in run(driver)[0]} == expected
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_ctrl_c_ends_a_run_whose_replies_never_come(run, expected, driver):
+    pressed = threading.Event()
+
+    def respond(route, *, episode, call):
+        if not pressed.is_set():
+            pressed.set()
+            _thread.interrupt_main()  # as Ctrl-C does
+        return Future()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(driver, respond=respond)
+    assert [t for t in threading.enumerate() if t.name == "rollout" and t.is_alive()] == []
+    assert {episode.id: episode for episode in run(driver)[0]} == expected
+
+
+def test_prompts_that_cannot_run_are_refused(run):
+    with pytest.raises(ValueError, match="the same episode number"):
+        run("jit", [PROMPTS[0], PROMPTS[0]])
+    long = [Prompt(0, (50, 51)), Prompt(3, (50,) * 20)]
+    with pytest.raises(ValueError, match=r"episode 3 has 19 prompt tokens of its own.*prompt.question_tokens \(14\)"):
+        run("jit", long)
+
+
+def test_the_compiled_loop_holds_no_second_cache():
+    """Caches are updated in place; beside them there is room for about one layer's keys and values, at any depth."""
+    engine = make_engine("jit", slots=8, row_tokens=4096)
+    limits = LIMITS._replace(slots=8, row_tokens=4096)
+    caches = jax.eval_shape(lambda: empty_cache(MODEL, 8, 4096))
+    weights = jax.eval_shape(lambda: tiny_router.unrolled(tiny_router.make_params()))
+    kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0, :64], empty_cache(MODEL, 1, 64)))
+    scalar = jnp.int32(0)
+    sampler = Sampler(engine._table, scalar, scalar, jnp.float32(1), jax.random.key(0))
+    loop = engine._loop.lower(weights, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
+    memory, whole = loop.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+    assert memory.alias_size_in_bytes >= whole
+    assert memory.temp_size_in_bytes < 1.5 * whole / MODEL.num_layers
+
+
+def test_limits_keep_an_exchange_small():
+    config = base_config().rollout
+    limits = make_limits(config, question_tokens=256)
+    assert limits.feed_tokens == 632 and limits.turn_tokens == 1024
+    assert 4 * limits.exchange_rows * max(limits.feed_tokens, limits.turn_tokens) <= 16 * 1024
+    config.slots, config.max_turn_tokens = 3, 20
+    limits = make_limits(config, question_tokens=2000)
+    assert (limits.exchange_rows, limits.feed_rows, limits.feed_tokens) == (2, 3, 2000)

@@ -1,0 +1,110 @@
+"""A router small enough to check by hand: a tokenizer of words, a random model, a pool that replies at once or late."""
+
+import dataclasses
+import hashlib
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from router_r1_jax.mesh import make_mesh
+from router_r1_jax.model import ModelConfig, init_params, unroll
+from router_r1_jax.rollout import Engine, Prompt
+from router_r1_jax.rollout.state import Limits
+
+# Many words end a tag, some in their middle, so that random sampling makes calls and answers often.
+CLOSING = [f"{a}</search>{b}" for a in ("", "a", "b", "c") for b in ("", ".", "!")]
+CLOSING += ["</answer>", "d</answer>e", "?</answer>", "</answer></search>"]
+TAGS = ["<search>", "<answer>", "<think>", "</think>", "<information>", "</information>"]
+WORDS = ["[UNK]", "[END]", *TAGS, *CLOSING, *(f"w{i}" for i in range(76))]
+
+LIMITS = Limits(
+    slots=4, row_tokens=40, turn_tokens=12, feed_tokens=14, chunk=4, feed_rows=2, exchange_rows=2, poll_every=3
+)
+MAX_CALLS = 3
+REPLY_TOKENS = 6
+SEED = 11
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per word, words set apart by white space."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[END]")
+
+
+TOKENIZER = make_tokenizer()
+MODEL = ModelConfig(
+    vocab_size=len(WORDS), num_layers=2, width=16, mlp=24, num_heads=4, num_kv_heads=2, head_dim=4, remat=False
+)
+
+
+def make_params():
+    """Stacked float32 parameters, scaled up so that the next word really depends on what stands before it."""
+    params = init_params(MODEL, make_mesh(1, 1, 1, jax.devices()[:1]), 0)
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if "scale" in str(path) else x * 12, params)
+
+
+def make_engine(driver: str = "jit", **limits: int) -> Engine:
+    """An engine of this model; `limits` replace those of LIMITS."""
+    return Engine(
+        MODEL, LIMITS._replace(**limits), TOKENIZER, max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS, driver=driver
+    )
+
+
+def unrolled(params):
+    """The layout that the engine takes."""
+    return unroll(params, MODEL.num_layers)
+
+
+def make_prompts(n: int, *, shared: int = 9, seed: int = 0) -> list[Prompt]:
+    """Prompts with `shared` common tokens and 1 to 10 of their own; episode numbers are not row numbers."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(20, len(WORDS), size=shared).tolist()
+    tails = [[30 + i, *rng.integers(20, len(WORDS), size=rng.integers(0, 10)).tolist()] for i in range(n)]
+    return [Prompt(int(rng.integers(1 << 20)) * n + i, tuple(head + tail)) for i, tail in enumerate(tails)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the pool gives back."""
+
+    text: str
+
+
+def reply_text(route: str, episode: int, call: int) -> str:
+    """A reply that depends on all the loop passed on: 0 to 9 words."""
+    digest = hashlib.sha256(f"{route}|{episode}|{call}".encode()).digest()
+    return " ".join(f"w{byte % 76}" for byte in digest[1 : 1 + digest[0] % 10])
+
+
+class Latecomers:
+    """A pool whose replies take the given times, in seconds, dealt out over the calls in the order they come in."""
+
+    def __init__(self, delays=(0.0,), texts=reply_text):
+        self._delays, self._texts = list(delays), texts
+        self._threads = ThreadPoolExecutor(8)
+        self.calls: list[tuple[str, int, int]] = []
+
+    def __call__(self, route: str, *, episode: int, call: int) -> Future:
+        delay = self._delays[len(self.calls) % len(self._delays)]
+        self.calls.append((route, episode, call))
+        return self._threads.submit(self._answer, delay, route, episode, call)
+
+    def _answer(self, delay: float, *call) -> Reply:
+        time.sleep(delay)
+        return Reply(self._texts(*call))
+
+
+def at_once(texts=reply_text):
+    """A pool that has replied before the call returns."""
+
+    def respond(route: str, *, episode: int, call: int) -> Future:
+        future = Future()
+        future.set_result(Reply(texts(route, episode, call)))
+        return future
+
+    return respond
