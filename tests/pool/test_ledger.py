@@ -19,8 +19,8 @@ replies = st.builds(
     model=st.sampled_from(["Titan", "Pico", ""]),
     prompt_tokens=st.integers(0, 10_000),
     completion_tokens=st.integers(0, 10_000),
-    charged=st.integers(0, 10**9).map(lambda millionths: millionths / 1e6 / 1e3),
-    spent=st.integers(0, 10**9).map(lambda millionths: millionths / 1e6 / 1e3),
+    charged=st.floats(0.0, 1.0),
+    spent=st.floats(0.0, 1.0),
 )
 
 
