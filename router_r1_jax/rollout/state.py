@@ -59,14 +59,14 @@ class Rows:
 
 
 class Outbox(NamedTuple):
-    """What an exchange tells the host: up to E ended turns (row B: none), and whether no row can go on by itself."""
+    """What an exchange tells the host: up to E ended turns (row B: none), and whether it may wait for replies."""
 
     row: np.ndarray  # [E] int32
     reason: np.ndarray  # [E] int32
     length: np.ndarray  # [E] int32
     turn: np.ndarray  # [E, M] int32
     logps: np.ndarray  # [E, M] float32
-    idle: np.ndarray  # bool
+    idle: np.ndarray  # bool: no row can go on by itself, and no ended turn is left to tell
 
 
 class Inbox(NamedTuple):
@@ -124,16 +124,18 @@ def collect(rows: Rows, limits: Limits) -> tuple[Rows, Outbox]:
     B = limits.slots
     unseen = (rows.status == WAIT) & ~rows.reported
     (row,) = jnp.nonzero(unseen, size=limits.exchange_rows, fill_value=B)
-    idle = ~jnp.any((rows.status == RUN) | (rows.status == FEED))
+    reported = rows.reported.at[row].set(True, mode="drop")
+    # Where more turns ended than one exchange carries, the host must hear of all before it may wait for replies.
+    busy = (rows.status == RUN) | (rows.status == FEED) | ((rows.status == WAIT) & ~reported)
     out = Outbox(
         row=row.astype(jnp.int32),
         reason=rows.reason.at[row].get(mode="fill", fill_value=0),
         length=rows.turn_length.at[row].get(mode="fill", fill_value=0),
         turn=rows.turn.at[row].get(mode="fill", fill_value=0),
         logps=rows.logps.at[row].get(mode="fill", fill_value=0),
-        idle=idle,
+        idle=~jnp.any(busy),
     )
-    return rows.replace(reported=rows.reported.at[row].set(True, mode="drop")), out
+    return rows.replace(reported=reported), out
 
 
 def deliver(rows: Rows, inbox: Inbox) -> Rows:
