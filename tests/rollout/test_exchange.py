@@ -1,0 +1,240 @@
+"""The host side of the callback, driven without a device: what it asks, feeds, finishes, and how it stops."""
+
+import threading
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from tiny_router import LIMITS, REPLY_TOKENS, TOKENIZER, WORDS, Reply
+
+from router_r1_jax.rollout.episode import Prompt
+from router_r1_jax.rollout.exchange import ANSWER, PATIENCE, ROUTE, Exchange, reply_ids, route_text
+from router_r1_jax.rollout.state import END_OF_TEXT, ROW_FULL, TURN_LIMIT, Outbox
+
+B, E = LIMITS.slots, LIMITS.exchange_rows
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+def outbox(*turns, idle=False):
+    """Ended turns (row, reason, words)."""
+    box = Outbox(
+        row=np.full(E, B, np.int32),
+        reason=np.zeros(E, np.int32),
+        length=np.zeros(E, np.int32),
+        turn=np.zeros((E, LIMITS.turn_tokens), np.int32),
+        logps=np.zeros((E, LIMITS.turn_tokens), np.float32),
+        idle=np.bool_(idle),
+    )
+    for i, (row, reason, words) in enumerate(turns):
+        turn = ids(words)
+        box.row[i], box.reason[i], box.length[i] = row, reason, len(turn)
+        box.turn[i, : len(turn)] = turn
+        box.logps[i, : len(turn)] = -1.0
+    return box
+
+
+class Asked:
+    """A pool that keeps the calls and their futures."""
+
+    def __init__(self):
+        self.calls, self.futures = [], []
+
+    def __call__(self, route, *, episode, call):
+        self.calls.append((route, episode, call))
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def open_exchange(n=1, max_calls=2, respond=None, **kwargs):
+    """An exchange over n prompts of 2 shared and 2 own tokens, and its pool."""
+    pool = respond or Asked()
+    prompts = [Prompt(100 + i, (50, 51, 52, 53 + i)) for i in range(n)]
+    args = LIMITS, TOKENIZER, prompts, 2, pool
+    return Exchange(*args, max_calls=max_calls, reply_tokens=REPLY_TOKENS, **kwargs), pool
+
+
+def entries(inbox):
+    """Deliveries of an inbox (row, fresh, episode, ids)."""
+    return [
+        (int(row), bool(fresh), int(episode), feed[:length].tolist())
+        for row, fresh, episode, length, feed in zip(*inbox[:5], strict=True)
+        if row < B
+    ]
+
+
+def test_questions_go_to_free_rows_a_few_at_a_time_and_nothing_is_fed_of_the_shared_part():
+    exchange, _ = open_exchange(5)
+    first, second = exchange(*outbox(idle=True)), exchange(*outbox())
+    assert entries(first) == [(0, True, 100, [52, 53]), (1, True, 101, [52, 54])]
+    assert entries(second) == [(2, True, 102, [52, 55]), (3, True, 103, [52, 56])]
+    assert first.more and not second.more and not first.stop  # the fifth waits for a row
+    third = exchange(*outbox((2, ANSWER, "w1 </answer>")))
+    assert entries(third) == [(2, True, 104, [52, 57])]
+
+
+def test_a_call_and_its_reply():
+    exchange, pool = open_exchange()
+    exchange(*outbox())
+    assert entries(exchange(*outbox((0, ROUTE, "w1 <search> w2 w3 </search>")))) == []
+    assert pool.calls == [(" w2 w3 ", 100, 0)]
+    pool.futures[0].set_result(Reply("w4 w5"))
+    # The turn's last token was sampled but never read: it leads the feed.
+    reply = ids("<information> w4 w5 </information>")
+    assert entries(exchange(*outbox())) == [(0, False, 0, [WORDS.index("</search>"), *reply])]
+    last = exchange(*outbox((0, ANSWER, "<answer> w4 </answer>")))
+    (episode,) = exchange.finished
+    assert last.stop and episode.stop == "answer"
+    assert episode.tokens == ids("w1 <search> w2 w3 </search>") + reply + ids("<answer> w4 </answer>")
+    assert episode.sampled == [True] * 5 + [False] * 4 + [True] * 3
+    assert episode.logps == [-1.0] * 5 + [0.0] * 4 + [-1.0] * 3
+    assert episode.replies == [Reply("w4 w5")]
+
+
+@pytest.mark.parametrize("max_calls", [0, 1, 2])
+def test_no_call_beyond_the_limit(max_calls):
+    exchange, pool = open_exchange(max_calls=max_calls)
+    exchange(*outbox())
+    for i in range(max_calls):
+        exchange(*outbox((0, ROUTE, "<search> w1 </search>")))
+        pool.futures[i].set_result(Reply("w2"))
+        exchange(*outbox())
+    assert exchange(*outbox((0, ROUTE, "<search> w9 </search>"))).stop
+    assert len(pool.calls) == max_calls
+    assert exchange.finished[0].stop == "call_limit"
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop"),
+    [(ANSWER, "answer"), (TURN_LIMIT, "turn_limit"), (ROW_FULL, "row_full"), (END_OF_TEXT, "end_of_text")],
+)
+def test_stops(reason, stop):
+    exchange, _ = open_exchange()
+    exchange(*outbox())
+    exchange(*outbox((0, reason, "w1 w2")))
+    assert exchange.finished[0].stop == stop
+
+
+def test_a_reply_for_which_the_row_has_no_room_ends_the_episode_and_is_kept():
+    exchange, pool = open_exchange(max_calls=9)
+    exchange(*outbox())
+    for i in range(3):  # 2 tokens of the question, then 9 + 5 by each turn and reply, of 40
+        exchange(*outbox((0, ROUTE, "w1 w2 w3 w4 w5 w6 w7 w8 </search>")))
+        pool.futures[i].set_result(Reply("w1 w2 w3"))
+        inbox = exchange(*outbox())
+        assert inbox.stop == (i == 2)
+    (episode,) = exchange.finished
+    assert episode.stop == "row_full" and len(episode.replies) == 3
+    assert len(episode.tokens) == 3 * 9 + 2 * 5  # the last reply never entered
+
+
+def test_an_idle_exchange_waits_for_a_reply_and_a_busy_one_does_not():
+    exchange, pool = open_exchange()
+    exchange(*outbox())
+    exchange(*outbox((0, ROUTE, "<search> w1 </search>")))
+    assert entries(exchange(*outbox())) == [] and exchange.idle_seconds == 0
+    threading.Timer(PATIENCE / 5, pool.futures[0].set_result, [Reply("w2")]).start()
+    tries = 0
+    while not (delivered := entries(exchange(*outbox(idle=True)))):
+        tries += 1  # a loaded machine may need another turn of patience
+        assert tries < 100
+    assert len(delivered) == 1 and exchange.idle_seconds > 0
+
+
+def test_a_bounded_wait_ends_without_a_reply():
+    exchange, _ = open_exchange()
+    exchange(*outbox())
+    inbox = exchange(*outbox((0, ROUTE, "<search> w1 </search>"), idle=True))  # returns although no reply ever comes
+    assert entries(inbox) == [] and not inbox.stop and not inbox.more
+
+
+def test_stopping_and_errors_leave_the_loop():
+    exchange, pool = open_exchange()
+    exchange(*outbox())
+    exchange.stopping = True
+    assert exchange(*outbox((0, ROUTE, "<search> w1 </search>"), idle=True)).stop
+
+    exchange, pool = open_exchange(2)
+    exchange(*outbox())
+    exchange(*outbox((0, ROUTE, "<search> w1 </search>"), (1, ROUTE, "<search> w1 </search>")))
+    error = RuntimeError("down")
+    pool.futures[1].set_exception(error)
+    assert exchange(*outbox()).stop
+    assert exchange.error is error
+
+
+@pytest.mark.parametrize("what", ["respond", "on_finish", "reply"])
+def test_nothing_raises_through_the_callback(what):
+    def fail(*args, **kwargs):
+        raise ValueError(f"{what} failed")
+
+    kwargs = {"respond": {"respond": fail}, "on_finish": {"on_finish": fail}, "reply": {}}[what]
+    exchange, pool = open_exchange(**kwargs)
+    exchange(*outbox())
+    if what == "reply":
+        exchange(*outbox((0, ROUTE, "<search> w1 </search>")))
+        pool.futures[0].set_result(object())  # has no text
+        assert exchange(*outbox(idle=True)).stop
+        assert isinstance(exchange.error, AttributeError)
+    else:
+        turn = (0, ANSWER, "w1 </answer>") if what == "on_finish" else (0, ROUTE, "<search> w1 </search>")
+        assert exchange(*outbox(turn)).stop
+        assert str(exchange.error) == f"{what} failed"
+
+
+def test_replies_that_come_while_others_are_delivered_are_not_lost():
+    exchange, pool = open_exchange(4)
+    exchange(*outbox()), exchange(*outbox())
+    exchange(*outbox((0, ROUTE, "<search> w1 </search>"), (1, ROUTE, "<search> w1 </search>")))
+    exchange(*outbox((2, ROUTE, "<search> w1 </search>"), (3, ROUTE, "<search> w1 </search>")))
+    for i in (3, 0, 2):
+        pool.futures[i].set_result(Reply(f"w{i}"))
+    first = exchange(*outbox(idle=True))
+    pool.futures[1].set_result(Reply("w1"))
+    second = exchange(*outbox(idle=True))
+    assert [entry[0] for entry in entries(first) + entries(second)] == [3, 0, 2, 1]  # first come, first served
+    assert first.more and not second.more
+
+
+def test_many_threads_replying_at_once_lose_nothing():
+    exchange, pool = open_exchange(4)
+    exchange(*outbox()), exchange(*outbox())
+    turns = [(row, ROUTE, "<search> w1 </search>") for row in range(4)]
+    exchange(*outbox(*turns[:2])), exchange(*outbox(*turns[2:]))
+    gate = threading.Barrier(4)
+
+    def reply(future):
+        gate.wait()
+        future.set_result(Reply("w2 " * 20))
+
+    threads = [threading.Thread(target=reply, args=[future]) for future in pool.futures]
+    [thread.start() for thread in threads]
+    rows = []
+    for _ in range(200):  # each waits a little while nothing is there
+        rows += [entry[0] for entry in entries(exchange(*outbox(idle=len(rows) < 4)))]
+    assert sorted(rows) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("turn", "route"),
+    [
+        ("<think> a </think> <search> X: who? </search>", " X: who? "),
+        ("<search> one <search> X: two </search>", " X: two "),
+        ("<search> X: who? </search> rest of a token", " X: who? "),
+        ("no opening tag </search>", ""),
+        ("<search> never closed", ""),
+        ("<search></search>", ""),
+        ("", ""),
+    ],
+)
+def test_route_text(turn, route):
+    assert route_text(turn) == route
+
+
+@pytest.mark.parametrize("n", [0, 1, REPLY_TOKENS - 1, REPLY_TOKENS, REPLY_TOKENS + 1, 1000])
+def test_a_reply_is_cut_before_its_closing_tag(n):
+    words = [f"w{i % 76}" for i in range(n)]
+    expected = ["<information>", *words[:REPLY_TOKENS], "</information>"]
+    assert reply_ids(TOKENIZER, " ".join(words), REPLY_TOKENS) == ids(" ".join(expected))
