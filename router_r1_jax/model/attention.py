@@ -63,17 +63,24 @@ def read_cache(cache: KV, rows: jax.Array | None) -> KV:
     return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)
 
 
-def attend(q: jax.Array, own: KV, positions: jax.Array, prefix: KV | None, prefix_length: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array,
+    own: KV,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    prefix: KV | None,
+    prefix_length: jax.Array,
+) -> jax.Array:
     """Attention output [B, T, N, H] of queries [B, T, N, H] at own positions [B, T].
 
-    A query at own position t sees the whole prefix (its first `prefix_length` entries) and own positions <= t.
+    A query at own position t sees the whole prefix (its first `prefix_length` entries) and those of its row's keys
+    whose own position, `key_positions` [B or 1, S], is t or less.
     """
     B, T, N, H = q.shape
     K = own.k.shape[2]
     q = q.reshape(B, T, K, N // K, H) * (H**-0.5)
-    S = own.k.shape[1]
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, own.k, preferred_element_type=jnp.float32)
-    visible = jnp.arange(S) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
+    visible = key_positions[:, None, None, None, :] <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
     scores = jnp.where(visible, scores, -jnp.inf)
     if prefix is None:
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)

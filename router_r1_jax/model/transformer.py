@@ -103,10 +103,12 @@ class Attention(nn.Module):
         absolute = positions + prefix_length
         q, own = apply_rope(q, absolute, c), KV(apply_rope(k, absolute, c), v)
         if cache is None:
-            out, seen = attend(q, own, positions, prefix, prefix_length), own
+            # Keys lie where the tokens do: with positions that do not start at 0, a slot number would not be causal.
+            out, seen = attend(q, own, positions, positions, prefix, prefix_length), own
         else:
             seen = write_cache(cache, own, positions, rows)
-            out = attend(q, read_cache(seen, rows), positions, prefix, prefix_length)
+            slots = jnp.arange(cache.k.shape[1])[None]
+            out = attend(q, read_cache(seen, rows), positions, slots, prefix, prefix_length)
         return Projection(c, (N, H), (D,), ("heads", None, "embed"), name="o")(out), seen
 
 
