@@ -11,6 +11,7 @@ writes to (decoding: T = 1, feeding: T = chunk).
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from router_r1_jax.model.config import ModelConfig, RopeScaling
 
@@ -23,18 +24,22 @@ class KV:
     v: jax.Array
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequencies [H/2], float32, with Llama 3's scaling where it is set."""
-    freqs = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Angular frequencies [H/2], float32, with Llama 3's scaling where it is set.
+
+    Rounded in the steps in which PyTorch rounds: a frequency's last bit turns an angle at position 10,000 by 1e-3.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freqs = 1 / (theta ** exponents.astype(np.float64)).astype(np.float32)
     if scaling is None:
         return freqs
-    wavelength = 2 * jnp.pi / freqs
+    wavelength = np.float32(2 * np.pi) / freqs
     # 1 keeps a frequency (short waves), 0 divides it by the factor (long waves), a line in between.
     keep = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
-    keep = jnp.clip(keep, 0.0, 1.0)
-    return freqs * (keep + (1 - keep) / scaling.factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (1 - keep) * freqs / scaling.factor + keep * freqs
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
