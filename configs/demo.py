@@ -5,28 +5,17 @@ python -m router_r1_jax.train --config=configs/demo.py --workdir=runs/demo
 python -m router_r1_jax.evaluate --config=configs/demo.py --workdir=runs/demo
 """
 
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from router_r1_jax.config import base_config
-
-
-def _pool():
-    path = Path(__file__).parent / "pools" / "simulated.py"
-    spec = importlib.util.spec_from_file_location("simulated_pool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from router_r1_jax.config import base_config, use_pool
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = base_config()
-    pool = _pool()
-    c.pool.providers, c.pool.models = pool.providers(), pool.models()
+    use_pool(c, Path(__file__).parent / "pools" / "simulated.py")
     c.pool.simulate = True
-    c.pool.price_date = "2026-11-01"
     c.steps = 60
     c.prompt.template = "terse"
     c.prompt.question_tokens = 32

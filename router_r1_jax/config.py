@@ -1,11 +1,13 @@
 """The configuration: every field with its default, its unit and its meaning, and the checks that need more than a type.
 
 A file in `configs/` starts from `base_config()` and changes what it needs; `--config.a.b=v` changes it once more.
-ml_collections refuses an unknown field and a wrong type; `validate` refuses what is well-typed and still wrong, and says
-which field, which value and what to write instead.
+ml_collections refuses an unknown field and a wrong type; `validate` refuses what is well-typed and still wrong, and
+says which field, which value and what to write instead.
 """
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -50,8 +52,17 @@ def provider(**fields: object) -> ConfigDict:
     return entry
 
 
+def use_pool(config: ConfigDict, path: str | Path) -> None:
+    """Take providers, models and price date from a file such as configs/pools/simulated.py."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    pool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pool)
+    config.pool.providers, config.pool.models = pool.providers(), pool.models()
+    config.pool.price_date = pool.PRICE_DATE
+
+
 def base_config() -> ConfigDict:
-    """All fields with their defaults. Lengths are tokens, times seconds, money dollars unless a comment says otherwise."""
+    """All fields with their defaults. Lengths are tokens, times seconds, money dollars, if a comment says no other."""
     c = ConfigDict()
     c.seed = 0
     c.steps = 100  # GRPO updates
@@ -180,7 +191,8 @@ def validate(config: ConfigDict) -> None:
         [
             "rollout.questions", "rollout.group", "rollout.slots", "rollout.max_turn_tokens", "rollout.reply_tokens",
             "rollout.chunk", "rollout.feed_rows", "rollout.poll_every", "pool.concurrency", "pool.deadline",
-            "pool.request_timeout", "pool.max_tokens", "learner.micro_batch", "learner.minibatches",
+            "pool.request_timeout", "pool.max_tokens", "pool.backoff", "pool.backoff_max",
+            "learner.micro_batch", "learner.minibatches",
             "learner.logit_chunk", "reward.window", "checkpoint.every", "checkpoint.keep",
         ],
     )  # fmt: skip

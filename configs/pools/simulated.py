@@ -10,6 +10,9 @@ from ml_collections import ConfigDict
 from router_r1_jax.config import model_card, provider
 
 
+PRICE_DATE = "2026-11-01"  # invented on that day; prices of invented models
+
+
 def _card(name: str, price: float, latency: float, failure_rate: float, **skill: float) -> ConfigDict:
     return model_card(
         name=name,

@@ -50,8 +50,8 @@ def best_models(cards: Sequence[Card]) -> dict[str, str]:
 def summarise(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any]:
     """Means over episodes.
 
-    Keys: em, f1, reward/{total,format,outcome,cost}, malformed_share, calls_per_question, dollars_per_question (charged),
-    calls/share (per model key, of all calls that reached one). Where questions carry their domains also
+    Keys: em, f1, reward/{total,format,outcome,cost}, malformed_share, calls_per_question, dollars_per_question
+    (charged), calls/share (per model key, of all calls that reached one). Where questions carry their domains also
     best_model_share: of the calls that belong to a hop, those to the model that is best for the hop's domain; and
     two_hop_two_calls: of the two-hop questions, those with exactly two calls.
     """

@@ -41,7 +41,7 @@ class TrainState:
 def make_optimizer(
     *, learning_rate: float, warmup: int, total: int, decay: bool, weight_decay: float, max_grad_norm: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a global-norm clip; linear warm-up, then constant or cosine to a tenth. Also returns the schedule."""
+    """AdamW behind a global-norm clip; linear warm-up, then constant or cosine to a tenth; and the schedule itself."""
     if decay:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, warmup, max(total, warmup + 1), learning_rate / 10

@@ -1,0 +1,42 @@
+"""Qwen2.5-3B-Instruct on the synthetic world, with the published hyper-parameters where GRPO has them.
+
+    python -m router_r1_jax.train    --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
+    python -m router_r1_jax.evaluate --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
+
+Hardware: float32 parameters, gradients and AdamW moments are 3.1e9 x 16 bytes = 50 GB over the `fsdp` devices, and the
+rollout's device holds another 12 GB copy of the weights and the KV cache. Not run yet: wall time and numbers unknown.
+`--config=configs/qwen25_3b_grpo.py:runlocal` runs the same settings with a random 2-layer model on a CPU.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from router_r1_jax.config import base_config, use_pool
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    c = base_config()
+    use_pool(c, Path(__file__).parent / "pools" / "simulated.py")
+    c.pool.simulate = True
+
+    c.model.source = "Qwen/Qwen2.5-3B-Instruct"
+    c.prompt.template = "router"
+    c.steps = 225
+    c.rollout.questions, c.rollout.group = 16, 8
+    c.rollout.slots = 64
+    c.rollout.max_calls = 4
+    c.learner.learning_rate = 1e-6
+    c.learner.micro_batch = 8
+
+    if arg == "runlocal":
+        c.model.source = ""
+        c.model.arch.num_layers, c.model.arch.width, c.model.arch.mlp = 2, 64, 128
+        c.steps = 2
+        c.rollout.questions, c.rollout.group, c.rollout.slots = 2, 4, 8
+        c.rollout.max_turn_tokens, c.rollout.reply_tokens, c.rollout.max_tokens = 16, 32, 512
+        c.validation.questions = 8
+        c.evaluation.questions = 16
+    elif arg:
+        raise ValueError(f"configs/qwen25_3b_grpo.py:{arg} is not known; the only argument is runlocal")
+    return c
