@@ -10,6 +10,7 @@ writes a folder that `transformers` and the servers built on it load. Both follo
 Which settings of a config.json are understood, and which are refused, stands in `hf_config.py`.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -105,10 +106,9 @@ def load_hf(
         tensors that are missing, left over or of a wrong shape (all of them in one message).
     """
     folder = _find_folder(path)
-    config_file = folder / "config.json"
-    fields = _read_json(config_file)
+    config = config_from_hf(_read_json(folder / "config.json"), source=folder / "config.json")
     stored = _read_headers(folder)
-    config = config_from_hf(fields, dtype=_choose_dtype(stored, dtype, folder), source=config_file)
+    config = dataclasses.replace(config, dtype=_choose_dtype(stored, dtype, folder))
     mesh = make_mesh(1, 1, 1, jax.local_devices()[:1]) if mesh is None else mesh
     abstract = abstract_params(config, mesh)
     _check_tensors(_flatten(abstract), stored, folder, tied=config.tie_embeddings)
@@ -251,7 +251,9 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
 def _read_header(file: Path) -> dict[str, _Stored]:
     try:
         with safe_open(file, framework="np") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}
+            # Old Llama files also hold tables of rotary frequencies, which follow from config.json.
+            names = [name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")]
+            slices = {name: handle.get_slice(name) for name in names}
             return {name: _Stored(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except FileNotFoundError as error:
         raise WeightsError(f"{file} is missing though the index names it; copy the checkpoint again") from error
@@ -276,7 +278,7 @@ def _choose_dtype(stored: dict[str, _Stored], dtype: str | None, folder: Path) -
 def _check_tensors(leaves: dict[str, Any], stored: dict[str, _Stored], folder: Path, *, tied: bool) -> None:
     num_layers = next(leaf.shape[0] for name, leaf in leaves.items() if name.startswith("layers/"))
     expected = {part.name: part.shape for part in _parts(leaves, num_layers)}
-    left_over = {name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")}
+    left_over = stored.keys() - expected.keys()
     if tied and _TENSORS["head"].name in left_over and _same_values(stored, "head", "embed"):
         left_over.remove(_TENSORS["head"].name)  # some writers store the tied head once more
     faults = [f"missing {name}" for name in expected if name not in stored]
@@ -307,7 +309,8 @@ def _same_values(stored: dict[str, _Stored], a: str, b: str) -> bool:
         return False
     with safe_open(first.file, "np") as x, safe_open(second.file, "np") as y:
         x, y = x.get_slice(_TENSORS[a].name), y.get_slice(_TENSORS[b].name)
-        return all(np.array_equal(x[i : i + 4096], y[i : i + 4096]) for i in range(0, first.shape[0], 4096))
+        rows = (slice(i, min(i + 4096, first.shape[0])) for i in range(0, first.shape[0], 4096))
+        return all(np.array_equal(x[part], y[part]) for part in rows)
 
 
 def _load_leaf(leaf: str, target: jax.ShapeDtypeStruct, stored: dict[str, _Stored]) -> jax.Array:

@@ -3,6 +3,8 @@
 Both generations are read: `rope_theta` and `rope_scaling` side by side (transformers 4) and `rope_parameters` (5).
 """
 
+import functools
+import math
 import os
 from typing import Any
 
@@ -12,6 +14,7 @@ from router_r1_jax.model.config import ModelConfig, RopeScaling
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _DEFAULT_THETA = 10_000.0  # of all three families in transformers
+_ORIGINAL = "original_max_position_embeddings"
 _QWEN3_HEAD_DIM = 128  # what transformers' Qwen3Config has where the field is absent
 
 # Settings that change the computation, and the only value that this model computes; absent means that value.
@@ -28,12 +31,11 @@ class WeightsError(ValueError):
     """A checkpoint that cannot be read or written. The message names the file or field, what it holds and the fix."""
 
 
-def config_from_hf(fields: dict[str, Any], *, dtype: str, source: str | os.PathLike[str]) -> ModelConfig:
-    """The ModelConfig of a config.json.
+def config_from_hf(fields: dict[str, Any], *, source: str | os.PathLike[str]) -> ModelConfig:
+    """The ModelConfig of a config.json, but for its dtype, which is that of the weights themselves.
 
     Args:
       fields: the parsed file.
-      dtype: of parameters and activations.
       source: the file, for messages.
 
     Raises:
@@ -41,38 +43,36 @@ def config_from_hf(fields: dict[str, Any], *, dtype: str, source: str | os.PathL
         llama3, sliding windows, extra biases, quantised weights).
     """
     family = fields.get("model_type")
-    if family not in _ARCHITECTURES:
-        raise WeightsError(f"{source}: model_type is {family!r}; supported are {', '.join(_ARCHITECTURES)}")
+    if not isinstance(family, str) or family not in _ARCHITECTURES:
+        raise WeightsError(f"{source}: model_type is {_short(family)}; supported are {', '.join(_ARCHITECTURES)}")
     for field, value in _REQUIRED_VALUES.items():
         if fields.get(field) not in (None, value):
             raise WeightsError(
                 f"{source}: {field} is {_short(fields[field])}; only {value!r} is supported, take another checkpoint"
             )
-    _refuse_sliding_window(fields, source)
-    width, num_heads = (_positive_int(fields, name, source) for name in ("hidden_size", "num_attention_heads"))
+    count = functools.partial(_positive, fields, kind=int, where=f"{source}: ")
+    width, num_layers, num_heads = count("hidden_size"), count("num_hidden_layers"), count("num_attention_heads")
+    _refuse_sliding_window(fields, num_layers, source)
     theta, scaling = _read_rope(fields, source)
-    head_dim = fields.get("head_dim") or (_QWEN3_HEAD_DIM if family == "qwen3" else width // num_heads)
+    settings = dict(
+        vocab_size=count("vocab_size"),
+        num_layers=num_layers,
+        width=width,
+        mlp=count("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=count("num_key_value_heads", default=num_heads),
+        head_dim=count("head_dim", default=_QWEN3_HEAD_DIM if family == "qwen3" else width // num_heads),
+        family=family,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_eps=_positive(fields, "rms_norm_eps", kind=float, where=f"{source}: ", default=1e-6),
+        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        max_positions=count("max_position_embeddings", default=ModelConfig.max_positions),
+    )
     try:
-        return ModelConfig(
-            vocab_size=_positive_int(fields, "vocab_size", source),
-            num_layers=_positive_int(fields, "num_hidden_layers", source),
-            width=width,
-            mlp=_positive_int(fields, "intermediate_size", source),
-            num_heads=num_heads,
-            num_kv_heads=fields.get("num_key_value_heads") or num_heads,
-            head_dim=head_dim,
-            family=family,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            rms_eps=float(fields.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-            max_positions=fields.get("max_position_embeddings") or ModelConfig.max_positions,
-            dtype=dtype,
-        )
-    except (TypeError, ValueError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"{source}: {error}; the file does not describe a model of family {family}") from error
+        return ModelConfig(**settings)
+    except ValueError as error:  # numbers that do not fit together
+        raise WeightsError(f"{source}: {error}") from error
 
 
 def config_to_hf(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
@@ -111,11 +111,16 @@ def config_to_hf(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
     }
 
 
-def _positive_int(fields: dict[str, Any], name: str, source: str | os.PathLike[str]) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise WeightsError(f"{source}: {name} is {_short(value)}; it must be a positive integer")
-    return value
+def _positive(
+    fields: dict[str, Any], name: str, *, kind: type[int] | type[float], where: str, default: float | None = None
+) -> Any:
+    """The field as a positive number of this kind; `default` where it is absent or null."""
+    value = default if fields.get(name) is None else fields[name]
+    kinds = int if kind is int else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+        noun = "integer" if kind is int else "number"
+        raise WeightsError(f"{where}{name} is {_short(value)}; it must be a positive {noun}")
+    return kind(value)
 
 
 def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[float, RopeScaling | None]:
@@ -124,12 +129,14 @@ def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[
     rope = fields.get(name) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise WeightsError(f"{source}: {name} is {_short(rope)}; only one setting for all layers is supported")
-    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or _DEFAULT_THETA)
-    kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise WeightsError(
-            f"{source}: {name}.partial_rotary_factor is {rope['partial_rotary_factor']}; only 1 is supported"
+            f"{source}: {name}.partial_rotary_factor is {rope['partial_rotary_factor']}; only 1.0 is supported"
         )
+    theta = _positive(fields, "rope_theta", kind=float, where=f"{source}: ", default=_DEFAULT_THETA)
+    number = functools.partial(_positive, rope, kind=float, where=f"{source}: {name}.")
+    theta = number("rope_theta", default=theta)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -137,29 +144,28 @@ def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[
             f"{source}: {name}.rope_type is {kind!r}; supported are 'default' and 'llama3'. If the scaling only serves "
             f"longer contexts than you need, remove it"
         )
-    original = (
-        fields.get("original_max_position_embeddings")
-        or rope.get("original_max_position_embeddings")
-        or fields.get("max_position_embeddings")
+    # A length beside the rotary settings counts first, the whole model's last.
+    lengths = fields.get(_ORIGINAL), rope.get(_ORIGINAL), fields.get("max_position_embeddings")
+    original = {_ORIGINAL: next((length for length in lengths if length is not None), None)}
+    return theta, RopeScaling(
+        factor=number("factor"),
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        original_max_positions=_positive(original, _ORIGINAL, kind=int, where=f"{source}: {name}."),
     )
-    values = {field: rope.get(field) for field in ("factor", "low_freq_factor", "high_freq_factor")}
-    values["original_max_position_embeddings"] = original
-    for field, value in values.items():
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise WeightsError(
-                f"{source}: {name}.{field} is {_short(value)}; rope_type 'llama3' needs a positive number"
-            )
-    return theta, RopeScaling(*map(float, list(values.values())[:3]), original_max_positions=int(original))
 
 
-def _refuse_sliding_window(fields: dict[str, Any], source: str | os.PathLike[str]) -> None:
+def _refuse_sliding_window(fields: dict[str, Any], num_layers: int, source: str | os.PathLike[str]) -> None:
     """Qwen's files name a window also where it is switched off, or where no layer is above `max_window_layers`."""
     if not fields.get("use_sliding_window") or fields.get("sliding_window") is None:
         return
-    num_layers = _positive_int(fields, "num_hidden_layers", source)
     first = fields.get("max_window_layers", 28)  # transformers' default
-    layer_types = fields.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(num_layers)]
-    if "sliding_attention" in layer_types:
+    if not isinstance(first, int):
+        raise WeightsError(f"{source}: max_window_layers is {_short(first)}; it must be an integer")
+    layer_types = fields.get("layer_types")
+    if not isinstance(layer_types, list | None):
+        raise WeightsError(f"{source}: layer_types is {_short(layer_types)}; it must be a list with a name per layer")
+    if first < num_layers if layer_types is None else "sliding_attention" in layer_types:
         raise WeightsError(
             f"{source}: use_sliding_window is True with sliding_window {fields['sliding_window']}; windows are not "
             f"supported. If no sequence is longer than the window, set use_sliding_window to false"
