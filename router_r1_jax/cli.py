@@ -1,7 +1,9 @@
 """What every main shares: the flags, the compilation cache, and errors as one clear line instead of a traceback."""
 
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from router_r1_jax.pool.outcomes import PoolError
 
 # Errors whose message already says what is wrong, where, and what to do.
 PLAIN_ERRORS = (CheckpointError, ConfigError, DataError, PoolError)
+FIELDS = "every field stands with its type and meaning in router_r1_jax/config.py"
 
 
 def fail(message: object) -> None:
@@ -54,7 +57,7 @@ def launch(main: Callable[..., None], **strings: str) -> None:
         enable_compilation_cache()
         main(settings, Path(workdir.value).absolute(), **{name: flag.value for name, flag in extra.items()})
 
-    run_guarded(lambda: app.run(guarded))
+    run_guarded(lambda: app.run(guarded, flags_parser=_parse_flags))
 
 
 def run_guarded(call: Callable[[], Any]) -> None:
@@ -63,22 +66,56 @@ def run_guarded(call: Callable[[], Any]) -> None:
         call()
     except PLAIN_ERRORS as error:
         fail(error)
-    except (AttributeError, KeyError, TypeError) as error:
-        if not _raised_by_config(error):
+    except (AttributeError, LookupError, TypeError, OSError) as error:
+        refusal = _refused_config(error) or _failed_file(error)
+        if refusal is None:
             raise
-        fail(str(error).strip("\"'").splitlines()[0])
-    except OSError as error:
-        if error.errno is None:
-            raise
-        fail(f"{error.filename or 'a file'}: {error.strerror}; free space or correct the path, then run again")
+        fail(refusal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _raised_by_config(error: BaseException) -> bool:
-    """Whether ml_collections refused an override (unknown field, wrong type), rather than our code failing."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return trace is not None and "ml_collections" in trace.tb_frame.f_code.co_filename
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with its errors as one line that also says where to look."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        said = str(error).strip().splitlines()[0]
+        raise ConfigError(_refused_config(error) or f"{said}; {FIELDS}") from error
+
+
+def _refused_config(error: BaseException | None) -> str | None:
+    """What ml_collections refused (unknown field, wrong type, no such file) and where; None if our own code failed."""
+    if error is None:
+        return None
+    if inner := _refused_config(error.__context__):  # absl and ml_collections wrap what they have caught
+        return inner
+    frames = traceback.extract_tb(error.__traceback__)
+    caller = next((frame for frame in reversed(frames) if "ml_collections" not in frame.filename), None)
+    if caller is None or caller is frames[-1]:
+        return None
+    said = re.sub(r"[\"'\\]", "", " ".join(str(error).replace("\\n", " ").split()))  # it quotes quotes
+    said = said.partition(" Other fields present")[0]
+    if isinstance(error, OSError):
+        return f"--config: {said.rpartition('] ')[2]}; name a file such as configs/demo.py"
+    if "absl" in Path(caller.filename).parts:
+        what = f"there is no such field ({said})" if isinstance(error, (AttributeError, LookupError)) else said
+        return f"{_refused_override(said)}: {what}; {FIELDS}"
+    return f"{caller.filename}, line {caller.lineno}, {caller.line!r}: {said}; {FIELDS}"
+
+
+def _refused_override(said: str) -> str:
+    """The override that ml_collections speaks of: it begins with the last part of the field's name."""
+    overrides = [arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
+    name = said.partition(" ")[0]
+    return " ".join([arg for arg in overrides if name in arg.partition("=")[0].split(".")] or overrides)
+
+
+def _failed_file(error: BaseException) -> str | None:
+    """A file that the system refused; None for any other error."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.filename is None:  # our own writers put path and fix into the text
+        return error.strerror
+    return f"{error.filename}: {error.strerror}; free space or correct the path, then run again"
