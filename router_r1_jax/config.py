@@ -35,7 +35,7 @@ def model_card(**fields: object) -> ConfigDict:
             aliases=(),
             simulated=ConfigDict(dict(failure_rate=0.0)),
         )
-    )
+    ).lock()
     with card.unlocked():
         card.performance.update(fields.pop("performance", {}))
     card.update(fields)
@@ -45,6 +45,7 @@ def model_card(**fields: object) -> ConfigDict:
 def provider(**fields: object) -> ConfigDict:
     """One OpenAI-compatible endpoint. `key_env` names the environment variable that holds the key; "" sends none."""
     entry = ConfigDict(dict(name="", base_url="", key_env="", headers=ConfigDict(), parameters=ConfigDict()))
+    entry.lock()
     with entry.headers.unlocked(), entry.parameters.unlocked():
         entry.headers.update(fields.pop("headers", {}))
         entry.parameters.update(fields.pop("parameters", {}))
@@ -167,7 +168,7 @@ def base_config() -> ConfigDict:
     c.evaluation.baseline = "first"  # checkpoint compared with on the same questions: first (warm start), a step, or ""
 
     c.logging = ConfigDict(dict(tensorboard=False, wandb="", episodes_every=10))  # wandb: project name
-    return c
+    return c.lock()  # a misspelt field in a configuration file is an error, not a new field
 
 
 def _positive(config: ConfigDict, fields: Sequence[str]) -> None:
