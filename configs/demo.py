@@ -17,6 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     use_pool(c, Path(__file__).parent / "pools" / "simulated.py")
     c.pool.simulate = True
     c.steps = 60
+    c.model.remat = False
     c.prompt.template = "terse"
     c.prompt.question_tokens = 32
     c.rollout.questions = 16
@@ -29,8 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.rollout.chunk = 16
     c.learner.learning_rate = 5e-4
     c.learner.micro_batch = 32
-    c.warmstart.steps = 900
-    c.warmstart.copy_steps = 300
+    c.warmstart.steps = 700
+    c.warmstart.copy_steps = 250
     c.warmstart.file = str(Path(__file__).parent / "demo_warmstart.safetensors")
     c.checkpoint.every = c.validation.every = 10
     return c

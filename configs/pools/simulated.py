@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 from router_r1_jax.config import model_card, provider
 
-
 PRICE_DATE = "2026-11-01"  # invented on that day; prices of invented models
 
 

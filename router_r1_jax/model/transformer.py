@@ -204,7 +204,7 @@ class RouterLM(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         length = jnp.int32(0) if prefix is None else prefix.length
-        x = jnp.take(self.embed, tokens, axis=0)
+        x = jnp.take(nn.with_logical_constraint(self.embed, ("vocab", None)), tokens, axis=0)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         if self.unrolled:
             kvs = []

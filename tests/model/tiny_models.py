@@ -10,9 +10,12 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from router_r1_jax.model import RouterLM
 
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
 VOCAB = 96
 COMMON = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=65_536
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=65_536,
+    bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,

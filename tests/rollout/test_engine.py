@@ -237,7 +237,7 @@ def test_the_compiled_loop_holds_no_second_cache():
     engine = make_engine("jit", slots=8, row_tokens=4096)
     limits = LIMITS._replace(slots=8, row_tokens=4096)
     caches = jax.eval_shape(lambda: empty_cache(MODEL, 8, 4096))
-    weights = jax.eval_shape(lambda: tiny_router.unrolled(tiny_router.make_params()))
+    weights = tiny_router.unrolled(tiny_router.make_params())
     kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0, :64], empty_cache(MODEL, 1, 64)))
     scalar = jnp.int32(0)
     sampler = Sampler(engine._table, scalar, scalar, jnp.float32(1), jax.random.key(0))

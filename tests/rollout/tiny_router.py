@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import ModelConfig, init_params, unroll
+from router_r1_jax.model import ModelConfig, abstract_params, unroll
 from router_r1_jax.rollout import Engine, Prompt
 from router_r1_jax.rollout.state import Limits
 
@@ -43,9 +43,15 @@ MODEL = ModelConfig(
 
 
 def make_params():
-    """Stacked float32 parameters, scaled up so that the next word really depends on what stands before it."""
-    params = init_params(MODEL, make_mesh(1, 1, 1, jax.devices()[:1]), 0)
-    return jax.tree_util.tree_map_with_path(lambda path, x: x if "scale" in str(path) else x * 12, params)
+    """Stacked parameters, large enough that the next word really depends on what stands before it."""
+    rng = np.random.default_rng(0)
+    shapes = abstract_params(MODEL, make_mesh(1, 1, 1, jax.devices()[:1]))
+
+    def leaf(path, shape):
+        centre, spread = (1.0, 0.1) if "scale" in str(path) else (0.0, 0.25)
+        return (centre + spread * rng.normal(size=shape.shape)).astype(shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def make_engine(driver: str = "jit", **limits: int) -> Engine:
@@ -56,8 +62,8 @@ def make_engine(driver: str = "jit", **limits: int) -> Engine:
 
 
 def unrolled(params):
-    """The layout that the engine takes."""
-    return unroll(params, MODEL.num_layers)
+    """The layout that the engine takes, on its device."""
+    return jax.device_put(unroll(params, MODEL.num_layers))
 
 
 def make_prompts(n: int, *, shared: int = 9, seed: int = 0) -> list[Prompt]:

@@ -1,0 +1,57 @@
+"""Shared by all tests: kept compiled programs, and the runs of the mains that several tests look at.
+
+pytest-xdist runs tests in several processes; what is dear is made by the first that needs it and shared by all.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before JAX is imported. Most of what a small run costs is compilation.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "router_r1_jax" / "tests_xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import mains  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """shared(name, make) -> a folder that make(folder) has filled once, for all processes of this test run."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                assert not folder.exists(), f"{name} failed in another process"
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def warm_file(shared) -> Path:
+    """The tiny router's warm start, made by the main that makes the demo's."""
+    return shared("warm", lambda folder: mains.succeed("warmstart", folder)) / "warmstart.safetensors"
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared, warm_file) -> Path:
+    """Workdir of a whole run: trained and evaluated. Only to be looked at."""
+
+    def make(folder: Path) -> None:
+        done = mains.succeed("train", folder, f"warmstart.file={warm_file}")
+        (folder / "train.stdout").write_text(done.stdout)
+        done = mains.succeed("evaluate", folder, f"warmstart.file={warm_file}")
+        (folder / "evaluate.stdout").write_text(done.stdout)
+
+    return shared("finished", make)

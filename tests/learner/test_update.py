@@ -1,0 +1,215 @@
+"""Gradients and updates against plain full-sequence ones, on one device and on meshes of eight."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_learner import (
+    LOSS,
+    QUICK_COMPILE,
+    full_logprobs,
+    make_config,
+    make_params,
+    make_rows_batch,
+    with_old_policies,
+)
+
+from router_r1_jax.learner import Learner, init_state, make_optimizer, supervised_loss
+from router_r1_jax.learner.update import batch_gradients
+from router_r1_jax.mesh import make_mesh
+from router_r1_jax.model import abstract_params
+
+
+@pytest.fixture
+def all_float64(monkeypatch):
+    """Everything in float64: rounding then hides nothing. The model says float32 where it raises precision."""
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    with jax.enable_x64(True):
+        yield
+
+
+def plain_gradients(config, loss, params, batch, temperature):
+    """Gradient of the mean loss with full logits, all rows at once, the prefix written out in each."""
+
+    P = int(batch.prefix_length)
+
+    def mean_loss(params, batch):
+        logps, entropy = full_logprobs(config, params, batch, P, temperature)
+        total, sums = loss(logps, entropy, batch)
+        return total / batch.mask.sum(), {name: x / batch.mask.sum() for name, x in sums.items()}
+
+    return jax.jit(jax.grad(mean_loss, has_aux=True), compiler_options=QUICK_COMPILE)(params, batch)
+
+
+def shared_gradients(config, loss, params, batch, temperature, micro_batch, chunk):
+    def run(params, batch):
+        kwargs = {"micro_batch": micro_batch, "chunk": chunk, "temperature": temperature}
+        return batch_gradients(config, loss, params, batch, **kwargs)
+
+    return jax.jit(run, compiler_options=QUICK_COMPILE)(params, batch)
+
+
+def check_close(found, expected, tolerance):
+    """Relative to each leaf's own size, so that no leaf hides behind a larger one."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        error, size = np.max(np.abs(x - y)), np.max(np.abs(y))
+        assert size > 0 and error <= tolerance * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
+
+
+def test_shared_prefix_and_micro_batches_are_exact(all_float64):
+    config = make_config(dtype="float64")
+    params = make_params(config)
+    batch = with_old_policies(config, params, make_rows_batch(), 0.7)
+    batch = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, batch)
+    expected = plain_gradients(config, LOSS, params, batch, 0.7)
+    found = shared_gradients(config, LOSS, params, batch, 0.7, micro_batch=2, chunk=5)
+    assert found[0]["embed"].dtype == np.float64
+    check_close(found[0], expected[0], 1e-9)
+    check_close(found[1], expected[1], 1e-9)
+    assert 0 < found[1]["clip_share"] < 0.5  # both sides of the clip took part
+
+
+@pytest.mark.parametrize(
+    ("changes", "prefix", "micro_batch", "loss"),
+    [
+        ({"family": "qwen2", "tie_embeddings": False}, 70, 3, LOSS),
+        ({"family": "llama", "remat": False}, 0, 6, supervised_loss),
+    ],
+    ids=["qwen2 behind a long prefix", "llama without a prefix"],
+)
+def test_families_in_float32(changes, prefix, micro_batch, loss):
+    config = make_config(**changes)
+    params = make_params(config)
+    batch = with_old_policies(config, params, make_rows_batch(prefix=prefix))
+    expected = plain_gradients(config, loss, params, batch, 1.0)
+    found = shared_gradients(config, loss, params, batch, 1.0, micro_batch, chunk=64)
+    if prefix:  # a bias on keys shifts all scores of a query alike: its gradient is rounding
+        found[0]["layers"]["attention"]["k"].pop("bias"), expected[0]["layers"]["attention"]["k"].pop("bias")
+    check_close(found[0], expected[0], 1e-4)
+    check_close(found[1], expected[1], 1e-4)
+
+
+CONFIG = make_config()
+ONE = make_mesh(1, 1, 1, jax.devices()[:1])
+ABSTRACT = abstract_params(CONFIG, ONE)
+SGD = optax.sgd(0.1)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def learner():
+    return Learner(CONFIG, SGD, LOSS, ONE, ABSTRACT, micro_batch=3, chunk=16)
+
+
+def fresh_state(params):
+    return init_state(SGD, jax.tree.map(jnp.array, params), ABSTRACT, ONE)
+
+
+def test_an_update_is_one_optimizer_step_along_the_plain_gradient(learner, params):
+    batch = with_old_policies(CONFIG, params, make_rows_batch())
+    state, metrics = learner.update(fresh_state(params), batch)
+    gradient, expected = plain_gradients(CONFIG, LOSS, params, batch, 1.0)
+    check_close(jax.tree.map(lambda new, old: (old - new) / 0.1, state.params, params), gradient, 1e-3)
+    assert int(state.step) == 1
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
+    norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(gradient)))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_padding_and_the_order_of_rows_do_not_matter(learner, params):
+    batch = with_old_policies(CONFIG, params, make_rows_batch())
+    state, metrics = learner.update(fresh_state(params), batch)
+    rng = np.random.default_rng(0)
+    used = np.cumsum(batch.mask[:, ::-1], axis=1)[:, ::-1] > 0  # up to the last token that carries loss
+    prefix = batch.prefix.copy()
+    prefix[int(batch.prefix_length) :] = 9
+    order = rng.permutation(len(batch.tokens))
+    dirty = batch.replace(
+        prefix=prefix,
+        tokens=np.where(used, batch.tokens, rng.integers(40, size=batch.tokens.shape))[order],
+        logps=np.where(batch.mask > 0, batch.logps, -3)[order],
+        reference_logps=np.where(batch.mask > 0, batch.reference_logps, 5)[order],
+        mask=batch.mask[order],
+        advantages=batch.advantages[order],
+    )
+    other, other_metrics = learner.update(fresh_state(params), dirty)
+    check_close(other.params, state.params, 1e-6)
+    assert other_metrics == pytest.approx(metrics, rel=1e-5)
+
+
+def test_a_batch_without_loss_moves_nothing(learner, params):
+    batch = make_rows_batch()
+    state, metrics = learner.update(fresh_state(params), batch.replace(mask=np.zeros_like(batch.mask)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
+    assert set(metrics.values()) == {0.0}
+
+
+def test_logprobs_are_those_of_full_logits_row_by_row(learner, params):
+    batch = make_rows_batch()
+    found = learner.logprobs(params, batch)
+    assert isinstance(found, np.ndarray)
+    expected, _ = full_logprobs(CONFIG, params, batch, int(batch.prefix_length))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_schedule(warmup, decay):
+    _, schedule = make_optimizer(
+        learning_rate=2e-3, warmup=warmup, total=50, decay=decay, weight_decay=0.0, max_grad_norm=1.0
+    )
+    rates = np.array([float(schedule(step)) for step in range(51)])
+    assert rates.max() == pytest.approx(2e-3) and np.argmax(rates >= 2e-3 * (1 - 1e-6)) <= warmup
+    assert np.all(np.diff(rates[: max(warmup, 1)]) > 0)
+    if decay:
+        part = (np.arange(51) - warmup) / (50 - warmup)
+        cosine = 2e-4 + (2e-3 - 2e-4) * 0.5 * (1 + np.cos(np.pi * part))
+        np.testing.assert_allclose(rates[warmup:], cosine[warmup:], rtol=1e-5)
+    else:
+        np.testing.assert_allclose(rates, 2e-3 * np.minimum((np.arange(51) + 1) / max(warmup, 1), 1), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """What sharded_learner.py reports of one device and of meshes of eight."""
+    script = Path(__file__).parent / "sharded_learner.py"
+    flags = ["--xla_force_host_platform_device_count=8", *(f"--{k}={int(v)}" for k, v in QUICK_COMPILE.items())]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])
+def test_three_updates_on_eight_devices_are_those_on_one(sharded, mesh):
+    found = sharded[mesh]
+    assert found["worst_parameter"] < 1e-5
+    assert found["moved"] > 1e-2  # three updates did something
+    assert found["worst_logprob"] < 1e-4
+    assert found["losses"] == pytest.approx(sharded["1,1,1"]["losses"], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["1,1,1", "8,1,1", "1,8,1", "2,2,2"])
+def test_optimizer_moments_lie_beside_their_parameters(sharded, mesh):
+    assert sharded[mesh]["moments_apart"] == []
+    assert sharded[mesh]["abstract_apart"] == []
+
+
+def test_fsdp_and_tensor_really_cut_the_parameters(sharded):
+    """Share of all parameters that one device stores."""
+    assert sharded["8,1,1"]["stored"] == 1.0
+    assert sharded["1,8,1"]["stored"] < 0.2
+    assert sharded["2,2,2"]["stored"] < 0.3
