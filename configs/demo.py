@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = base_config()
     use_pool(c, Path(__file__).parent / "pools" / "simulated.py")
     c.pool.simulate = True
-    c.steps = 60
+    c.steps = 50
     c.model.remat = False
     c.prompt.template = "terse"
     c.prompt.question_tokens = 32
@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.rollout.reply_tokens = 32
     c.rollout.max_tokens = 192
     c.rollout.chunk = 16
-    c.learner.learning_rate = 5e-4
+    c.learner.learning_rate = 3e-4
     c.learner.micro_batch = 32
     c.warmstart.steps = 700
     c.warmstart.copy_steps = 250

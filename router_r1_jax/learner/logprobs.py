@@ -3,15 +3,22 @@
 The head runs over chunks of positions under `jax.checkpoint`: forward and backward hold one chunk's logits at a time.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from router_r1_jax.mesh import RULES
 from router_r1_jax.model import KV, ModelConfig, Params, Prefix, RouterLM
+
+# The prefix is one row, which cannot be split over devices: each repeats the work. A split would be padded with
+# whatever memory holds, and in the gradient of the embedding that has been NaN.
+PREFIX_RULES = tuple((dict(RULES) | {"batch": None}).items())
 
 
 def prefix_kv(config: ModelConfig, params: Params, prefix: jax.Array) -> KV:
     """Keys and values [L, P, K, H] of the shared prefix [P]; padding behind its length is masked by its readers."""
-    _, kv = RouterLM(config).apply({"params": params}, prefix[None], method=RouterLM.hidden)
+    with nn.logical_axis_rules(PREFIX_RULES):
+        _, kv = RouterLM(config).apply({"params": params}, prefix[None], method=RouterLM.hidden)
     return jax.tree.map(lambda x: x[:, 0], kv)
 
 

@@ -126,7 +126,16 @@ class Learner:
         chunk: int,
         temperature: float = 1.0,
     ) -> None:
-        """`abstract` gives the parameters' shapes and shardings; nothing is compiled before the first call."""
+        """`abstract` gives the parameters' shapes and shardings; nothing is compiled before the first call.
+
+        Raises ValueError if a micro-batch does not divide over the devices that share its rows.
+        """
+        shares = mesh.shape["data"] * mesh.shape["fsdp"]
+        if micro_batch % shares:
+            raise ValueError(
+                f"learner.micro_batch is {micro_batch}; it must be a multiple of mesh.data x mesh.fsdp ({shares}), "
+                "so that each device takes as many rows"
+            )
         self._config, self._optimizer, self._loss, self._mesh = config, optimizer, loss, mesh
         self._micro_batch, self._chunk, self._temperature = micro_batch, chunk, temperature
         shardings = state_shardings(optimizer, abstract, mesh)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from tiny_learner import (
     LOSS,
     QUICK_COMPILE,
@@ -23,7 +24,7 @@ from tiny_learner import (
 
 from router_r1_jax.learner import Learner, init_state, make_optimizer, supervised_loss
 from router_r1_jax.learner.update import batch_gradients
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.mesh import AXES, make_mesh
 from router_r1_jax.model import abstract_params
 
 
@@ -165,6 +166,12 @@ def test_logprobs_are_those_of_full_logits_row_by_row(learner, params):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_a_micro_batch_that_does_not_divide_over_the_devices_is_refused():
+    mesh = AbstractMesh((2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    with pytest.raises(ValueError, match=r"learner.micro_batch is 6; .* multiple of mesh.data x mesh.fsdp \(4\)"):
+        Learner(CONFIG, SGD, LOSS, mesh, ABSTRACT, micro_batch=6, chunk=16)
+
+
 @pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 def test_schedule(warmup, decay):
@@ -197,7 +204,7 @@ def sharded():
 def test_three_updates_on_eight_devices_are_those_on_one(sharded, mesh):
     found = sharded[mesh]
     assert found["worst_parameter"] < 1e-5
-    assert found["moved"] > 1e-2  # three updates did something
+    assert found["moved"] > 1e-3  # three updates did something
     assert found["worst_logprob"] < 1e-4
     assert found["losses"] == pytest.approx(sharded["1,1,1"]["losses"], rel=1e-5, abs=1e-6)
 
