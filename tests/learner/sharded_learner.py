@@ -24,7 +24,7 @@ def place(params, abstract):
 def three_updates(mesh, start, batches):
     """Parameters after three steps of SGD, the losses on the way, and log-probs of the first batch before them."""
     abstract = abstract_params(CONFIG, mesh)
-    optimizer = optax.sgd(0.05)
+    optimizer = optax.sgd(0.5)
     learner = Learner(CONFIG, optimizer, LOSS, mesh, abstract, micro_batch=8, chunk=16)
     state = init_state(
         optimizer, jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), start, abstract), abstract, mesh
