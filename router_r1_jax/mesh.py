@@ -37,8 +37,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.
     """A mesh over all devices with axes data, fsdp, tensor; one size may be -1 for what is left."""
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    if sizes.count(-1) > 1:
-        raise ValueError(f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}; at most one size may be -1")
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}; sizes are at least 1, and at most one may be -1"
+        )
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
     if int(np.prod(sizes)) != len(devices):
@@ -72,6 +74,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """Rows [B, ...] split over data and fsdp; `leading` axes (micro-batches, say) before B stay whole."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows [B, ...] split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

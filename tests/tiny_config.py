@@ -1,7 +1,7 @@
 """The demo's configuration, shrunk until a whole run takes seconds; the mains under test read it with --config.
 
-Sixty supervised updates teach the router the format but not whom to ask: it calls, answers, fails and is rewarded, so
-that nothing in a run is trivially zero.
+Sixty supervised updates teach the router the format but not whom to ask: it calls, answers, fails and is rewarded,
+so that nothing in a run is trivially zero.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.pool.update(dict(backoff=0.02, backoff_max=0.2))
     c.rollout.update(dict(questions=4, group=4, slots=8, max_tokens=96, max_turn_tokens=32))
     c.learner.micro_batch = 16
-    c.warmstart.update(dict(steps=60, file="", batch=32, copy_steps=0, warmup=10, learning_rate=1e-2))
+    c.warmstart.update(dict(steps=120, file="", batch=32, copy_steps=0, warmup=10, learning_rate=1e-2))
     c.checkpoint.every = 2
     c.validation.update(dict(every=2, questions=8))
     c.evaluation.update(dict(questions=20, bootstrap=200))

@@ -204,7 +204,7 @@ def sharded():
 def test_three_updates_on_eight_devices_are_those_on_one(sharded, mesh):
     found = sharded[mesh]
     assert found["worst_parameter"] < 1e-5
-    assert found["moved"] > 1e-2  # three updates did something
+    assert found["moved"] > 1e-3  # three updates moved parameters a hundred times further than meshes may differ
     assert found["worst_logprob"] < 1e-4
     assert found["losses"] == pytest.approx(sharded["1,1,1"]["losses"], rel=1e-5, abs=1e-6)
 

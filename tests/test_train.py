@@ -1,0 +1,289 @@
+"""The main job in small, as processes: what a finished run leaves, and that it can be stopped, killed and repeated."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import mains
+import numpy as np
+import pytest
+
+from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.pool.ledger import read_ledger
+from router_r1_jax.report import read_episodes, read_metrics
+
+MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
+STEP_METRICS = {
+    "reward/total", "reward/format", "reward/outcome", "reward/cost", "em", "f1", "malformed_share",
+    "calls_per_question", "dollars_per_question", "rollout_seconds", "update_seconds", "tokens_per_second",
+    "kl", "entropy", "clip_share", "zero_variance_groups", "failed_episodes", "spent_dollars", "learning_rate",
+    *(f"calls/share/{model}" for model in MODELS),
+}  # fmt: skip
+
+
+def train_lines(workdir):
+    return [line for line in read_metrics(workdir) if line.get("phase") != "warmstart"]
+
+
+def checkpoint_arrays(workdir, step):
+    """Every array of a checkpoint's parameters and optimizer, and its `run` dict, without building a model."""
+    with CheckpointStore(workdir / "checkpoints") as store:
+        saved = store._checkpointer.load_checkpointables(step, {"params": None, "train": None, "run": None})
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path((saved["params"], saved["train"]))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, saved["run"]
+
+
+def assert_same_checkpoint(one, other, step):
+    arrays, run = checkpoint_arrays(one, step)
+    others, other_run = checkpoint_arrays(other, step)
+    assert arrays.keys() == others.keys() and len(arrays) > 10
+    for name, array in arrays.items():
+        assert array.tobytes() == others[name].tobytes(), name
+    spent = {model: sums.pop(2) for run in (run, other_run) for model, sums in run["pool"]["ledger"].items()}
+    assert spent and run == other_run
+
+
+def wait_until(condition, process, seconds=mains.TIMEOUT):
+    """Until the condition holds; a process that ends before has failed."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode} too early"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def start(workdir, *overrides):
+    return subprocess.Popen(
+        mains.command("train", workdir, *overrides), env=mains.environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+# What a finished run leaves.
+
+
+def test_workdir_holds_all_that_is_promised(finished_run):
+    for name in (
+        "config.json", "metrics.jsonl", "ledger.jsonl", "results.json", "report.html", "episodes/train.jsonl",
+        "episodes/test_trained.jsonl", "episodes/test_warm_start.jsonl", "plots/learning_curves.png",
+        "plots/calls_per_model.png", "plots/em_against_cost.png",
+    ):  # fmt: skip
+        assert (finished_run / name).stat().st_size > 100, name
+    with CheckpointStore(finished_run / "checkpoints") as store:
+        assert store.steps() == [0, 2, 4]
+        assert store.best() in (2, 4)
+    config = json.loads((finished_run / "config.json").read_text())
+    assert (config["steps"], config["rollout"]["group"]) == (4, 4)
+    assert "4 steps, 80 episodes, at most 160 calls" in (finished_run / "train.stdout").read_text()
+
+
+def test_every_step_has_its_metrics(finished_run):
+    lines = train_lines(finished_run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert STEP_METRICS <= line.keys()
+        assert all(isinstance(line[key], (int, float)) for key in STEP_METRICS)
+        assert line["tokens_per_second"] > 0
+        assert ("val/em" in line) == (line["step"] % 2 == 0)
+    assert sum(line["calls_per_question"] for line in lines) > 0
+    assert any(line["grad_norm"] > 0 and line["kl"] >= 0 for line in lines)
+    # The sampler's log-probs are the learner's: the ratio of an unmoved policy is 1.
+    assert max(line["logp_diff_mean"] for line in lines) < 1e-5
+
+
+def test_metrics_are_those_of_the_episodes(finished_run):
+    """episodes/train.jsonl holds every step here, so each figure can be counted again from what was said."""
+    episodes = [json.loads(line) for line in (finished_run / "episodes" / "train.jsonl").read_text().splitlines()]
+    for line in train_lines(finished_run):
+        own = [e for e in episodes if e["step"] == line["step"] and e["split"] == "train"]
+        assert len(own) == 16 and len({e["id"] for e in own}) == 4
+        assert line["reward/total"] == pytest.approx(sum(e["reward"]["total"] for e in own) / 16)
+        assert line["em"] == pytest.approx(sum(e["exact_match"] for e in own) / 16)
+        calls = [call for e in own for call in e["calls"]]
+        assert line["calls_per_question"] == len(calls) / 16
+        reached = [call["model"] for call in calls if call["model"]]
+        for model in MODELS:
+            assert line[f"calls/share/{model}"] == pytest.approx(reached.count(model) / max(len(reached), 1))
+        rewards = [[e["reward"]["total"] for e in own if e["id"] == question] for question in {e["id"] for e in own}]
+        assert line["zero_variance_groups"] == sum(len(set(group)) == 1 for group in rewards)
+
+
+def test_ledger_holds_every_call_of_every_episode(finished_run):
+    ledger = [line for line in read_ledger(finished_run / "ledger.jsonl") if line["split"] == "train"]
+    episodes = [e for e in read_episodes(finished_run) if e["split"] == "train"]
+    calls = [(e["step"], call["model"], call["charged"]) for e in episodes for call in e["calls"]]
+    assert sorted((line["step"], line["model"], line["charged"]) for line in ledger) == sorted(calls)
+    _, run = checkpoint_arrays(finished_run, 4)
+    validated = [line for line in read_ledger(finished_run / "ledger.jsonl") if line["split"] != "test"]
+    assert sum(sums[0] for sums in run["pool"]["ledger"].values()) <= len(validated)
+
+
+def test_results_say_what_they_were_made_with(finished_run):
+    results = json.loads((finished_run / "results.json").read_text())
+    assert results["versions"].keys() >= {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
+    assert len(results["config_hash"]) == 16 and isinstance(results["commit"], str)
+    assert results["seeds"] == {"run": 0, "world": 7}
+    assert results["price_date"] and results["alpha"] == 0.0
+    assert (results["split"], results["questions"]) == ("test", 20)
+    trained, warm = results["policies"]
+    assert (trained["name"], warm["name"], warm["checkpoint"]) == ("trained", "warm start", 0)
+    assert trained["checkpoint"] in (2, 4)
+    names = [entry["name"] for entry in results["references"]]
+    assert len(names) == len(set(names)) and {f"{model} alone" for model in MODELS} < set(names)
+
+
+def test_policies_are_compared_on_the_same_questions(finished_run):
+    after, before = (
+        [json.loads(line) for line in (finished_run / "episodes" / f"test_{name}.jsonl").read_text().splitlines()]
+        for name in ("trained", "warm_start")
+    )
+    assert [e["id"] for e in after] == [e["id"] for e in before] and len(after) == 20
+    results = json.loads((finished_run / "results.json").read_text())
+    for key, entry in (("exact_match", "em"), ("dollars", "dollars_per_question")):
+        difference = np.mean([a[key] - b[key] for a, b in zip(after, before, strict=True)])
+        gain = results["gain"][entry]
+        assert gain["mean"] == pytest.approx(difference, abs=1e-12)
+        assert gain["ci"][0] - 1e-12 <= gain["mean"] <= gain["ci"][1] + 1e-12
+
+
+def test_the_same_command_after_the_end_changes_nothing(finished_run, warm_file, tmp_path):
+    workdir = tmp_path / "again"
+    shutil.copytree(finished_run, workdir)
+    kept = ("metrics.jsonl", "ledger.jsonl", "episodes/train.jsonl", "config.json")
+    before = {name: (workdir / name).read_bytes() for name in kept}
+    done = mains.succeed("train", workdir, f"warmstart.file={warm_file}")
+    assert "going on from step 4" in done.stdout and "another configuration" not in done.stdout
+    assert {name: (workdir / name).read_bytes() for name in kept} == before
+    assert_same_checkpoint(workdir, finished_run, 4)
+
+
+def test_a_finished_run_goes_on_with_more_steps(finished_run, warm_file, tmp_path):
+    """And says that the configuration is another one."""
+    workdir = tmp_path / "longer"
+    shutil.copytree(finished_run, workdir)
+    done = mains.succeed("train", workdir, f"warmstart.file={warm_file}", "steps=5", "validation.questions=0")
+    assert "another configuration" in done.stdout
+    assert [line["step"] for line in train_lines(workdir)] == [1, 2, 3, 4, 5]
+    assert train_lines(workdir)[:4] == train_lines(finished_run)
+
+
+def test_eight_devices_give_the_numbers_of_one(finished_run, warm_file, tmp_path):
+    eight = "--xla_force_host_platform_device_count=8"
+    overrides = (f"warmstart.file={warm_file}", "steps=2", "validation.questions=0", "mesh.fsdp=2", "mesh.tensor=2")
+    mains.succeed("train", tmp_path, *overrides, XLA_FLAGS=eight)
+    for line, single in zip(train_lines(tmp_path), train_lines(finished_run)[:2], strict=True):
+        for key in ("reward/total", "calls_per_question", "zero_variance_groups"):
+            assert line[key] == single[key], key
+        for key in ("grad_norm", "loss", "entropy", "kl"):
+            assert line[key] == pytest.approx(single[key], rel=1e-3, abs=1e-6), key
+
+
+# Stopped, killed, repeated. TAPE makes a repetition exact; see the tape's own tests for what it keeps.
+
+TAPE = ("pool.tape.mode=record", "steps=6")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared):
+    """The run that others are held against: with the warm start trained in it, and six steps."""
+    return shared("uninterrupted", lambda folder: mains.succeed("train", folder, *TAPE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_path, seed):
+    """kill -9 in the warm start, while episodes are sampled, about a checkpoint, and wherever chance has it."""
+    rng = np.random.default_rng(seed)
+    metrics, checkpoints = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
+
+    def lines(n):
+        return metrics.exists() and metrics.read_bytes().count(b"\n") >= n
+
+    def saving(step):
+        return any(folder.name.startswith(str(step)) for folder in checkpoints.glob("[0-9]*"))
+
+    moments = [
+        lambda: lines(rng.integers(5, 100)),  # of the warm start's 120
+        lambda: saving(0),
+        lambda: lines(120 + rng.integers(1, 3)),
+        lambda: saving(int(rng.choice([2, 4]))),
+    ]
+    for moment in moments:
+        process = start(tmp_path, *TAPE)
+        wait_until(moment, process)
+        time.sleep(float(rng.uniform(0, 0.1)))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    mains.succeed("train", tmp_path, *TAPE)
+    assert mains.repeatable(read_metrics(tmp_path)) == mains.repeatable(read_metrics(uninterrupted))
+    assert_same_checkpoint(tmp_path, uninterrupted, 6)
+    episodes, expected = ((folder / "episodes" / "train.jsonl").read_text() for folder in (tmp_path, uninterrupted))
+    assert [_without_latency(line) for line in episodes.splitlines()] == [
+        _without_latency(line) for line in expected.splitlines()
+    ]
+
+
+def _without_latency(line):
+    episode = json.loads(line)
+    for call in episode["calls"]:
+        del call["latency"]
+    return episode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_keeps_its_last_step(uninterrupted, tmp_path, sent):
+    process = start(tmp_path, *TAPE, "checkpoint.every=1000")
+    wait_until(lambda: len(train_lines(tmp_path)) >= 3, process)
+    process.send_signal(sent)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip().endswith("interrupted") and "Traceback" not in stderr
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        kept = store.latest()
+    assert kept >= 3 and f"step {kept} is kept" in stdout
+    assert [line["step"] for line in train_lines(tmp_path)] == list(range(1, kept + 1))
+    mains.succeed("train", tmp_path, *TAPE)
+    # A validation that was cut is not made up for; all else is as if nothing had happened.
+    own, expected = (
+        [{k: v for k, v in line.items() if not k.startswith("val/")} for line in mains.repeatable(train_lines(folder))]
+        for folder in (tmp_path, uninterrupted)
+    )
+    assert own == expected
+
+
+@pytest.mark.slow
+def test_a_tape_repeats_the_run_without_the_pool(uninterrupted, tmp_path):
+    tape = uninterrupted / "tape.sqlite"
+    mains.succeed("train", tmp_path, "steps=6", "pool.tape.mode=strict", f"pool.tape.path={tape}")
+    assert mains.repeatable(read_metrics(tmp_path)) == mains.repeatable(read_metrics(uninterrupted))
+    assert all(line["hit"] or not line["model"] for line in read_ledger(tmp_path / "ledger.jsonl"))
+
+
+@pytest.mark.slow
+def test_the_host_driver_gives_the_numbers_of_the_jitted_loop(finished_run, warm_file, tmp_path):
+    mains.succeed("train", tmp_path, f"warmstart.file={warm_file}", "steps=2", "rollout.driver=host")
+    assert mains.repeatable(train_lines(tmp_path)) == mains.repeatable(train_lines(finished_run)[:2])
+
+
+@pytest.mark.slow
+def test_renamed_models_are_shown_under_another_name_in_each_batch(warm_file, tmp_path):
+    mains.succeed("train", tmp_path, "pool.rename=True", "warmstart.steps=120", "steps=3", "validation.questions=0")
+    shown = {}  # step -> {name in the call: the model that answered}
+    for episode in read_episodes(tmp_path):
+        for call, written in zip(episode["calls"], episode["response"].split("<search>")[1:], strict=False):
+            if call["model"]:
+                name = written.split(":")[0].strip()
+                assert shown.setdefault(episode["step"], {}).setdefault(name, call["model"]) == call["model"]
+    assert sum(len(names) for names in shown.values()) >= 4
+    meanings = {}
+    for names in shown.values():
+        for name, model in names.items():
+            meanings.setdefault(name, set()).add(model)
+    assert any(len(models) > 1 for models in meanings.values()), shown
