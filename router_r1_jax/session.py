@@ -118,6 +118,8 @@ def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], openi
     settings = config.pool.copy_and_resolve_references()
     if settings.simulate:
         server = opening.enter_context(start_server(config.data.world, cards))
+        # The copy shares the tuple's entries with the run's configuration, whose hash must not hold a free port.
+        settings.providers = tuple(entry.copy_and_resolve_references() for entry in settings.providers)
         for entry in settings.providers:
             if entry.name == "simulated":
                 entry.base_url = server.base_url
