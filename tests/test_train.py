@@ -1,9 +1,7 @@
 """The main job in small, as processes: what a finished run leaves, and that it can be stopped, killed and repeated."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 
@@ -192,98 +190,3 @@ TAPE = ("pool.tape.mode=record", "steps=6")
 def uninterrupted(shared):
     """The run that others are held against: with the warm start trained in it, and six steps."""
     return shared("uninterrupted", lambda folder: mains.succeed("train", folder, *TAPE))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_path, seed):
-    """kill -9 in the warm start, while episodes are sampled, about a checkpoint, and wherever chance has it."""
-    rng = np.random.default_rng(seed)
-    metrics, checkpoints = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
-
-    def lines(n):
-        return metrics.exists() and metrics.read_bytes().count(b"\n") >= n
-
-    def saving(step):
-        return any(folder.name.startswith(str(step)) for folder in checkpoints.glob("[0-9]*"))
-
-    moments = [
-        lambda: lines(rng.integers(5, 100)),  # of the warm start's 120
-        lambda: saving(0),
-        lambda: lines(120 + rng.integers(1, 3)),
-        lambda: saving(int(rng.choice([2, 4]))),
-    ]
-    for moment in moments:
-        process = start(tmp_path, *TAPE)
-        wait_until(moment, process)
-        time.sleep(float(rng.uniform(0, 0.1)))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    mains.succeed("train", tmp_path, *TAPE)
-    assert mains.repeatable(read_metrics(tmp_path)) == mains.repeatable(read_metrics(uninterrupted))
-    assert_same_checkpoint(tmp_path, uninterrupted, 6)
-    episodes, expected = ((folder / "episodes" / "train.jsonl").read_text() for folder in (tmp_path, uninterrupted))
-    assert [_without_latency(line) for line in episodes.splitlines()] == [
-        _without_latency(line) for line in expected.splitlines()
-    ]
-
-
-def _without_latency(line):
-    episode = json.loads(line)
-    for call in episode["calls"]:
-        del call["latency"]
-    return episode
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_keeps_its_last_step(uninterrupted, tmp_path, sent):
-    process = start(tmp_path, *TAPE, "checkpoint.every=1000")
-    wait_until(lambda: len(train_lines(tmp_path)) >= 3, process)
-    process.send_signal(sent)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip().endswith("interrupted") and "Traceback" not in stderr
-    with CheckpointStore(tmp_path / "checkpoints") as store:
-        kept = store.latest()
-    assert kept >= 3 and f"step {kept} is kept" in stdout
-    assert [line["step"] for line in train_lines(tmp_path)] == list(range(1, kept + 1))
-    mains.succeed("train", tmp_path, *TAPE)
-    # A validation that was cut is not made up for; all else is as if nothing had happened.
-    own, expected = (
-        [{k: v for k, v in line.items() if not k.startswith("val/")} for line in mains.repeatable(train_lines(folder))]
-        for folder in (tmp_path, uninterrupted)
-    )
-    assert own == expected
-
-
-@pytest.mark.slow
-def test_a_tape_repeats_the_run_without_the_pool(uninterrupted, tmp_path):
-    tape = uninterrupted / "tape.sqlite"
-    mains.succeed("train", tmp_path, "steps=6", "pool.tape.mode=strict", f"pool.tape.path={tape}")
-    assert mains.repeatable(read_metrics(tmp_path)) == mains.repeatable(read_metrics(uninterrupted))
-    assert all(line["hit"] or not line["model"] for line in read_ledger(tmp_path / "ledger.jsonl"))
-
-
-@pytest.mark.slow
-def test_the_host_driver_gives_the_numbers_of_the_jitted_loop(finished_run, warm_file, tmp_path):
-    mains.succeed("train", tmp_path, f"warmstart.file={warm_file}", "steps=2", "rollout.driver=host")
-    assert mains.repeatable(train_lines(tmp_path)) == mains.repeatable(train_lines(finished_run)[:2])
-
-
-@pytest.mark.slow
-def test_renamed_models_are_shown_under_another_name_in_each_batch(warm_file, tmp_path):
-    mains.succeed("train", tmp_path, "pool.rename=True", "warmstart.steps=120", "steps=3", "validation.questions=0")
-    shown = {}  # step -> {name in the call: the model that answered}
-    for episode in read_episodes(tmp_path):
-        for call, written in zip(episode["calls"], episode["response"].split("<search>")[1:], strict=False):
-            if call["model"]:
-                name = written.split(":")[0].strip()
-                assert shown.setdefault(episode["step"], {}).setdefault(name, call["model"]) == call["model"]
-    assert sum(len(names) for names in shown.values()) >= 4
-    meanings = {}
-    for names in shown.values():
-        for name, model in names.items():
-            meanings.setdefault(name, set()).add(model)
-    assert any(len(models) > 1 for models in meanings.values()), shown
