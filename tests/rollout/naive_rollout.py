@@ -46,10 +46,10 @@ class NaiveEpisode:
         turn = []
         while not self.stop:
             turn.append(self._sample())
-            text = " ".join(WORDS[i] for i in turn)
-            searched, answered = text.find("</search>"), text.find("</answer>")
+            bytes_read = "".join(WORDS[i] for i in turn)  # a tag may come in several tokens
+            searched, answered = bytes_read.find("</search>"), bytes_read.find("</answer>")
             if searched >= 0 and (answered < 0 or searched < answered):
-                self._call(text)
+                self._call(" ".join(WORDS[i] for i in turn))
                 return
             if answered >= 0:
                 self.stop = "answer"
@@ -64,7 +64,7 @@ class NaiveEpisode:
         if len(self.replies) == MAX_CALLS:
             self.stop = "call_limit"
             return
-        before = text[: text.rindex("</search>")]
+        before = text[: text.rindex("</search>")] if "</search>" in text else ""
         route = before[before.rindex("<search>") + len("<search>") :] if "<search>" in before else ""
         reply = self._texts(route, self._episode.id, len(self.replies))
         self.replies.append(reply)

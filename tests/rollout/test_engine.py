@@ -66,12 +66,14 @@ def check_against_naive(params, episodes, stats, **kwargs):
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_episodes_are_those_of_the_naive_rollout(params, run, driver):
-    stops = collections.Counter()
+    stops, texts = collections.Counter(), ""
     for prompts in (PROMPTS, make_prompts(12, shared=0, seed=1)):
         episodes, stats = run(driver, prompts)
         check_against_naive(params, episodes, stats)
         stops.update(episode.stop for episode in episodes)
+        texts += "\n".join(episode.text for episode in episodes)
     assert set(stops) == {"answer", "call_limit", "turn_limit", "row_full", "end_of_text"}
+    assert "</sea rch>" in texts  # a tag in two tokens took part
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6])

@@ -235,6 +235,6 @@ def test_route_text(turn, route):
 
 @pytest.mark.parametrize("n", [0, 1, REPLY_TOKENS - 1, REPLY_TOKENS, REPLY_TOKENS + 1, 1000])
 def test_a_reply_is_cut_before_its_closing_tag(n):
-    words = [f"w{i % 76}" for i in range(n)]
+    words = [f"w{i % 60}" for i in range(n)]
     expected = ["<information>", *words[:REPLY_TOKENS], "</information>"]
     assert reply_ids(TOKENIZER, " ".join(words), REPLY_TOKENS) == ids(" ".join(expected))

@@ -18,8 +18,10 @@ from router_r1_jax.rollout.state import Limits
 # Many words end a tag, some in their middle, so that random sampling makes calls and answers often.
 CLOSING = [f"{a}</search>{b}" for a in ("", "a", "b", "c") for b in ("", ".", "!")]
 CLOSING += ["</answer>", "d</answer>e", "?</answer>", "</answer></search>"]
+# Halves of a tag: their bytes are seen as one, though decoding sets words apart.
+HALVES = [f"{a}</sea" for a in ("", *"abcdefg")] + [f"rch>{b}" for b in ("", *".!?;,+-")] + ["</ans", "wer>"]
 TAGS = ["<search>", "<answer>", "<think>", "</think>", "<information>", "</information>"]
-WORDS = ["[UNK]", "[END]", *TAGS, *CLOSING, *(f"w{i}" for i in range(76))]
+WORDS = ["[UNK]", "[END]", *TAGS, *CLOSING, *HALVES, *(f"w{i}" for i in range(60))]
 
 LIMITS = Limits(
     slots=4, row_tokens=40, turn_tokens=12, feed_tokens=14, chunk=4, feed_rows=2, exchange_rows=2, poll_every=3
@@ -84,7 +86,7 @@ class Reply:
 def reply_text(route: str, episode: int, call: int) -> str:
     """A reply that depends on all the loop passed on: 0 to 9 words."""
     digest = hashlib.sha256(f"{route}|{episode}|{call}".encode()).digest()
-    return " ".join(f"w{byte % 76}" for byte in digest[1 : 1 + digest[0] % 10])
+    return " ".join(f"w{byte % 60}" for byte in digest[1 : 1 + digest[0] % 10])
 
 
 class Latecomers:
