@@ -29,9 +29,9 @@ def test_layout_of_a_two_hop_episode():
     first = f"{one.relation} of {one.subject}"
     second = f"{two.relation} of {one.object}"
     assert scripted_episode(question, WORLD, [knows_all], np.random.default_rng(0)) == [
-        (f"<think> {first} : {one.domain} : Aria </think>\n<search> Aria: {first}? </search>", True),
+        (f"<think> {first} : {one.domain} 100 : Aria </think>\n<search> Aria: {first}? </search>", True),
         (f"\n\n<information> The {first} is {one.object}. </information>\n\n", False),
-        (f"<think> {second} : {two.domain} : Aria </think>\n<search> Aria: {second}? </search>", True),
+        (f"<think> {second} : {two.domain} 100 : Aria </think>\n<search> Aria: {second}? </search>", True),
         (f"\n\n<information> The {second} is {two.object}. </information>\n\n", False),
         (f"<think> {two.object} </think>\n<answer> {two.object} </answer>", True),
     ]
@@ -56,7 +56,8 @@ def test_every_episode_follows_from_what_the_chosen_models_reply():
         ):
             call = protocol.parse_route(search.text, list(CARDS))
             assert call.query == f"{hop.relation} of {entity}?"
-            assert think.text.strip() == f"{hop.relation} of {entity} : {hop.domain} : {call.name}"
+            score = f"{100 * CARDS[call.name].performance[hop.domain]:.0f}"
+            assert think.text.strip() == f"{hop.relation} of {entity} : {hop.domain} {score} : {call.name}"
             assert information.text.strip() == WORLD.reply(call.query, CARDS[call.name].performance)
             entity = information.text.strip().removesuffix(".").split()[-1]
         answer = segments[-1].text.strip()
