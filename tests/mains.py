@@ -1,9 +1,17 @@
-"""Runs the mains as a user does: as processes of their own, on the tiny configuration, with overrides."""
+"""Runs the mains as a user does, as processes of their own on the tiny configuration, and reads what they leave."""
 
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import jax
+import numpy as np
+
+from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.report import read_metrics
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
 TIMEOUT = 300  # seconds; only a run that hangs takes as long
@@ -38,6 +46,48 @@ def succeed(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **
     return done
 
 
+def start(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **variables: str) -> subprocess.Popen:
+    """The running process, the first of a session of its own, so that it can be killed with all it has started."""
+    return subprocess.Popen(
+        command(main, workdir, *overrides, config=config), env=environment(**variables),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Until the condition holds; a process that ends before has failed."""
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode} too early: {process.communicate()[1][-4000:]}"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def train_lines(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl that are steps of training, not of the warm start."""
+    return [line for line in read_metrics(workdir) if line.get("phase") != "warmstart"]
+
+
 def repeatable(metrics: list[dict]) -> list[dict]:
     """Metrics lines without what differs between equal runs."""
     return [{key: value for key, value in line.items() if key not in UNEQUAL} for line in metrics]
+
+
+def checkpoint_arrays(workdir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:
+    """Every array of a checkpoint's parameters and optimizer, and its `run` dict, without building a model."""
+    with CheckpointStore(workdir / "checkpoints") as store:
+        saved = store._checkpointer.load_checkpointables(step, {"params": None, "train": None, "run": None})
+    leaves = jax.tree_util.tree_leaves_with_path((saved["params"], saved["train"]))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, saved["run"]
+
+
+def assert_same_checkpoint(one: Path, other: Path, step: int) -> None:
+    """Arrays bit for bit; of the run's state all but the configuration's hash and what was really paid."""
+    (arrays, run), (others, other_run) = checkpoint_arrays(one, step), checkpoint_arrays(other, step)
+    assert arrays.keys() == others.keys() and len(arrays) > 10
+    for name, array in arrays.items():
+        assert array.tobytes() == others[name].tobytes(), name
+    for state in (run, other_run):
+        del state["config"]
+        state["pool"]["ledger"] = {model: sums[:2] for model, sums in state["pool"]["ledger"].items()}
+    assert any(run["pool"]["ledger"].values()) and run == other_run

@@ -1,17 +1,16 @@
-"""The main job in small, as processes: what a finished run leaves, and that it can be stopped, killed and repeated."""
+"""The main job in small, as processes: what a finished run leaves, and what a further run makes of it."""
 
 import json
 import shutil
-import subprocess
-import time
 
 import mains
 import numpy as np
 import pytest
+from mains import assert_same_checkpoint, checkpoint_arrays, train_lines
 
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.pool.ledger import read_ledger
-from router_r1_jax.report import read_episodes, read_metrics
+from router_r1_jax.report import read_episodes
 
 MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 STEP_METRICS = {
@@ -20,46 +19,6 @@ STEP_METRICS = {
     "kl", "entropy", "clip_share", "zero_variance_groups", "failed_episodes", "spent_dollars", "learning_rate",
     *(f"calls/share/{model}" for model in MODELS),
 }  # fmt: skip
-
-
-def train_lines(workdir):
-    return [line for line in read_metrics(workdir) if line.get("phase") != "warmstart"]
-
-
-def checkpoint_arrays(workdir, step):
-    """Every array of a checkpoint's parameters and optimizer, and its `run` dict, without building a model."""
-    with CheckpointStore(workdir / "checkpoints") as store:
-        saved = store._checkpointer.load_checkpointables(step, {"params": None, "train": None, "run": None})
-    import jax
-
-    leaves = jax.tree_util.tree_leaves_with_path((saved["params"], saved["train"]))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, saved["run"]
-
-
-def assert_same_checkpoint(one, other, step):
-    arrays, run = checkpoint_arrays(one, step)
-    others, other_run = checkpoint_arrays(other, step)
-    assert arrays.keys() == others.keys() and len(arrays) > 10
-    for name, array in arrays.items():
-        assert array.tobytes() == others[name].tobytes(), name
-    spent = {model: sums.pop(2) for run in (run, other_run) for model, sums in run["pool"]["ledger"].items()}
-    assert spent and run == other_run
-
-
-def wait_until(condition, process, seconds=mains.TIMEOUT):
-    """Until the condition holds; a process that ends before has failed."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended with {process.returncode} too early"
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def start(workdir, *overrides):
-    return subprocess.Popen(
-        mains.command("train", workdir, *overrides), env=mains.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
 
 
 # What a finished run leaves.
@@ -179,14 +138,3 @@ def test_eight_devices_give_the_numbers_of_one(finished_run, warm_file, tmp_path
             assert line[key] == single[key], key
         for key in ("grad_norm", "loss", "entropy", "kl"):
             assert line[key] == pytest.approx(single[key], rel=1e-3, abs=1e-6), key
-
-
-# Stopped, killed, repeated. TAPE makes a repetition exact; see the tape's own tests for what it keeps.
-
-TAPE = ("pool.tape.mode=record", "steps=6")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(shared):
-    """The run that others are held against: with the warm start trained in it, and six steps."""
-    return shared("uninterrupted", lambda folder: mains.succeed("train", folder, *TAPE))

@@ -1,0 +1,116 @@
+"""Stopped, killed, repeated: the main job goes on where it was, and on a tape ends with the same numbers."""
+
+import json
+import os
+import signal
+import time
+
+import mains
+import numpy as np
+import pytest
+from mains import assert_same_checkpoint, repeatable, train_lines
+
+from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.pool.ledger import read_ledger
+from router_r1_jax.report import read_episodes, read_metrics
+
+pytestmark = pytest.mark.slow
+
+TAPE = ("pool.tape.mode=record", "steps=6")
+WARM_STEPS = 120  # of tiny_config.py
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared):
+    """The run that others are held against: with the warm start trained in it, and six steps."""
+    return shared("uninterrupted", lambda folder: mains.succeed("train", folder, *TAPE))
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_path, seed):
+    """kill -9 in the warm start, while episodes are sampled, and while checkpoints are written."""
+    rng = np.random.default_rng(seed)
+    metrics, checkpoints = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
+    line, step, saved = rng.integers(5, WARM_STEPS - 10), rng.integers(1, 3), int(rng.choice([2, 4]))
+
+    def lines(n):
+        return metrics.exists() and metrics.read_bytes().count(b"\n") >= n
+
+    def saving(step):
+        """A folder of this step is there: whole, or under the name that it has while it is written."""
+        return any(folder.name.split(".")[0] == str(step) for folder in checkpoints.glob("*"))
+
+    moments = [lambda: lines(line), lambda: saving(0), lambda: lines(WARM_STEPS + step), lambda: saving(saved)]
+    for moment in moments:
+        process = mains.start("train", tmp_path, *TAPE)
+        mains.wait_until(moment, process)
+        time.sleep(float(rng.uniform(0, 0.1)))
+        kill(process)
+    mains.succeed("train", tmp_path, *TAPE)
+    assert repeatable(read_metrics(tmp_path)) == repeatable(read_metrics(uninterrupted))
+    assert_same_checkpoint(tmp_path, uninterrupted, 6)
+    assert episodes_without_latency(tmp_path) == episodes_without_latency(uninterrupted)
+
+
+def episodes_without_latency(workdir):
+    episodes = [json.loads(line) for line in (workdir / "episodes" / "train.jsonl").read_text().splitlines()]
+    for episode in episodes:
+        for call in episode["calls"]:
+            del call["latency"]
+    return episodes
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_keeps_its_last_step(uninterrupted, tmp_path, sent):
+    process = mains.start("train", tmp_path, *TAPE, "checkpoint.every=1000")
+    mains.wait_until(lambda: len(train_lines(tmp_path)) >= 3, process)
+    process.send_signal(sent)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip().endswith("interrupted") and "Traceback" not in stderr
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        kept = store.latest()
+    assert kept >= 3 and f"step {kept} is kept" in stdout
+    assert [line["step"] for line in train_lines(tmp_path)] == list(range(1, kept + 1))
+    mains.succeed("train", tmp_path, *TAPE)
+    assert without_validation(tmp_path) == without_validation(uninterrupted)
+
+
+def without_validation(workdir):
+    """A validation that was cut is not made up for; all else is as if nothing had happened."""
+    lines = repeatable(train_lines(workdir))
+    return [{key: value for key, value in line.items() if not key.startswith("val/")} for line in lines]
+
+
+def test_a_tape_repeats_the_run_without_the_pool(uninterrupted, tmp_path):
+    tape = uninterrupted / "tape.sqlite"
+    mains.succeed("train", tmp_path, "steps=6", "pool.tape.mode=strict", f"pool.tape.path={tape}")
+    assert repeatable(read_metrics(tmp_path)) == repeatable(read_metrics(uninterrupted))
+    assert_same_checkpoint(tmp_path, uninterrupted, 6)
+    assert all(line["hit"] or not line["model"] for line in read_ledger(tmp_path / "ledger.jsonl"))
+
+
+def test_the_host_driver_gives_the_numbers_of_the_jitted_loop(finished_run, warm_file, tmp_path):
+    mains.succeed("train", tmp_path, f"warmstart.file={warm_file}", "steps=2", "rollout.driver=host")
+    assert repeatable(train_lines(tmp_path)) == repeatable(train_lines(finished_run)[:2])
+
+
+def test_renamed_models_are_shown_under_another_name_in_each_batch(tmp_path):
+    mains.succeed("train", tmp_path, "pool.rename=True", "steps=3", "validation.questions=0")
+    shown = {}  # step -> {name in the call: the model that answered}
+    for episode in read_episodes(tmp_path):
+        for call, written in zip(episode["calls"], episode["response"].split("<search>")[1:], strict=False):
+            if call["model"]:
+                name = written.split(":")[0].strip()
+                assert shown.setdefault(episode["step"], {}).setdefault(name, call["model"]) == call["model"]
+    meanings = {}
+    for names in shown.values():
+        for name, model in names.items():
+            meanings.setdefault(name, set()).add(model)
+    assert any(len(models) > 1 for models in meanings.values()), shown
