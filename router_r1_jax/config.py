@@ -150,6 +150,7 @@ def base_config() -> ConfigDict:
     c.learner.logit_chunk = 64  # positions whose logits are held at a time
 
     c.warmstart = ConfigDict()
+    c.warmstart.seed = 0  # of its own: runs of other seeds start from the same warm start
     c.warmstart.steps = 0  # supervised updates on scripted episodes whose choice of model is random
     c.warmstart.file = ""  # safetensors with the result; read instead of training when it exists
     c.warmstart.batch = 64

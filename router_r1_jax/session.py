@@ -55,11 +55,11 @@ class Session:
         """All questions of a split."""
         return questions.load(self.data_dir, split)
 
-    def initial_params(self) -> Params:
-        """The parameters that training starts from: those of model.source, or random ones from the seed."""
+    def initial_params(self, seed: int) -> Params:
+        """The parameters that training starts from: those of model.source, or random ones from `seed`."""
         if self._initial is not None:
             return self._initial
-        return init_params(self.model, self.mesh, self.config.seed)
+        return init_params(self.model, self.mesh, seed)
 
 
 def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Session:

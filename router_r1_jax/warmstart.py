@@ -23,6 +23,7 @@ from tqdm import tqdm
 from router_r1_jax import prompts
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
+from router_r1_jax.data import synthetic
 from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
 from router_r1_jax.learner import Batch, Learner, Row, init_state, make_batch, make_optimizer, supervised_loss
 from router_r1_jax.model import Params
@@ -39,9 +40,8 @@ Report = Callable[[int, dict[str, float]], None]
 def recipe(config: ConfigDict) -> str:
     """A hash of all that the warm start's result depends on; a kept file carries it."""
     fields = {
-        "seed": config.seed,
         "arch": config.model.arch.to_dict(),
-        "world": config.data.world.to_dict(),
+        "world": {"version": str(synthetic.Synthetic.VERSION)} | config.data.world.to_dict(),
         "template": prompts.load_template(config.prompt.template),
         "max_calls": config.rollout.max_calls,
         "models": [model.to_dict() for model in config.pool.models],
@@ -58,7 +58,7 @@ def scripted_batch(session: Session, step: int) -> Batch:
     cards; with them, both within a few hundred updates.
     """
     config = session.config
-    rng = np.random.default_rng([config.seed, step])
+    rng = np.random.default_rng([config.warmstart.seed, step])
     cards = roster(session.cards, rng, shuffle=config.pool.shuffle, rename=config.pool.rename)
     copies = config.warmstart.batch // 2 if step < config.warmstart.copy_steps else 0
     all_questions = session.world.questions("train")
@@ -96,7 +96,7 @@ def train_warm_start(session: Session, report: Report) -> Params:
         session.model, optimizer, supervised_loss, session.mesh, session.abstract_params,
         micro_batch=w.batch, chunk=session.config.learner.logit_chunk,
     )  # fmt: skip
-    state = init_state(optimizer, session.initial_params(), session.abstract_params, session.mesh)
+    state = init_state(optimizer, session.initial_params(w.seed), session.abstract_params, session.mesh)
     for step in range(w.steps):
         state, metrics = learner.update(state, scripted_batch(session, step))
         report(step + 1, metrics)
@@ -138,7 +138,7 @@ def warm_start(session: Session, writer: MetricsWriter) -> Params:
         print(f"warm start: read from {w.file}")
         return load_warm_start(Path(w.file), session)
     if w.steps == 0:
-        return session.initial_params()
+        return session.initial_params(session.config.seed)
     with tqdm(total=w.steps, desc="warm start", unit="step", dynamic_ncols=True) as bar:
 
         def report(step: int, metrics: dict[str, float]) -> None:

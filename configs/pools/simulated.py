@@ -28,8 +28,8 @@ def _card(name: str, price: float, latency: float, failure_rate: float, **skill:
 def models() -> tuple[ConfigDict, ...]:
     return (
         _card("Titan", 12.0, 0.06, 0.02, film=0.97, music=0.97, people=0.28, places=0.26, sport=0.27),
-        _card("Reel", 0.9, 0.03, 0.01, film=0.885, music=0.15, people=0.12, places=0.14, sport=0.96),
-        _card("Aria", 1.2, 0.03, 0.01, film=0.16, music=0.885, people=0.95, places=0.18, sport=0.13),
+        _card("Reel", 0.9, 0.03, 0.01, film=0.899, music=0.15, people=0.12, places=0.14, sport=0.96),
+        _card("Aria", 1.2, 0.03, 0.01, film=0.16, music=0.899, people=0.95, places=0.18, sport=0.13),
         _card("Atlas", 0.6, 0.02, 0.005, film=0.14, music=0.12, people=0.17, places=0.96, sport=0.19),
         _card("Pico", 0.2, 0.01, 0.005, film=0.22, music=0.18, people=0.24, places=0.21, sport=0.2),
     )

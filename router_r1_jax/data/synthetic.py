@@ -26,8 +26,11 @@ class WorldConfig(tfds.core.BuilderConfig):
 class Synthetic(tfds.core.GeneratorBasedBuilder):
     """Questions, gold answers and, for each hop, the domain and the relation to ask for."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when a world of the same settings gets other questions
-    RELEASE_NOTES = {"1.0.0": "One- and two-hop questions in five domains."}
+    VERSION = tfds.core.Version("1.1.0")  # raise it when a world of the same settings gets other questions
+    RELEASE_NOTES = {
+        "1.0.0": "One- and two-hop questions in five domains.",
+        "1.1.0": "Every entity is the subject of a question in the train split.",
+    }
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {

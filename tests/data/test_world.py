@@ -93,6 +93,15 @@ def test_splits_share_no_first_relation_and_entity_and_have_their_sizes():
         WORLD.questions("tset")
 
 
+@pytest.mark.parametrize("count", [3, 4, 5, 7, 10, 11, 60])
+def test_every_entity_is_the_subject_of_a_train_question(count):
+    """With names of one token each, a name that training never shows cannot be copied: 67 % of such questions failed."""
+    world = World({"seed": 3} | dict.fromkeys(COUNTS.values(), count))
+    subjects = {question.hops[0].subject for question in world.questions("train")}
+    kinds = {relation.subject for relation in RELATIONS}
+    assert subjects == {name for kind in kinds for name in world.names[kind]}
+
+
 @pytest.mark.parametrize("split", [None, *SPLITS])
 def test_the_share_of_known_facts_is_the_skill_in_every_domain_and_split(split):
     """Over a whole domain to half a fact; in a split to a fact and a half per relation."""
