@@ -7,6 +7,7 @@ Parameters are plain nested dicts; the KV cache is an argument and a result. Two
   to the other, once at each weight push.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -69,10 +70,13 @@ class Projection(nn.Module):
         """Contract the last len(inputs) axes of x with the kernel's first."""
         dtype = self.config.dtype
         kernel = self.param("kernel", _init(*self.axes), self.inputs + self.outputs, dtype)
-        n = len(self.inputs)
-        y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+        # As a product of two matrices: XLA's CPU compiler copies the operands of the kernel's gradient where they have
+        # more axes, and fuses into each copy whatever made them (the whole update took 1.2 times as long).
+        lead = x.shape[: x.ndim - len(self.inputs)]
+        y = x.reshape(math.prod(lead), -1) @ kernel.reshape(math.prod(self.inputs), -1)
+        y = y.reshape(*lead, *self.outputs)
         if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[n:])
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :])
             y += self.param("bias", zeros, self.outputs, dtype)
         return y
 
