@@ -18,7 +18,7 @@ from router_r1_jax.data import questions, synthetic
 from router_r1_jax.data.tokenizer import corpus, train_tokenizer
 from router_r1_jax.data.world import World
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import ModelConfig, Params, abstract_params, from_arch, init_params, load_hf
+from router_r1_jax.model import ModelConfig, Params, abstract_params, check_attention, from_arch, init_params, load_hf
 from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.pool.server import start_server
@@ -109,9 +109,21 @@ def _load_model(
     m = config.model
     if m.source:
         model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
-        return dataclasses.replace(model, remat=m.remat), params if load_source else None
+        return _choose_attention(
+            dataclasses.replace(model, remat=m.remat), m.attention
+        ), params if load_source else None
     vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat), None
+    return _choose_attention(from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat), m.attention), None
+
+
+def _choose_attention(model: ModelConfig, attention: str) -> ModelConfig:
+    """The model with its attention set, or the reason why it cannot have it."""
+    try:
+        model = dataclasses.replace(model, attention=attention)
+        check_attention(model)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
+    return model
 
 
 def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], opening: ExitStack) -> Pool:

@@ -1,6 +1,6 @@
 """The router model: RouterLM, its configuration, its parameters."""
 
-from router_r1_jax.model.attention import KV
+from router_r1_jax.model.attention import KV, check_attention
 from router_r1_jax.model.config import ModelConfig, RopeScaling, from_arch
 from router_r1_jax.model.hf import load_hf, save_hf
 from router_r1_jax.model.hf_config import WeightsError
@@ -9,5 +9,5 @@ from router_r1_jax.model.transformer import Params, Prefix, RouterLM, empty_cach
 
 __all__ = [
     "KV", "ModelConfig", "Params", "Prefix", "RopeScaling", "RouterLM", "WeightsError", "abstract_params",
-    "count_params", "empty_cache", "from_arch", "init_params", "load_hf", "save_hf", "unroll",
+    "check_attention", "count_params", "empty_cache", "from_arch", "init_params", "load_hf", "save_hf", "unroll",
 ]  # fmt: skip

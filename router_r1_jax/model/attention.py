@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from router_r1_jax.model.config import ModelConfig, RopeScaling
+from router_r1_jax.model.config import AttentionName, ModelConfig, RopeScaling
+
+QUERY_BLOCK = 128  # fewest queries of a block of causal attention: the scores of smaller ones gain nothing
+MOST_BLOCKS = 8  # of one call: the last doublings of their number save little work and compile as long
 
 
 @flax.struct.dataclass
@@ -68,6 +71,15 @@ def read_cache(cache: KV, rows: jax.Array | None) -> KV:
     return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)
 
 
+def check_attention(config: ModelConfig) -> None:
+    """Raise ValueError where this machine cannot run `config.attention`; the rest is checked by ModelConfig itself."""
+    backend = jax.default_backend()
+    if config.attention == "cudnn" and backend not in ("gpu", "cuda"):
+        raise ValueError(
+            f"attention is 'cudnn', which needs an NVIDIA GPU; this is {backend}: choose 'einsum' or 'xla'"
+        )
+
+
 def attend(
     q: jax.Array,
     own: KV,
@@ -75,12 +87,80 @@ def attend(
     key_positions: jax.Array,
     prefix: KV | None,
     prefix_length: jax.Array,
+    *,
+    causal: bool,
+    implementation: AttentionName = "einsum",
 ) -> jax.Array:
-    """Attention output [B, T, N, H] of queries [B, T, N, H] at own positions [B, T].
+    """Attention output [B, T, N, H] of queries [B, T, N, H] at own positions [B or 1, T].
 
     A query at own position t sees the whole prefix (its first `prefix_length` entries) and those of its row's keys
-    whose own position, `key_positions` [B or 1, S], is t or less.
+    whose own position, `key_positions` [B or 1, S], is t or less. `causal` says that queries and keys are the same
+    tokens in the order of their positions, so that half of the products need not be made.
+
+    One query per row (decoding) reads the keys where they lie, whatever `implementation` says: joining a prefix to
+    each row's cache would copy the cache at every step.
     """
+    if q.shape[1] == 1:
+        return _attend_one(q, own, positions, key_positions, prefix, prefix_length)
+    keys = own if prefix is None else _join(prefix, own)
+    P = keys.k.shape[1] - own.k.shape[1]
+    visible = key_positions[:, None, :] <= positions[:, :, None]  # [B or 1, T, S]
+    if P:
+        before = jnp.broadcast_to(jnp.arange(P) < prefix_length, (*visible.shape[:2], P))
+        visible = jnp.concatenate([before, visible], axis=-1)
+    if implementation == "einsum":
+        return _attend_in_blocks(q, keys, visible, P, causal)
+    if causal and prefix is None:
+        return jax.nn.dot_product_attention(q, keys.k, keys.v, is_causal=True, implementation=implementation)
+    return jax.nn.dot_product_attention(q, keys.k, keys.v, mask=visible[:, None], implementation=implementation)
+
+
+def _join(prefix: KV, own: KV) -> KV:
+    """Keys and values [B, P + S, K, H]: small beside the scores, whose concatenation took three times as long."""
+
+    def join(before: jax.Array, after: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.broadcast_to(before, (after.shape[0], *before.shape)), after], axis=1)
+
+    return jax.tree.map(join, prefix, own)
+
+
+def _attend_in_blocks(q: jax.Array, keys: KV, visible: jax.Array, P: int, causal: bool) -> jax.Array:
+    """Attention in einsums, over blocks of queries where a block's last query bounds the keys that it needs.
+
+    Rows and kv heads lead in every operand: XLA's CPU compiler otherwise transposes scores before and after a product.
+    """
+    B, T, N, H = q.shape
+    K = keys.k.shape[2]
+    q = (q * (H**-0.5)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = keys.k.swapaxes(1, 2), keys.v.swapaxes(1, 2)
+    size = max(QUERY_BLOCK, -(-T // MOST_BLOCKS)) if causal else T
+    outs = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        S = P + end if causal else k.shape[2]
+        outs.append(_attend_block(q[..., start:end, :], k[:, :, :S], v[:, :, :S], visible[:, start:end, :S]))
+    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Scaled queries [B, K, G, T, H], keys and values [B, K, S, H], visible [B or 1, T, S] -> like the queries.
+
+    Dividing the output by the sum of the weights, not each weight, saves passes over [.., T, S].
+    """
+    B, K, G, T, H = q.shape
+    rows = (B, K, G * T, H)
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q.reshape(rows), k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores.reshape(B, K, G, T, -1), -jnp.inf).reshape(scores.shape)
+    # The shift by the largest score cancels, so no gradient goes through it.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+    return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype).reshape(q.shape)
+
+
+def _attend_one(
+    q: jax.Array, own: KV, positions: jax.Array, key_positions: jax.Array, prefix: KV | None, prefix_length: jax.Array
+) -> jax.Array:
+    """`attend` for T = 1, with the prefix and the row's own keys as two blocks."""
     B, T, N, H = q.shape
     K = own.k.shape[2]
     q = q.reshape(B, T, K, N // K, H) * (H**-0.5)

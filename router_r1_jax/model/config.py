@@ -1,9 +1,10 @@
 """The shape of a router model. One frozen dataclass covers the families; they differ by a few switches."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Family = Literal["qwen2", "qwen3", "llama"]
+AttentionName = Literal["einsum", "xla", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class ModelConfig:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     `dtype` is that of parameters and activations ("float32", "bfloat16"); norms, softmax and log-probs are computed in
-    float32 at least.
+    float32 at least. `attention` says who computes it: "einsum" our own einsums, "xla" and "cudnn" the implementations
+    of `jax.nn.dot_product_attention`; cudnn is fused, needs a GPU and a half-precision dtype.
     """
 
     vocab_size: int
@@ -39,6 +41,7 @@ class ModelConfig:
     max_positions: int = 32_768  # the longest context it was made for: goes into exports, nothing is cut at it here
     dtype: str = "float32"
     remat: bool = True
+    attention: AttentionName = "einsum"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -47,6 +50,18 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.attention not in get_args(AttentionName):
+            raise ValueError(f"attention is {self.attention!r}; choose one of {', '.join(get_args(AttentionName))}")
+        if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(
+                f"attention is 'cudnn' with dtype {self.dtype!r}; cuDNN has bfloat16 and float16 only: "
+                "choose one of them, or attention 'einsum'"
+            )
+        if self.attention == "cudnn" and (self.head_dim % 8 or self.head_dim > 256):
+            raise ValueError(
+                f"attention is 'cudnn' with head_dim {self.head_dim}; cuDNN needs a multiple of 8 up to 128 "
+                "(256 from Hopper GPUs on): choose attention 'einsum'"
+            )
 
     @property
     def qkv_bias(self) -> bool:

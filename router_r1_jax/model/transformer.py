@@ -90,7 +90,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
+        positions: jax.Array | None,
         prefix: KV | None,
         prefix_length: jax.Array,
         cache: KV | None,
@@ -104,15 +104,21 @@ class Attention(nn.Module):
         v = Projection(c, (D,), (K, H), ("embed", "kv_heads", None), c.qkv_bias, name="v")(x)
         if c.qk_norm:
             q, k = RMSNorm(c, None, name="q_norm")(q), RMSNorm(c, None, name="k_norm")(k)
+        in_order = positions is None
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if in_order else positions
         absolute = positions + prefix_length
         q, own = apply_rope(q, absolute, c), KV(apply_rope(k, absolute, c), v)
         if cache is None:
             # Keys lie where the tokens do: with positions that do not start at 0, a slot number would not be causal.
-            out, seen = attend(q, own, positions, positions, prefix, prefix_length), own
+            out = attend(
+                q, own, positions, positions, prefix, prefix_length, causal=in_order, implementation=c.attention
+            )
+            seen = own
         else:
             seen = write_cache(cache, own, positions, rows)
             slots = jnp.arange(cache.k.shape[1])[None]
-            out = attend(q, read_cache(seen, rows), positions, slots, prefix, prefix_length)
+            keys = read_cache(seen, rows)
+            out = attend(q, keys, positions, slots, prefix, prefix_length, causal=False, implementation=c.attention)
         return Projection(c, (N, H), (D,), ("heads", None, "embed"), name="o")(out), seen
 
 
@@ -141,7 +147,7 @@ class Block(nn.Module):
         x: jax.Array,
         prefix: KV | None,
         cache: KV | None,
-        positions: jax.Array,
+        positions: jax.Array | None,
         prefix_length: jax.Array,
         rows: jax.Array | None,
     ) -> tuple[jax.Array, KV]:
@@ -205,7 +211,7 @@ class RouterLM(nn.Module):
         """
         if cache is not None and not self.unrolled:
             raise ValueError("a cache needs RouterLM(config, unrolled=True): a scan over layers would copy it")
-        if positions is None:
+        if cache is not None and positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         length = jnp.int32(0) if prefix is None else prefix.length
         x = jnp.take(nn.with_logical_constraint(self.embed, ("vocab", None)), tokens, axis=0)
