@@ -1,9 +1,10 @@
 """The shape of a router model. One frozen dataclass covers the families; they differ by a few switches."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Family = Literal["qwen2", "qwen3", "llama"]
+Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class ModelConfig:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     `dtype` is that of parameters and activations ("float32", "bfloat16"); norms, softmax and log-probs are computed in
-    float32 at least.
+    float32 at least. `remat` says what training keeps of a block for its backward pass: "none" recomputes nothing,
+    "dots" keeps the results of the projections, "full" only the block's input.
     """
 
     vocab_size: int
@@ -38,7 +40,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     max_positions: int = 32_768  # the longest context it was made for: goes into exports, nothing is cut at it here
     dtype: str = "float32"
-    remat: bool = True
+    remat: Remat = "full"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -47,6 +49,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
 
     @property
     def qkv_bias(self) -> bool:
@@ -59,6 +63,6 @@ class ModelConfig:
         return self.family == "qwen3"
 
 
-def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: bool) -> ModelConfig:
+def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: Remat) -> ModelConfig:
     """The ModelConfig of a `config.model.arch` block and a tokenizer's vocabulary size."""
     return ModelConfig(vocab_size=vocab_size, dtype=dtype, remat=remat, **dict(arch))
