@@ -111,7 +111,10 @@ def _load_model(
         model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
         return dataclasses.replace(model, remat=m.remat), params if load_source else None
     vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat), None
+    try:
+        return from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat), None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], opening: ExitStack) -> Pool:

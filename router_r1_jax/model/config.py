@@ -64,5 +64,16 @@ class ModelConfig:
 
 
 def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: Remat) -> ModelConfig:
-    """The ModelConfig of a `config.model.arch` block and a tokenizer's vocabulary size."""
-    return ModelConfig(vocab_size=vocab_size, dtype=dtype, remat=remat, **dict(arch))
+    """The ModelConfig of a `config.model.arch` block for a tokenizer of `vocab_size` ids.
+
+    A block that names a vocabulary itself (`preset_arch`) keeps it. Raises ValueError where the tokenizer has more ids.
+    """
+    fields = {"vocab_size": vocab_size} | dict(arch)
+    if vocab_size > fields["vocab_size"]:
+        raise ValueError(
+            f"model.arch.vocab_size is {fields['vocab_size']}, but the tokenizer needs {vocab_size}; take the model's "
+            "own tokenizer, or raise it"
+        )
+    if fields.get("rope_scaling") is not None:
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return ModelConfig(dtype=dtype, remat=remat, **fields)
