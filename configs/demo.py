@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     use_pool(c, Path(__file__).parent / "pools" / "simulated.py")
     c.pool.simulate = True
     c.steps = 50
-    c.model.remat = False
+    c.model.remat = "none"
     c.prompt.template = "terse"
     c.prompt.question_tokens = 32
     c.rollout.questions = 16

@@ -13,6 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from router_r1_jax.config import base_config, use_pool
+from router_r1_jax.model import preset_arch
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -21,6 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.pool.simulate = True
 
     c.model.source = "Qwen/Qwen2.5-3B-Instruct"
+    c.model.arch = ConfigDict(preset_arch("Qwen2.5-3B"))  # only read where model.source is empty: a random start
     c.prompt.template = "router"
     c.steps = 225
     c.rollout.questions, c.rollout.group = 16, 8
@@ -31,6 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     if arg == "runlocal":
         c.model.source = ""
+        c.model.arch = base_config().model.arch
         c.model.arch.num_layers, c.model.arch.width, c.model.arch.mlp = 2, 64, 128
         c.steps = 2
         c.rollout.questions, c.rollout.group, c.rollout.slots = 2, 4, 8

@@ -72,8 +72,8 @@ def base_config() -> ConfigDict:
     c.model.source = ""  # Hugging Face folder or hub name; "" initialises `arch` at random
     c.model.tokenizer = ""  # folder or hub name; "" takes model.source's, or trains a BPE on the synthetic world's text
     c.model.dtype = "float32"  # of parameters and activations; softmax, norms and log-probs are float32 at least
-    c.model.remat = True  # recompute each block in the backward pass
     c.model.attention = "einsum"  # einsum | xla | cudnn (a GPU with dtype bfloat16 or float16)
+    c.model.remat = "full"  # the backward pass recomputes: none | dots (all but the projections) | full (every block)
     c.model.arch = ConfigDict(
         dict(
             family="qwen3",  # qwen2 | qwen3 | llama
@@ -204,6 +204,7 @@ def validate(config: ConfigDict) -> None:
     _one_of("rollout.driver", config.rollout.driver, ("jit", "host"))
     _one_of("pool.tape.mode", config.pool.tape.mode, ("off", "record", "replay", "strict"))
     _one_of("model.attention", config.model.attention, ("einsum", "xla", "cudnn"))
+    _one_of("model.remat", config.model.remat, ("none", "dots", "full"))
     _one_of("model.arch.family", config.model.arch.family, ("qwen2", "qwen3", "llama"))
     if not 0.0 <= config.reward.alpha <= 1.0:
         raise ConfigError(f"reward.alpha is {config.reward.alpha}; the weight of the cost term lies in [0, 1]")

@@ -18,7 +18,16 @@ from router_r1_jax.data import questions, synthetic
 from router_r1_jax.data.tokenizer import corpus, train_tokenizer
 from router_r1_jax.data.world import World
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import ModelConfig, Params, abstract_params, check_attention, from_arch, init_params, load_hf
+from router_r1_jax.model import (
+    ModelConfig,
+    Params,
+    WeightsError,
+    abstract_params,
+    check_attention,
+    from_arch,
+    init_params,
+    load_hf,
+)
 from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.pool.server import start_server
@@ -107,23 +116,20 @@ def _load_model(
     config: ConfigDict, tokenizer: PreTrainedTokenizerBase, mesh: Mesh, load_source: bool
 ) -> tuple[ModelConfig, Params | None]:
     m = config.model
-    if m.source:
-        model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
-        return _choose_attention(
-            dataclasses.replace(model, remat=m.remat), m.attention
-        ), params if load_source else None
-    vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return _choose_attention(from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat), m.attention), None
-
-
-def _choose_attention(model: ModelConfig, attention: str) -> ModelConfig:
-    """The model with its attention set, or the reason why it cannot have it."""
+    params = None
     try:
-        model = dataclasses.replace(model, attention=attention)
+        if m.source:
+            model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
+        else:
+            vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            model = from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat)
+        model = dataclasses.replace(model, remat=m.remat, attention=m.attention)
         check_attention(model)
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
-    return model
+    return model, params if load_source else None
 
 
 def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], opening: ExitStack) -> Pool:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,17 +32,19 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": "", **variables}
 
 
-def run(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **variables: str):
+def run(
+    main: str, workdir: Path, *overrides: str, config: Path = CONFIG, timeout: float = TIMEOUT, **variables: str
+) -> subprocess.CompletedProcess:
     """The finished process, with its output as text."""
     return subprocess.run(
         command(main, workdir, *overrides, config=config),
-        env=environment(**variables), capture_output=True, text=True, timeout=TIMEOUT,
+        env=environment(**variables), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
 
-def succeed(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **variables: str):
-    """As `run`; the process must end well."""
-    done = run(main, workdir, *overrides, config=config, **variables)
+def succeed(main: str, workdir: Path, *overrides: str, **settings: Any) -> subprocess.CompletedProcess:
+    """As `run`, with the same settings; the process must end well."""
+    done = run(main, workdir, *overrides, **settings)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 Family = Literal["qwen2", "qwen3", "llama"]
 AttentionName = Literal["einsum", "xla", "cudnn"]
+Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,9 @@ class ModelConfig:
 
     `dtype` is that of parameters and activations ("float32", "bfloat16"); norms, softmax and log-probs are computed in
     float32 at least. `attention` says who computes it: "einsum" our own einsums, "xla" and "cudnn" the implementations
-    of `jax.nn.dot_product_attention`; cudnn is fused, needs a GPU and a half-precision dtype.
+    of `jax.nn.dot_product_attention`; cudnn is fused, needs a GPU and a half-precision dtype. `remat` says what
+    training keeps of a block for its backward pass: "none" recomputes nothing, "dots" keeps the results of the
+    projections, "full" only the block's input.
     """
 
     vocab_size: int
@@ -40,8 +43,8 @@ class ModelConfig:
     tie_embeddings: bool = True
     max_positions: int = 32_768  # the longest context it was made for: goes into exports, nothing is cut at it here
     dtype: str = "float32"
-    remat: bool = True
     attention: AttentionName = "einsum"
+    remat: Remat = "full"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -62,6 +65,8 @@ class ModelConfig:
                 f"attention is 'cudnn' with head_dim {self.head_dim}; cuDNN needs a multiple of 8 up to 128 "
                 "(256 from Hopper GPUs on): choose attention 'einsum'"
             )
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
 
     @property
     def qkv_bias(self) -> bool:
@@ -74,6 +79,17 @@ class ModelConfig:
         return self.family == "qwen3"
 
 
-def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: bool) -> ModelConfig:
-    """The ModelConfig of a `config.model.arch` block and a tokenizer's vocabulary size."""
-    return ModelConfig(vocab_size=vocab_size, dtype=dtype, remat=remat, **dict(arch))
+def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: Remat) -> ModelConfig:
+    """The ModelConfig of a `config.model.arch` block for a tokenizer of `vocab_size` ids.
+
+    A block that names a vocabulary itself (`preset_arch`) keeps it. Raises ValueError where the tokenizer has more ids.
+    """
+    fields = {"vocab_size": vocab_size} | dict(arch)
+    if vocab_size > fields["vocab_size"]:
+        raise ValueError(
+            f"model.arch.vocab_size is {fields['vocab_size']}, but the tokenizer needs {vocab_size}; take the model's "
+            "own tokenizer, or raise it"
+        )
+    if fields.get("rope_scaling") is not None:
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return ModelConfig(dtype=dtype, remat=remat, **fields)

@@ -2,7 +2,7 @@
 
 Parameters are plain nested dicts; the KV cache is an argument and a result. Two layouts of the same parameters:
 
-- *stacked* (training): one `lax.scan` over layers, each rematerialised; leaves under "layers" lead with L.
+- *stacked* (training): one `lax.scan` over layers, rematerialised (`config.remat`); leaves under "layers" lead with L.
 - *unrolled* (rollout): one entry per layer, so that a decode step copies no weight and no cache. `unroll` goes from one
   to the other, once at each weight push.
 """
@@ -19,6 +19,9 @@ from router_r1_jax.model.attention import KV, apply_rope, attend, read_cache, wr
 from router_r1_jax.model.config import ModelConfig
 
 Params = dict[str, Any]
+
+# What a rematerialised block keeps. Products with batch dimensions are those of attention: they grow with T * T.
+_REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 @flax.struct.dataclass
@@ -173,7 +176,7 @@ class RouterLM(nn.Module):
         if self.unrolled:
             self.layers = [Block(c, name=f"layer_{i}") for i in range(c.num_layers)]
         else:
-            block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+            block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[c.remat])
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0},

@@ -95,7 +95,7 @@ def test_splits_share_no_first_relation_and_entity_and_have_their_sizes():
 
 @pytest.mark.parametrize("count", [3, 4, 5, 7, 10, 11, 60])
 def test_every_entity_is_the_subject_of_a_train_question(count):
-    """With names of one token each, a name that training never shows cannot be copied: 67 % of such questions failed."""
+    """With names of one token each, a name that training never shows is not copied: 67 % of such questions failed."""
     world = World({"seed": 3} | dict.fromkeys(COUNTS.values(), count))
     subjects = {question.hops[0].subject for question in world.questions("train")}
     kinds = {relation.subject for relation in RELATIONS}

@@ -1,5 +1,6 @@
 """Gradients and updates against plain full-sequence ones, on one device and on meshes of eight."""
 
+import functools
 import json
 import os
 import subprocess
@@ -78,11 +79,25 @@ def test_shared_prefix_and_micro_batches_are_exact(all_float64):
     assert 0 < found[1]["clip_share"] < 0.5  # both sides of the clip took part
 
 
+def test_remat_changes_memory_and_no_gradient(all_float64):
+    batch = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, make_rows_batch())
+    found, memory = {}, {}
+    for remat in ("none", "dots", "full"):
+        config = make_config(dtype="float64", remat=remat, num_layers=4)
+        gradients = functools.partial(batch_gradients, config, LOSS, micro_batch=3, chunk=16, temperature=1.0)
+        params = make_params(config)
+        compiled = jax.jit(gradients).lower(params, batch).compile(QUICK_COMPILE)
+        found[remat], memory[remat] = compiled(params, batch), compiled.memory_analysis().temp_size_in_bytes
+    for remat in ("dots", "full"):
+        check_close(found[remat][0], found["none"][0], 1e-9)
+    assert memory["none"] > 1.2 * memory["dots"] > 1.4 * memory["full"], memory
+
+
 @pytest.mark.parametrize(
     ("changes", "prefix", "micro_batch", "loss"),
     [
         ({"family": "qwen2", "tie_embeddings": False}, 70, 3, LOSS),
-        ({"family": "llama", "remat": False}, 0, 6, supervised_loss),
+        ({"family": "llama", "remat": "none"}, 0, 6, supervised_loss),
     ],
     ids=["qwen2 behind a long prefix", "llama without a prefix"],
 )

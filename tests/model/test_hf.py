@@ -70,6 +70,20 @@ def test_logits_are_those_of_transformers(checkpoint, case):
 
 
 @pytest.mark.parametrize("case", CONFIGS)
+def test_rows_padded_on_the_left_are_those_of_transformers(checkpoint, case):
+    """Padding is left out by the attention mask there, and by a position later than all others here."""
+    c = checkpoint(case)
+    tokens, padding = random_tokens(3, 24), np.array([[0], [7], [20]])
+    real = np.arange(24) >= padding
+    with torch.no_grad():
+        positions = np.where(real, np.arange(24) - padding, 0)
+        kwargs = {"attention_mask": torch.tensor(real).long(), "position_ids": torch.tensor(positions)}
+        theirs = c.model(torch.tensor(tokens), **kwargs).logits.numpy()
+    ours = forward(c.config, c.params, tokens, np.where(real, positions, 30_000).astype(np.int32))
+    assert relative_error(ours[real], theirs[real]) < 2e-4
+
+
+@pytest.mark.parametrize("case", CONFIGS)
 def test_a_saved_model_is_the_same_to_transformers(checkpoint, case, tmp_path):
     c = checkpoint(case)
     save_hf(tmp_path / "out", c.config, c.params)

@@ -1,5 +1,6 @@
 """The model split over devices: the same numbers as on one, and nothing large left whole where it should be cut."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from safetensors.numpy import load_file
 
-from router_r1_jax.mesh import AXES
-from router_r1_jax.model import ModelConfig, abstract_params
+from router_r1_jax.mesh import AXES, RULES
+from router_r1_jax.model import abstract_params, preset
 
 SCRIPT = Path(__file__).parent / "sharded_model.py"
 MESHES = ["8x1x1", "1x8x1", "4x1x2", "2x2x2"]
@@ -55,23 +56,27 @@ def test_blocks_have_the_sizes_that_the_mesh_says(sharded):
         assert results[mesh]["embed_block"] == [c.config.vocab_size // tensor, D // fsdp]
 
 
-QWEN25_05B = ModelConfig(
-    vocab_size=151_936, num_layers=24, width=896, mlp=4864, num_heads=14, num_kv_heads=2, head_dim=64, family="qwen2"
-)
-LLAMA32_1B = ModelConfig(
-    vocab_size=128_256, num_layers=16, width=2048, mlp=8192, num_heads=32, num_kv_heads=8, head_dim=64, family="llama"
-)
-
-
-@pytest.mark.parametrize("config", [QWEN25_05B, LLAMA32_1B], ids=["qwen2.5-0.5b", "llama3.2-1b"])
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 16, 8), (8, 4, 1)])
-def test_no_large_parameter_is_whole_where_fsdp_cuts(config, sizes):
-    """Each device holds at most 1/fsdp of every parameter above 1 MB."""
+def large_and_whole(config, sizes):
+    """Parameters above 1 MB, and those of them of which a device holds more than 1/fsdp."""
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
-    large = 0
-    for path, leaf in jax.tree.leaves_with_path(abstract_params(config, mesh)):
-        if leaf.size * leaf.dtype.itemsize > 1e6:
-            large += 1
-            block = np.prod(leaf.sharding.shard_shape(leaf.shape))
-            assert block * sizes[1] <= leaf.size, jax.tree_util.keystr(path)
-    assert large >= 7  # embedding and the kernels of attention and feed-forward, at least
+    leaves = jax.tree.leaves_with_path(abstract_params(config, mesh))
+    large = {jax.tree_util.keystr(path): x for path, x in leaves if x.size * x.dtype.itemsize > 1e6}
+    return large, [name for name, x in large.items() if np.prod(x.sharding.shard_shape(x.shape)) * sizes[1] > x.size]
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B", "Llama-3.2-1B"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 16, 8), (8, 4, 1)])
+def test_no_large_parameter_is_whole_where_fsdp_cuts(name, sizes):
+    """Each device holds at most 1/fsdp of every parameter above 1 MB."""
+    large, whole = large_and_whole(preset(name), sizes)
+    assert len(large) >= 8 and whole == []  # embedding and the seven kernels of attention and feed-forward, at least
+
+
+def test_a_large_parameter_that_stays_whole_is_found(monkeypatch):
+    """A width that fsdp does not divide, and rules that forget the model's width."""
+    config = preset("Qwen2.5-0.5B")
+    large, whole = large_and_whole(dataclasses.replace(config, width=897), (1, 8, 1))
+    assert whole == list(large) != []
+    monkeypatch.setattr("router_r1_jax.mesh.RULES", tuple((dict(RULES) | {"embed": None}).items()))
+    large, whole = large_and_whole(config, (1, 8, 1))
+    assert whole == list(large) != []

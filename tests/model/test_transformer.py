@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB, forward, random_tokens, relative_error
+from tiny_models import CONFIGS, VOCAB, forward, random_tokens, relative_error
 
 from router_r1_jax.model import KV, Prefix, RouterLM, empty_cache, unroll
 
@@ -164,7 +164,7 @@ def test_cache_is_refused_where_it_would_be_copied(tiny):
         RouterLM(config).apply({"params": params}, tokens, cache=empty_cache(config, B, S))
 
 
-@pytest.mark.parametrize("case", ["qwen2_untied_one_kv_head", "qwen3_wide_heads", "llama_tied_scaled"])
+@pytest.mark.parametrize("case", CONFIGS)
 def test_greedy_continuation_is_that_of_generate(checkpoint, case):
     c = checkpoint(case)
     prompt = random_tokens(2, C, seed=2)

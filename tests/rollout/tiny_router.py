@@ -40,7 +40,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 TOKENIZER = make_tokenizer()
 MODEL = ModelConfig(
-    vocab_size=len(WORDS), num_layers=2, width=16, mlp=24, num_heads=4, num_kv_heads=2, head_dim=4, remat=False
+    vocab_size=len(WORDS), num_layers=2, width=16, mlp=24, num_heads=4, num_kv_heads=2, head_dim=4, remat="none"
 )
 
 
