@@ -18,17 +18,20 @@ DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 MOST_BYTES = 16e6
 
 
-def answers(path, workdir, *, questions):
-    """Records of the validation questions answered by a warm start, sampled at the training temperature."""
+def answers(path, workdir):
+    """Records of all validation questions answered by a warm start, sampled, under three orders of the cards."""
     config = runpy.run_path(str(DEMO))["get_config"]()
     with open_session(config, workdir, load_source=False) as session:
         session.router.push(load_warm_start(path, session))
-        chosen = session.questions("validation")[:questions]
-        found = session.router.answer(chosen, group=1, temperature=1.0, seed=(0, 1), step=0, split="validation")
-        rewards = judge(config, found, CostNormalizer(config.reward.window))
-        records = make_records(
-            found.questions, found.episodes, rewards, step=0, split="validation", policy="warm start"
-        )
+        questions, records = session.questions("validation"), []
+        for roster in range(3):
+            found = session.router.answer(
+                questions, group=1, temperature=1.0, seed=(0, roster), step=0, split="validation"
+            )
+            rewards = judge(config, found, CostNormalizer(config.reward.window))
+            records += make_records(
+                found.questions, found.episodes, rewards, step=0, split="validation", policy="warm start"
+            )
         return records, session.world, session.cards
 
 
@@ -49,15 +52,13 @@ def follows_the_script(record, world, cards):
 def assert_ready_for_rl(path, workdir):
     """Well-formed and faithful nearly always; the best model is asked no more often than a random choice would."""
     assert path.stat().st_size <= MOST_BYTES
-    records, world, cards = answers(path, workdir, questions=196)
+    records, world, cards = answers(path, workdir)
     figures = summarise(records, cards)
-    chance = 1 / len(cards)
     assert figures["malformed_share"] <= 0.02
     assert figures["two_hop_two_calls"] >= 0.98
     assert np.mean([follows_the_script(record, world, cards) for record in records]) >= 0.95
-    calls = sum(len(record["calls"]) for record in records)
-    assert figures["best_model_share"] <= chance + 2 * np.sqrt(chance * (1 - chance) / calls)
-    assert all(0.05 < share < 0.45 for share in figures["calls/share"].values()), figures["calls/share"]
+    assert figures["best_model_share"] <= 0.25  # one in five is chance; some 970 calls tell it to 0.013
+    assert all(0.1 < share < 0.3 for share in figures["calls/share"].values()), figures["calls/share"]
 
 
 def test_the_kept_warm_start_knows_the_format_and_not_whom_to_ask(tmp_path):
