@@ -12,7 +12,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -29,6 +30,22 @@ _READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
 # arrives. The exception says it all, so Orbax's own records are dropped.
 _ORBAX_SOURCES = os.path.join("orbax", "checkpoint", "")
 logging.getLogger("absl").addFilter(lambda record: _ORBAX_SOURCES not in record.pathname)
+
+
+def _without_late_callbacks(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`hook`, not called for TensorStore's reports to an event loop that is closed.
+
+    A failed write ends Orbax's loop while others are on their way; each would print a traceback when it is done.
+    """
+
+    def unraisablehook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return unraisablehook
+
+
+sys.unraisablehook = _without_late_callbacks(sys.unraisablehook)
 
 
 class CheckpointError(RuntimeError):

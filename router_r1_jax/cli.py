@@ -1,5 +1,6 @@
 """What every main shares: the flags, the compilation cache, and errors as one clear line instead of a traceback."""
 
+import errno
 import os
 import re
 import sys
@@ -11,13 +12,21 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import router_r1_jax.config
 from router_r1_jax.checkpoint import CheckpointError
 from router_r1_jax.config import ConfigError, validate
 from router_r1_jax.data.questions import DataError
+from router_r1_jax.model import WeightsError
 from router_r1_jax.pool.outcomes import PoolError
+from router_r1_jax.report.writer import BrokenFileError, MissingExtraError
+from router_r1_jax.rollout import PromptError
 
 # Errors whose message already says what is wrong, where, and what to do.
-PLAIN_ERRORS = (CheckpointError, ConfigError, DataError, PoolError)
+PLAIN_ERRORS = (
+    BrokenFileError, CheckpointError, ConfigError, DataError, MissingExtraError, PoolError, PromptError, WeightsError,
+)  # fmt: skip
+# The system's words for a disk that takes nothing more. Libraries pass them on without the file's name.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 FIELDS = "every field stands with its type and meaning in router_r1_jax/config.py"
 
 
@@ -83,6 +92,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         said = str(error).strip().splitlines()[0]
         raise ConfigError(_refused_config(error) or f"{said}; {FIELDS}") from error
+    except Exception as error:  # the configuration file is a program and may fail in any way
+        raise ConfigError(_refused_config(error) or _failed_program(error)) from error
+
+
+def _failed_program(error: BaseException) -> str:
+    """Where a configuration file fails, and how."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}, line {frame.lineno}, {frame.line!r}"
+    if isinstance(error, SyntaxError):
+        where = f"{error.filename}, line {error.lineno}, {(error.text or '').strip()!r}"
+    said = str(error).partition("\n")[0].partition(" (")[0]
+    return f"{where}: {type(error).__name__}: {said}; correct the configuration file"
 
 
 def _refused_config(error: BaseException | None) -> str | None:
@@ -92,8 +113,10 @@ def _refused_config(error: BaseException | None) -> str | None:
     if inner := _refused_config(error.__context__):  # absl and ml_collections wrap what they have caught
         return inner
     frames = traceback.extract_tb(error.__traceback__)
-    caller = next((frame for frame in reversed(frames) if "ml_collections" not in frame.filename), None)
-    if caller is None or caller is frames[-1]:
+    # Of interest is the line that asked: neither ml_collections' own nor model_card's and provider's in config.py.
+    ours = router_r1_jax.config.__file__
+    caller = next((f for f in reversed(frames) if "ml_collections" not in f.filename and f.filename != ours), None)
+    if caller is None or "ml_collections" not in frames[-1].filename:
         return None
     said = re.sub(r"[\"'\\]", "", " ".join(str(error).replace("\\n", " ").split()))  # it quotes quotes
     said = said.partition(" Other fields present")[0]
@@ -116,6 +139,10 @@ def _failed_file(error: BaseException) -> str | None:
     """A file that the system refused; None for any other error."""
     if not isinstance(error, OSError) or error.errno is None:
         return None
-    if error.filename is None:  # our own writers put path and fix into the text
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}; free space or correct the path, then run again"
+    if error.strerror != os.strerror(error.errno):  # our own writers put path and fix into the text
         return error.strerror
-    return f"{error.filename}: {error.strerror}; free space or correct the path, then run again"
+    if error.errno in DISK_ERRORS and "workdir" in flags.FLAGS:
+        return f"{flags.FLAGS['workdir'].value}: {error.strerror}; free space there, then run again"
+    return None

@@ -6,7 +6,8 @@ says which field, which value and what to write instead.
 """
 
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -173,13 +174,35 @@ def base_config() -> ConfigDict:
     return c.lock()  # a misspelt field in a configuration file is an error, not a new field
 
 
-def _positive(config: ConfigDict, fields: Sequence[str]) -> None:
+_COUNTS = (
+    "rollout.questions", "rollout.slots", "rollout.max_turn_tokens", "rollout.reply_tokens", "rollout.max_tokens",
+    "rollout.chunk", "rollout.feed_rows", "rollout.poll_every", "prompt.question_tokens", "pool.concurrency",
+    "pool.max_tokens", "learner.micro_batch", "learner.minibatches", "learner.logit_chunk", "reward.window",
+    "checkpoint.every", "checkpoint.keep", "validation.every", "logging.episodes_every", "evaluation.questions",
+    "evaluation.bootstrap", "warmstart.batch", "model.arch.num_layers", "model.arch.width", "model.arch.mlp",
+    "model.arch.num_heads", "model.arch.num_kv_heads", "model.arch.head_dim",
+)  # fmt: skip
+_POSITIVE = (
+    "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "learner.max_grad_norm",
+    "model.arch.rope_theta",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "steps", "pool.temperature", "rollout.temperature", "rollout.max_calls", "validation.questions",
+    "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",
+    "learner.kl_coef", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate", "warmstart.warmup",
+    "warmstart.copy_steps",
+)  # fmt: skip
+
+
+def _at_least(least: float, config: ConfigDict, fields: Sequence[str], *, beyond: bool = False) -> None:
+    """Each field is finite and at least `least`, or with `beyond` greater than it."""
+    rule = f"{'greater than' if beyond else 'at least'} {least}"
     for field in fields:
         node = config
         for part in field.split("."):
             node = node[part]
-        if node <= 0:
-            raise ConfigError(f"{field} is {node}; it must be greater than 0")
+        if not (math.isfinite(node) and (node > least if beyond else node >= least)):
+            raise ConfigError(f"{field} is {node}; it must be {rule}")
 
 
 def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
@@ -187,31 +210,33 @@ def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{field} is {value!r}; choose one of {', '.join(allowed)}")
 
 
+def _entries(field: str, entries: Sequence[object], made_by: Callable[..., ConfigDict]) -> None:
+    """A tuple's entries come from `made_by`: all code behind this relies on their fields."""
+    known = set(made_by())
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, ConfigDict) or set(entry) != known:
+            raise ConfigError(
+                f"{field}[{i}] is {entry!r}; make it with {made_by.__name__}(...) in a configuration file"
+            )
+
+
 def validate(config: ConfigDict) -> None:
     """Raise ConfigError for a configuration that cannot run. Cards are checked where they are built (`pool.cards`)."""
-    _positive(
-        config,
-        [
-            "rollout.questions", "rollout.group", "rollout.slots", "rollout.max_turn_tokens", "rollout.reply_tokens",
-            "rollout.chunk", "rollout.feed_rows", "rollout.poll_every", "pool.concurrency", "pool.deadline",
-            "pool.request_timeout", "pool.max_tokens", "pool.backoff", "pool.backoff_max",
-            "learner.micro_batch", "learner.minibatches",
-            "learner.logit_chunk", "reward.window", "checkpoint.every", "checkpoint.keep",
-        ],
-    )  # fmt: skip
+    _at_least(1, config, _COUNTS)
+    _at_least(0, config, _POSITIVE, beyond=True)
+    _at_least(0, config, _NOT_NEGATIVE)
+    _entries("pool.providers", config.pool.providers, provider)
+    _entries("pool.models", config.pool.models, model_card)
     _one_of("reward.metric", config.reward.metric, ("em", "f1"))
     _one_of("reward.preset", config.reward.preset, ("official",))
     _one_of("rollout.driver", config.rollout.driver, ("jit", "host"))
     _one_of("pool.tape.mode", config.pool.tape.mode, ("off", "record", "replay", "strict"))
     _one_of("model.attention", config.model.attention, ("einsum", "xla", "cudnn"))
     _one_of("model.remat", config.model.remat, ("none", "dots", "full"))
+    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("model.arch.family", config.model.arch.family, ("qwen2", "qwen3", "llama"))
     if not 0.0 <= config.reward.alpha <= 1.0:
         raise ConfigError(f"reward.alpha is {config.reward.alpha}; the weight of the cost term lies in [0, 1]")
-    if config.rollout.temperature < 0:
-        raise ConfigError(f"rollout.temperature is {config.rollout.temperature}; 0 is greedy, else it is positive")
-    if config.rollout.max_calls < 0:
-        raise ConfigError(f"rollout.max_calls is {config.rollout.max_calls}; it must be 0 or more")
     if config.rollout.group < 2:
         raise ConfigError(f"rollout.group is {config.rollout.group}; GRPO compares at least 2 episodes per question")
     episodes = config.rollout.questions * config.rollout.group

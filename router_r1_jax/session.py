@@ -21,7 +21,6 @@ from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model import (
     ModelConfig,
     Params,
-    WeightsError,
     abstract_params,
     check_attention,
     from_arch,
@@ -100,16 +99,26 @@ def load_tokenizer(
     config: ConfigDict, workdir: Path, cards: tuple[Card, ...], world: World | None
 ) -> PreTrainedTokenizerBase:
     """The configured tokenizer; where none is named, one trained on the synthetic world and kept in the workdir."""
-    source = config.model.tokenizer or config.model.source
-    if not source:
-        if world is None:
-            raise ConfigError("model.tokenizer and model.source are empty; name a folder or hub name in one of them")
-        folder = workdir / "tokenizer"
-        if not (folder / "tokenizer_config.json").exists():
-            template = prompts.load_template(config.prompt.template)
-            train_tokenizer(corpus(world, cards, template, config.rollout.max_calls), folder)
-        source = str(folder)
-    return AutoTokenizer.from_pretrained(source)
+    if source := config.model.tokenizer or config.model.source:
+        field = "model.tokenizer" if config.model.tokenizer else "model.source"
+        return _read_tokenizer(source, f"{field} is {source!r}, whose tokenizer", "name a folder or hub name")
+    if world is None:
+        raise ConfigError("model.tokenizer and model.source are empty; name a folder or hub name in one of them")
+    folder = workdir / "tokenizer"
+    if not folder.exists():
+        template = prompts.load_template(config.prompt.template)
+        fresh = workdir / "tokenizer.new"  # renamed when whole: a full disk leaves nothing that a later run would read
+        train_tokenizer(corpus(world, cards, template, config.rollout.max_calls), fresh)
+        fresh.replace(folder)
+    return _read_tokenizer(str(folder), str(folder), "remove the folder, so that it is trained anew")
+
+
+def _read_tokenizer(source: str, what: str, fix: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers and tokenizers raise their own for each kind of damage
+        said = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{what} cannot be read ({said}); {fix}") from error
 
 
 def _load_model(
@@ -117,16 +126,17 @@ def _load_model(
 ) -> tuple[ModelConfig, Params | None]:
     m = config.model
     params = None
-    try:
-        if m.source:
-            model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
-        else:
-            vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if m.source:
+        model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
+    else:
+        vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        try:
             model = from_arch(m.arch, vocab_size, dtype=m.dtype, remat=m.remat)
+        except ValueError as error:
+            raise ConfigError(f"model.arch.{error}") from error
+    try:
         model = dataclasses.replace(model, remat=m.remat, attention=m.attention)
         check_attention(model)
-    except WeightsError as error:
-        raise ConfigError(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
     return model, params if load_source else None

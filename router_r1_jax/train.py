@@ -44,7 +44,7 @@ from router_r1_jax.learner import (
     make_optimizer,
 )
 from router_r1_jax.pool.cards import route_names
-from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter
+from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
 from router_r1_jax.reward import CostNormalizer, Rewards, score
 from router_r1_jax.router import Answers
 from router_r1_jax.session import Session, open_session
@@ -152,6 +152,10 @@ class Run:
             "config": config_hash(self.session.config),
         }
 
+    def count_calls(self) -> None:
+        """Take the ledger's sums once more: the calls of a validation belong to the step that it follows."""
+        self.progress["pool"] = self.session.pool.state()
+
     def save(self, store: CheckpointStore, metric: float | None) -> None:
         """Write a checkpoint of this step."""
         train = {"opt_state": self.state.opt_state, "step": self.state.step}
@@ -220,32 +224,35 @@ def main(config: ConfigDict, workdir: Path) -> None:
         # ---- pool, model, data --------------------------------------------------------------------------------------
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
         session = stack.enter_context(open_session(config, workdir, load_source=True))
-        (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
         train_questions = session.questions("train")
         validation_questions = session.questions("validation")[: config.validation.questions]
         iterator = QuestionIterator(train_questions, seed=config.seed, batch=config.rollout.questions)
         print(estimate(config))
 
-        # ---- logging ------------------------------------------------------------------------------------------------
+        # ---- learner, latest checkpoint: before any file is changed, so that one that cannot be read costs nothing --
+        learner, abstract, optimizer, schedule = setup_learner(config, session)
+        run = Run(session, iterator, CostNormalizer(config.reward.window))
         resume_step = store.latest()
+        if resume_step is not None:
+            print(f"going on from step {resume_step}")
+            run.restore(store, resume_step, abstract)
+            reference = store.restore_params(store.first(), session.abstract_params)
+
+        # ---- logging ------------------------------------------------------------------------------------------------
+        settings = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
+        replace_file(workdir / "config.json", settings.encode())
         logging = config.logging
         writer = MetricsWriter(workdir, tensorboard=logging.tensorboard, wandb=logging.wandb, resume_step=resume_step)
         stack.callback(writer.close)
         episodes_file = EpisodeWriter(workdir, "train", resume_step=resume_step)
         stack.callback(episodes_file.close)
 
-        # ---- learner, first or latest checkpoint --------------------------------------------------------------------
-        learner, abstract, optimizer, schedule = setup_learner(config, session)
-        run = Run(session, iterator, CostNormalizer(config.reward.window))
+        # ---- first checkpoint: the warm start -----------------------------------------------------------------------
         if resume_step is None:
             params = warm_start(session, writer)
             reference = jax.tree.map(jnp.copy, params)  # the state's own copy is donated by the first update
             run.advance(init_state(optimizer, params, session.abstract_params, session.mesh), 0)
             run.save(store, None)
-        else:
-            print(f"going on from step {resume_step}")
-            run.restore(store, resume_step, abstract)
-            reference = store.restore_params(store.first(), session.abstract_params)
         session.router.push(run.state.params)
         stack.enter_context(run.kept_on_error(store))
 
@@ -280,15 +287,18 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 "learning_rate": float(schedule((run.step - 1) * config.learner.minibatches)),
             }
             last = run.step == config.steps
-            validated = None
-            if config.validation.questions and (last or run.step % config.validation.every == 0):
-                figures, validation_records = validate(config, session, validation_questions, run.step)
-                metrics |= figures
-                validated = figures["val/reward/total"]
-                episodes_file.write(validation_records[:20])
             if last or run.step % logging.episodes_every == 0:
                 episodes_file.write(records)
-            writer.write(run.step, metrics)
+            validated = None
+            try:
+                if config.validation.questions and (last or run.step % config.validation.every == 0):
+                    figures, validation_records = validate(config, session, validation_questions, run.step)
+                    run.count_calls()
+                    metrics |= figures
+                    validated = figures["val/reward/total"]
+                    episodes_file.write(validation_records[:20])
+            finally:  # a step whose validation is cut is whole, and kept, without it
+                writer.write(run.step, metrics)
             if last or run.step % config.checkpoint.every == 0:
                 run.save(store, validated)
             bar.update()

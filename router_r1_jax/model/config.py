@@ -87,7 +87,7 @@ def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: Remat) -> ModelC
     fields = {"vocab_size": vocab_size} | dict(arch)
     if vocab_size > fields["vocab_size"]:
         raise ValueError(
-            f"model.arch.vocab_size is {fields['vocab_size']}, but the tokenizer needs {vocab_size}; take the model's "
+            f"vocab_size is {fields['vocab_size']}, but the tokenizer needs {vocab_size}; take the model's "
             "own tokenizer, or raise it"
         )
     if fields.get("rope_scaling") is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from router_r1_jax.report.episodes import Episode, choose_questions, render_question
 from router_r1_jax.report.style import dollars, model_colours, model_names, percent, significant_decimals
-from router_r1_jax.report.writer import read_episodes, read_metrics
+from router_r1_jax.report.writer import read_episodes, read_metrics, replace_file
 
 _EVALUATED, _TRAINED = 60, 24  # questions shown of an evaluated split, and of the training episodes
 
@@ -62,7 +62,7 @@ def write_report(workdir: str | Path) -> Path:
         facts=_facts(results, metrics, config),
     )
     path = workdir / "report.html"
-    path.write_bytes(page.encode("utf-8", errors="replace"))  # external text may hold lone surrogates
+    replace_file(path, page.encode("utf-8", errors="replace"))  # external text may hold lone surrogates
     return path
 
 

@@ -15,6 +15,29 @@ METRICS_FILE = "metrics.jsonl"
 EPISODES_FOLDER = "episodes"
 
 
+class BrokenFileError(ValueError):
+    """A file of the run that is not what was written. The message names the file, the line and the fix."""
+
+
+class MissingExtraError(ImportError):
+    """A package that the configuration asks for and that is not installed. The message names the extra."""
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a whole file: after a crash or on a full disk the old one is there or the new one, never half of it.
+
+    Raises OSError that names the path and the fix.
+    """
+    fresh = path.with_name(path.name + ".new")
+    try:
+        fresh.write_bytes(content)
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        message = f"cannot be written ({error.strerror}); free space there and start again"
+        raise OSError(error.errno, f"{path}: {message}") from error
+
+
 class MetricsWriter:
     """Writes one JSON line per step to `<workdir>/metrics.jsonl`, and to TensorBoard and W&B where asked.
 
@@ -28,8 +51,8 @@ class MetricsWriter:
             their own steps and are kept, because every checkpoint lies behind the warm start. None begins anew.
 
     Raises:
-        ImportError: TensorBoard or W&B is asked for and not installed; the message names the extra.
-        ValueError: metrics.jsonl holds a broken line that is not the last one.
+        MissingExtraError: TensorBoard or W&B is asked for and not installed.
+        BrokenFileError: metrics.jsonl holds a broken line that is not the last one.
     """
 
     def __init__(
@@ -86,7 +109,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """All lines of `<workdir>/metrics.jsonl` in order; [] where there is no such file. A torn last line is left out.
 
     Raises:
-        ValueError: a line before the last is no JSON object.
+        BrokenFileError: a line before the last is no JSON object.
     """
     return _read(Path(workdir) / METRICS_FILE)
 
@@ -103,10 +126,7 @@ class _JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [] if resume_step is None else [line for line in _read(path) if _survives(line, resume_step)]
-            # A crash between these two lines leaves the old file or the new one, never half of it.
-            fresh = path.with_name(path.name + ".new")
-            fresh.write_bytes(_encode(kept))
-            fresh.replace(path)
+            replace_file(path, _encode(kept))
         self._path = path
         self._file = path.open("ab", buffering=0)
 
@@ -143,9 +163,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); delete that line") from error
+            raise BrokenFileError(f"{path}, line {number} is not JSON ({error}); delete that line") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} is {line[:40]!r}, not a JSON object; delete that line")
+            raise BrokenFileError(f"{path}, line {number} is {line[:40]!r}, not a JSON object; delete that line")
         records.append(record)
     return records
 
@@ -190,7 +210,7 @@ class _TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ImportError(
+            raise MissingExtraError(
                 "logging.tensorboard is True and tensorboardX is missing: pip install 'router_r1_jax[tensorboard]'"
             ) from error
         self._open = SummaryWriter
@@ -222,7 +242,7 @@ class _Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(
+            raise MissingExtraError(
                 f"logging.wandb is {project!r} and wandb is missing: pip install 'router_r1_jax[wandb]'"
             ) from error
         identity = workdir / "wandb_id"

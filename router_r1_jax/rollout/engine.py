@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from router_r1_jax.model import ModelConfig, Params, Prefix, RouterLM, empty_cache
 from router_r1_jax.rollout.automaton import build_automaton, token_bytes
-from router_r1_jax.rollout.episode import Episode, Prompt, Respond, RolloutStats, common_prefix
+from router_r1_jax.rollout.episode import Episode, Prompt, PromptError, Respond, RolloutStats, common_prefix
 from router_r1_jax.rollout.exchange import STOP_TAGS, Exchange
 from router_r1_jax.rollout.state import Inbox, Limits, Rows, collect, deliver, empty_rows, inbox_spec, wants_exchange
 from router_r1_jax.rollout.step import Caches, Sampler, work
@@ -96,8 +96,8 @@ class Engine:
     ) -> tuple[list[Episode], RolloutStats]:
         """Sample one episode per prompt; returns them in the prompts' order.
 
-        `seed` and each prompt's `episode` decide every draw. Raises what a reply's future raised, and KeyboardInterrupt
-        promptly: the loop runs in a thread of its own.
+        `seed` and each prompt's `episode` decide every draw. Raises PromptError, what a reply's future raised, and
+        KeyboardInterrupt promptly: the loop runs in a thread of its own.
         """
         started = time.monotonic()
         shared = common_prefix([p.tokens for p in prompts])
@@ -131,7 +131,7 @@ class Engine:
         for prompt in prompts:
             own = len(prompt.tokens) - shared
             if own > self._limits.feed_tokens or own + 2 > self._limits.row_tokens:
-                raise ValueError(
+                raise PromptError(
                     f"episode {prompt.episode} has {own} prompt tokens of its own; raise prompt.question_tokens "
                     f"({self._limits.feed_tokens}) or rollout.max_tokens ({self._limits.row_tokens}), or shorten it"
                 )

@@ -21,6 +21,10 @@ class Respond(Protocol):
         """`call` counts the episode's calls from 0. The future resolves within the pool's own deadline."""
 
 
+class PromptError(ValueError):
+    """A prompt that does not fit. The message names the fields that make room for it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One episode to sample. `episode` (uint32) seeds its draws; `tokens` is the whole rendered prompt."""
