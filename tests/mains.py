@@ -1,10 +1,11 @@
 """Runs the mains as a user does, as processes of their own on the tiny configuration, and reads what they leave."""
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ TIMEOUT = 300  # seconds; only a run that hangs takes as long
 UNEQUAL = ("tokens_per_second", "idle_seconds", "spent_dollars", "rollout_seconds", "update_seconds")
 
 
-def command(main: str, workdir: Path, *overrides: str, config: Path = CONFIG) -> list[str]:
+def command(main: str, workdir: Path, *overrides: str, config: Path | str = CONFIG) -> list[str]:
     """`overrides` are "field=value"; anything that begins with a dash is passed as it is."""
     args = [arg if arg.startswith("-") else f"--config.{arg}" for arg in overrides]
     return [sys.executable, "-m", f"router_r1_jax.{main}", f"--config={config}", f"--workdir={workdir}", *args]
@@ -31,7 +32,7 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": "", **variables}
 
 
-def run(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **variables: str):
+def run(main: str, workdir: Path, *overrides: str, config: Path | str = CONFIG, **variables: str):
     """The finished process, with its output as text."""
     return subprocess.run(
         command(main, workdir, *overrides, config=config),
@@ -39,14 +40,44 @@ def run(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **vari
     )  # fmt: skip
 
 
-def succeed(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **variables: str):
+def succeed(main: str, workdir: Path, *overrides: str, config: Path | str = CONFIG, **variables: str):
     """As `run`; the process must end well."""
     done = run(main, workdir, *overrides, config=config, **variables)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
 
-def start(main: str, workdir: Path, *overrides: str, config: Path = CONFIG, **variables: str) -> subprocess.Popen:
+FORKS = """
+import gc, json, os, sys
+from router_r1_jax import cli, evaluate, train
+
+gc.freeze()  # or each fork would copy all memory when it collects garbage at its end
+for main, out, argv in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        for stream, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = argv
+        cli.launch(train.main) if main == "train" else cli.launch(evaluate.main, checkpoint="")
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def run_each(outputs: Path, commands: Sequence[list[str]]) -> list[subprocess.CompletedProcess]:
+    """The finished processes of many `command`s, which are forks of one: imports take most of a short run's time."""
+    outputs.mkdir()
+    jobs = [(c[2].rpartition(".")[2], str(outputs / str(i)), c[2:]) for i, c in enumerate(commands)]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(jobs)],
+        env=environment(), capture_output=True, text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    codes = [int(code) for code in done.stdout.split()]
+    assert len(codes) == len(jobs), done.stderr[-4000:]
+    texts = [[Path(f"{out}.{name}").read_text() for name in ("stdout", "stderr")] for _, out, _ in jobs]
+    return [subprocess.CompletedProcess(c, code, *text) for c, code, text in zip(commands, codes, texts, strict=True)]
+
+
+def start(main: str, workdir: Path, *overrides: str, config: Path | str = CONFIG, **variables: str) -> subprocess.Popen:
     """The running process, the first of a session of its own, so that it can be killed with all it has started."""
     return subprocess.Popen(
         command(main, workdir, *overrides, config=config), env=environment(**variables),
