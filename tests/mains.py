@@ -51,9 +51,10 @@ def succeed(main: str, workdir: Path, *overrides: str, **settings: Any) -> subpr
 
 
 FORKS = """
-import json, os, sys
+import gc, json, os, sys
 from router_r1_jax import cli, evaluate, train
 
+gc.freeze()  # or each fork would copy all memory when it collects garbage at its end
 for main, out, argv in json.loads(sys.argv[1]):
     if os.fork() == 0:
         for stream, name in ((1, "stdout"), (2, "stderr")):
