@@ -3,8 +3,11 @@
     python -m router_r1_jax.train    --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
     python -m router_r1_jax.evaluate --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
 
-Hardware: float32 parameters, gradients and AdamW moments are 3.1e9 x 16 bytes = 50 GB over the `fsdp` devices, and the
-rollout's device holds another 12 GB copy of the weights and the KV cache. Not run yet: wall time and numbers unknown.
+Hardware: 8 devices of 48 GB; the first one, which also runs the rollout, needs about 43 GB, as
+
+    python -m router_r1_jax.model.plan --config=configs/qwen25_3b_grpo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=48
+
+says. Not run yet: wall time and numbers unknown. With `--config.model.source=` it starts from random weights.
 `--config=configs/qwen25_3b_grpo.py:runlocal` runs the same settings with a random 2-layer model on a CPU.
 """
 

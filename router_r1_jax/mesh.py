@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -36,19 +36,29 @@ RULES: tuple[tuple[str, Any], ...] = (
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices with axes data, fsdp, tensor; one size may be -1 for what is left."""
     devices = jax.devices() if devices is None else devices
+    sizes = _sizes(data, fsdp, tensor, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int, devices: int) -> AbstractMesh:
+    """The mesh that `make_mesh` makes of so many devices, without them: for shapes and shardings only."""
+    return AbstractMesh(_sizes(data, fsdp, tensor, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(
             f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}; sizes are at least 1, and at most one may be -1"
         )
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -int(np.prod(sizes)))
-    if int(np.prod(sizes)) != len(devices):
+        sizes[sizes.index(-1)] = max(1, devices // -int(np.prod(sizes)))
+    if int(np.prod(sizes)) != devices:
         raise ValueError(
             f"mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}, which needs {int(np.prod(sizes))} devices; "
-            f"there are {len(devices)}"
+            f"there are {devices}"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from router_r1_jax.mesh import AXES, make_mesh, param_shardings, replicated, rows_sharding
+from router_r1_jax.mesh import AXES, abstract_mesh, make_mesh, param_shardings, replicated, rows_sharding
 
 
 def mesh_of(data, fsdp, tensor):
@@ -37,6 +37,12 @@ def test_one_device_takes_any_size_that_is_left():
 def test_sizes_that_do_not_fit_are_named(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(*sizes, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=message):
+        abstract_mesh(*sizes, devices=1)
+
+
+def test_an_abstract_mesh_is_that_of_devices_that_are_not_there():
+    assert abstract_mesh(-1, 8, 2, devices=64) == mesh_of(4, 8, 2)
 
 
 def test_the_picture_of_the_module_docstring():

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from router_r1_jax.mesh import param_shardings
 from router_r1_jax.model.config import ModelConfig
@@ -16,7 +16,7 @@ def _init(config: ModelConfig, key: jax.Array) -> Any:
     return RouterLM(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+def abstract_params(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Stacked parameters as `jax.ShapeDtypeStruct`s with their shardings: no memory is used."""
     boxed = jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
     shardings = param_shardings(boxed, mesh)
