@@ -111,13 +111,23 @@ def update(
 
 
 def validate(
-    config: ConfigDict, session: Session, questions: list[QuestionRecord], step: int
+    config: ConfigDict,
+    session: Session,
+    questions: list[QuestionRecord],
+    first_window: dict[str, Any],
+    step: int,
 ) -> tuple[dict[str, float], list[Record]]:
-    """Greedy answers to the validation questions, judged with a cost window of their own."""
+    """Greedy answers to the validation questions, each time judged by the costs of the run's first rollout.
+
+    A window that moved along would call the middle of any policy's own costs cheap, and rewards of two steps, by which
+    the best checkpoint is chosen, could not be compared.
+    """
     answers = session.router.answer(
         questions, group=1, temperature=0.0, seed=(config.seed, 0, 0), step=step, split="validation"
     )
-    rewards = judge(config, answers, CostNormalizer(config.reward.window))
+    normalizer = CostNormalizer(config.reward.window)
+    normalizer.restore(first_window)
+    rewards = judge(config, answers, normalizer)
     records = make_records(
         answers.questions, answers.episodes, rewards, step=step, split="validation", policy="training"
     )
@@ -137,6 +147,7 @@ class Run:
     session: Session
     iterator: QuestionIterator
     normalizer: CostNormalizer
+    first_window: dict[str, Any] | None = None  # the cost window after the first rollout
     state: TrainState | None = None
     step: int = 0
     saved_step: int = -1
@@ -148,6 +159,7 @@ class Run:
         self.progress = {
             "data": self.iterator.state(),
             "cost_window": self.normalizer.state(),
+            "first_cost_window": self.first_window,
             "pool": self.session.pool.state(),
             "config": config_hash(self.session.config),
         }
@@ -183,6 +195,7 @@ class Run:
             print(f"note: step {step} was made with another configuration; going on with the present one")
         self.iterator.restore(saved.run["data"])
         self.normalizer.restore(saved.run["cost_window"])
+        self.first_window = saved.run["first_cost_window"]
         self.session.pool.restore(saved.run["pool"])
         self.advance(TrainState(saved.params, saved.train["opt_state"], saved.train["step"]), step)
         self.saved_step = step
@@ -268,6 +281,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 seed=(config.seed, run.step), step=run.step + 1, split="train",
             )  # fmt: skip
             rewards = judge(config, answers, run.normalizer)
+            run.first_window = run.first_window or run.normalizer.state()
             groups = np.repeat(np.arange(len(questions)), config.rollout.group)
             advantages, without_spread = group_advantages(rewards.total, groups, answers.valid)
             sampled = time.monotonic()
@@ -292,7 +306,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
             validated = None
             try:
                 if config.validation.questions and (last or run.step % config.validation.every == 0):
-                    figures, validation_records = validate(config, session, validation_questions, run.step)
+                    figures, validation_records = validate(
+                        config, session, validation_questions, run.first_window, run.step
+                    )
                     run.count_calls()
                     metrics |= figures
                     validated = figures["val/reward/total"]
