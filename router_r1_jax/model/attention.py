@@ -124,6 +124,12 @@ def _join(prefix: KV, own: KV) -> KV:
     return jax.tree.map(join, prefix, own)
 
 
+def query_blocks(T: int) -> list[tuple[int, int]]:
+    """(start, end) of the blocks into which causal attention over T tokens is cut."""
+    size = max(QUERY_BLOCK, -(-T // MOST_BLOCKS))
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
 def _attend_in_blocks(q: jax.Array, keys: KV, visible: jax.Array, P: int, causal: bool) -> jax.Array:
     """Attention in einsums, over blocks of queries where a block's last query bounds the keys that it needs.
 
@@ -133,10 +139,8 @@ def _attend_in_blocks(q: jax.Array, keys: KV, visible: jax.Array, P: int, causal
     K = keys.k.shape[2]
     q = (q * (H**-0.5)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = keys.k.swapaxes(1, 2), keys.v.swapaxes(1, 2)
-    size = max(QUERY_BLOCK, -(-T // MOST_BLOCKS)) if causal else T
     outs = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
+    for start, end in query_blocks(T) if causal else [(0, T)]:
         S = P + end if causal else k.shape[2]
         outs.append(_attend_block(q[..., start:end, :], k[:, :, :S], v[:, :, :S], visible[:, start:end, :S]))
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import config_flags
 
 from router_r1_jax.mesh import abstract_mesh
+from router_r1_jax.model.attention import query_blocks
 from router_r1_jax.model.config import ModelConfig, from_arch
 from router_r1_jax.model.hf_config import config_from_hf
 from router_r1_jax.model.init import abstract_params, count_params
@@ -88,8 +89,8 @@ def saved_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shape: UpdateSha
     those of a micro-batch.
     """
     share, T, P = _share(config, mesh), shape.row_tokens, shape.prefix_tokens
-    of_rows = shape.micro_batch // _row_shares(mesh) * T * _saved_per_token(config, share, T + P)
-    of_prefix = P * _saved_per_token(config, share, P)
+    of_rows = shape.micro_batch // _row_shares(mesh) * T * _saved_per_token(config, share, P + _mean_keys(T))
+    of_prefix = P * _saved_per_token(config, share, _mean_keys(P))
     prefix_kv = 3 * 2 * P * share.kv_heads * config.head_dim * _itemsize(config)
     return config.num_layers * (of_rows + of_prefix + prefix_kv)
 
@@ -97,14 +98,15 @@ def saved_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shape: UpdateSha
 def update_workspace_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shape: UpdateShape) -> int:
     """Bytes per device of the widest moment: one block's backward pass, or the head's; and the weights gathered for it.
 
-    Per token of a micro-batch a block holds 3.5 arrays of scores, 10 of the model's width and 7 of the feed-forward's,
-    of which 2 are read in place where they were kept; the head holds two chunks of logits.
+    Per token of a micro-batch a block holds 6 arrays of the model's width and 6 of the feed-forward's, of which 2 are
+    read in place where they were kept, and for one block of queries 3.5 arrays of scores; the head holds two chunks of
+    logits.
     """
     share, e = _share(config, mesh), _itemsize(config)
     rows = shape.micro_batch // _row_shares(mesh)
-    feed_forward = 7 if config.remat == "full" else 5
-    scores = 4 * share.heads * (shape.row_tokens + shape.prefix_tokens)
-    block = rows * shape.row_tokens * (3.5 * scores + e * (feed_forward * share.mlp + 10 * config.width))
+    feed_forward = 6 if config.remat == "full" else 4
+    scores = 4 * share.heads * query_blocks(shape.row_tokens)[0][1] * (shape.row_tokens + shape.prefix_tokens)
+    block = rows * (3.5 * scores + e * shape.row_tokens * (feed_forward * share.mlp + 6 * config.width))
     head = rows * (2 * 4 * shape.logit_chunk * share.vocab + 2 * e * shape.row_tokens * config.width)
     return int(max(block, head)) + gathered_bytes(config, mesh)
 
@@ -132,8 +134,8 @@ def rollout_workspace_bytes(config: ModelConfig, shape: RolloutShape) -> int:
     layer = 2 * shape.row_tokens * c.num_kv_heads * c.head_dim * e  # of a row: XLA lays a layer's cache out anew
     decode = shape.slots * max(layer + 8 * c.num_heads * keys, 2 * 4 * c.vocab_size)
     tokens = shape.feed_rows * shape.chunk
-    feed = tokens * (10 * c.num_heads * keys + e * (2 * c.mlp + c.width)) + shape.feed_rows * layer
-    return state + max(decode, feed)
+    feed = tokens * (5.5 * c.num_heads * keys + e * (2 * c.mlp + c.width)) + shape.feed_rows * layer
+    return state + int(max(decode, feed))
 
 
 def plan(
@@ -180,6 +182,11 @@ def _itemsize(config: ModelConfig) -> int:
 
 def _row_shares(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _mean_keys(T: int) -> int:
+    """Keys per query of causal attention over T tokens, on average: a block of queries takes those up to its end."""
+    return sum((end - start) * end for start, end in query_blocks(T)) // T
 
 
 class _Share(NamedTuple):
