@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_models import forward, random_tokens, relative_error
 
-from router_r1_jax.config import base_config
+from router_r1_jax.config import ConfigError, base_config
 from router_r1_jax.model import KV, ModelConfig, attention, check_attention
 from router_r1_jax.model.attention import attend
-from router_r1_jax.session import ConfigError, _choose_attention
+from router_r1_jax.session import _load_model
 
 B, T, S, P, LENGTH, H = 3, 7, 12, 5, 3, 4
 HEADS = [(4, 4), (4, 2), (4, 1)]  # queries, keys
@@ -120,8 +120,10 @@ def test_what_cannot_work_is_refused(changes, message):
 def test_cudnn_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match=r"attention is 'cudnn', which needs an NVIDIA GPU; this is cpu: choose"):
         check_attention(ModelConfig(**SHAPE, attention="cudnn"))
+    config = base_config()
+    config.model.attention, config.model.dtype = "cudnn", "bfloat16"
     with pytest.raises(ConfigError, match=r"^model\.attention is 'cudnn', which needs"):
-        _choose_attention(ModelConfig(**SHAPE), "cudnn")
+        _load_model(config, range(8), None, False)  # of a tokenizer, its length
 
 
 def test_the_warm_starts_arch_has_no_attention():
