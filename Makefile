@@ -7,7 +7,7 @@ BIN := .venv/bin
 RUN ?= runs/demo
 ARGS ?=
 
-.PHONY: demo test test-all lint constraints clean
+.PHONY: demo test test-all lint clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
