@@ -19,12 +19,12 @@ MOST_BYTES = 16e6
 
 
 def answers(path, workdir):
-    """Records of all validation questions answered by a warm start, sampled, under three orders of the cards."""
+    """Records of all validation questions answered by a warm start, sampled, under eight orders of the cards."""
     config = runpy.run_path(str(DEMO))["get_config"]()
     with open_session(config, workdir, load_source=False) as session:
         session.router.push(load_warm_start(path, session))
         questions, records = session.questions("validation"), []
-        for roster in range(3):
+        for roster in range(8):
             found = session.router.answer(
                 questions, group=1, temperature=1.0, seed=(0, roster), step=0, split="validation"
             )
@@ -57,7 +57,8 @@ def assert_ready_for_rl(path, workdir):
     assert figures["malformed_share"] <= 0.02
     assert figures["two_hop_two_calls"] >= 0.98
     assert np.mean([follows_the_script(record, world, cards) for record in records]) >= 0.95
-    assert figures["best_model_share"] <= 0.25  # one in five is chance; some 970 calls tell it to 0.013
+    # One in five is chance; between orders of the cards it varies by 0.03, so eight of them tell it to 0.01.
+    assert figures["best_model_share"] <= 0.25
     assert all(0.1 < share < 0.3 for share in figures["calls/share"].values()), figures["calls/share"]
 
 
