@@ -105,6 +105,8 @@ def test_renamed_models_are_shown_under_another_name_in_each_batch(tmp_path):
     mains.succeed("train", tmp_path, "pool.rename=True", "steps=3", "validation.questions=0")
     shown = {}  # step -> {name in the call: the model that answered}
     for episode in read_episodes(tmp_path):
+        if episode["reward"]["format"] < 0:
+            continue  # a tag too many, and calls and their texts no longer run in step
         for call, written in zip(episode["calls"], episode["response"].split("<search>")[1:], strict=False):
             if call["model"]:
                 name = written.split(":")[0].strip()
