@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 def keep_to_own_cores() -> None:
     """Give each pytest-xdist process, and what it starts, its share of the cores.
 
-    XLA's threads wait for each other at every operation: two processes with two threads each on two cores took twice as
-    long a step (5.5 s) as one thread each on a core of its own (2.4 s).
+    XLA's threads wait for each other at every operation: beside other work on two cores, a step of the warm start took
+    5.5 s (median of 8) with two threads and 2.5 s (median of 6) when kept to one core.
     """
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker and hasattr(os, "sched_setaffinity"):
