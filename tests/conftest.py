@@ -5,6 +5,7 @@ pytest-xdist runs tests in several processes; what is dear is made by the first 
 
 import fcntl
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,14 @@ def keep_to_own_cores() -> None:
         os.sched_setaffinity(0, cores[own::workers] or cores)
 
 
+def hear_ctrl_c() -> None:
+    """A shell lets its background jobs ignore SIGINT, and all they start: tests of Ctrl-C would wait for ever."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 keep_to_own_cores()
+hear_ctrl_c()
 
 import mains  # noqa: E402
 
