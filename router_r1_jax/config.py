@@ -75,6 +75,7 @@ def base_config() -> ConfigDict:
     c.model.dtype = "float32"  # of parameters and activations; softmax, norms and log-probs are float32 at least
     c.model.attention = "einsum"  # einsum | xla | cudnn (a GPU with dtype bfloat16 or float16)
     c.model.remat = "full"  # the backward pass recomputes: none | dots (all but the projections) | full (every block)
+    c.model.lora = ConfigDict(dict(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down")))  # 0: off
     c.model.arch = ConfigDict(
         dict(
             family="qwen3",  # qwen2 | qwen3 | llama
@@ -187,10 +188,10 @@ _POSITIVE = (
     "model.arch.rope_theta",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "steps", "pool.temperature", "rollout.temperature", "rollout.max_calls", "validation.questions",
-    "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",
-    "learner.kl_coef", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate", "warmstart.warmup",
-    "warmstart.copy_steps",
+    "seed", "steps", "model.lora.rank", "pool.temperature", "rollout.temperature", "rollout.max_calls",
+    "validation.questions", "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low",
+    "learner.clip_high", "learner.kl_coef", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate",
+    "warmstart.warmup", "warmstart.copy_steps",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("embed", "fsdp"),
+    ("rank", "fsdp"),  # of LoRA's adapters: an axis of the mesh goes to the first rule that asks for it
     ("layers", None),
     ("length", None),
     ("embed_act", None),

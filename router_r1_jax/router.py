@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from router_r1_jax import prompts
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.model import ModelConfig, Params, unroll
+from router_r1_jax.model import ModelConfig, Params, merge_adapters, unroll
 from router_r1_jax.pool.cards import Card, roster
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
@@ -65,18 +65,18 @@ class Router:
         self._template = prompts.load_template(config.prompt.template)
         r = config.rollout
         self._engine = Engine(
-            model,
+            model.base,
             make_limits(r, config.prompt.question_tokens),
             tokenizer,
             max_calls=r.max_calls,
             reply_tokens=r.reply_tokens,
             driver=r.driver,
         )
-        self._unroll = jax.jit(lambda params: unroll(params, model.num_layers))
+        self._unroll = jax.jit(lambda params: unroll(merge_adapters(model, params), model.num_layers))
         self._params: Params | None = None
 
     def push(self, params: Params) -> None:
-        """Take stacked parameters from the learner's mesh to the engine's device, unrolled."""
+        """Take stacked parameters from the learner's mesh to the engine's device, unrolled, adapters merged."""
         self._params = self._unroll(jax.device_put(params, self._engine.device))
 
     def roster(self, *seed: int) -> tuple[Card, ...]:

@@ -6,7 +6,7 @@ A simulated pool is served by a process of its own, over HTTP like any other pro
 import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -26,6 +26,8 @@ from router_r1_jax.model import (
     from_arch,
     init_params,
     load_hf,
+    load_hf_config,
+    lora_from,
 )
 from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.pool import Pool
@@ -63,11 +65,37 @@ class Session:
         """All questions of a split."""
         return questions.load(self.data_dir, split)
 
+    @property
+    def abstract_base(self) -> Params:
+        """Shapes and shardings of the parameters without LoRA's adapters: what a warm start trains."""
+        return abstract_params(self.model.base, self.mesh)
+
     def initial_params(self, seed: int) -> Params:
-        """The parameters that training starts from: those of model.source, or random ones from `seed`."""
+        """The base parameters that training starts from: those of model.source, or random ones from `seed`."""
         if self._initial is not None:
             return self._initial
-        return init_params(self.model, self.mesh, seed)
+        return init_params(self.model.base, self.mesh, seed)
+
+
+class Opened(NamedTuple):
+    """A router's own parts, without questions and pool."""
+
+    mesh: Mesh
+    tokenizer: PreTrainedTokenizerBase
+    model: ModelConfig
+    initial: Params | None  # the weights of model.source, where they were asked for
+
+
+def open_router(config: ConfigDict, workdir: Path, *, load_source: bool) -> Opened:
+    """Mesh, tokenizer, model; `load_source` also reads the weights of model.source. Raises ConfigError."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tokenizer = _load_tokenizer(config, workdir)
+    model, initial = _load_model(config, tokenizer, mesh, load_source)
+    return Opened(mesh, tokenizer, model, initial)
 
 
 def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Session:
@@ -75,15 +103,8 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
 
     Raises ConfigError, DataError or PoolError with what to mend, before anything is computed.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    cards = cards_from_config(config.pool)
-    world = World(config.data.world) if config.data.name == "synthetic" else None
-    try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    tokenizer = load_tokenizer(config, workdir, cards, world)
-    model, initial = _load_model(config, tokenizer, mesh, load_source)
+    cards, world = cards_from_config(config.pool), _world(config)
+    mesh, tokenizer, model, initial = open_router(config, workdir, load_source=load_source)
     data_dir = synthetic.prepare(config.data, workdir)
     with ExitStack() as opening:
         pool = opening.enter_context(_open_pool(config, workdir, cards, opening))
@@ -95,20 +116,23 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
         )  # fmt: skip
 
 
-def load_tokenizer(
-    config: ConfigDict, workdir: Path, cards: tuple[Card, ...], world: World | None
-) -> PreTrainedTokenizerBase:
+def _world(config: ConfigDict) -> World | None:
+    return World(config.data.world) if config.data.name == "synthetic" else None
+
+
+def _load_tokenizer(config: ConfigDict, workdir: Path) -> PreTrainedTokenizerBase:
     """The configured tokenizer; where none is named, one trained on the synthetic world and kept in the workdir."""
     if source := config.model.tokenizer or config.model.source:
         field = "model.tokenizer" if config.model.tokenizer else "model.source"
         return _read_tokenizer(source, f"{field} is {source!r}, whose tokenizer", "name a folder or hub name")
+    world = _world(config)
     if world is None:
         raise ConfigError("model.tokenizer and model.source are empty; name a folder or hub name in one of them")
     folder = workdir / "tokenizer"
     if not folder.exists():
         template = prompts.load_template(config.prompt.template)
         fresh = workdir / "tokenizer.new"  # renamed when whole: a full disk leaves nothing that a later run would read
-        train_tokenizer(corpus(world, cards, template, config.rollout.max_calls), fresh)
+        train_tokenizer(corpus(world, cards_from_config(config.pool), template, config.rollout.max_calls), fresh)
         fresh.replace(folder)
     return _read_tokenizer(str(folder), str(folder), "remove the folder, so that it is trained anew")
 
@@ -126,8 +150,10 @@ def _load_model(
 ) -> tuple[ModelConfig, Params | None]:
     m = config.model
     params = None
-    if m.source:
+    if m.source and load_source:
         model, params = load_hf(m.source, dtype=m.dtype, mesh=mesh)
+    elif m.source:
+        model = load_hf_config(m.source, m.dtype)
     else:
         vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         try:
@@ -135,11 +161,11 @@ def _load_model(
         except ValueError as error:
             raise ConfigError(f"model.arch.{error}") from error
     try:
-        model = dataclasses.replace(model, remat=m.remat, attention=m.attention)
+        model = dataclasses.replace(model, remat=m.remat, attention=m.attention, lora=lora_from(m.lora))
         check_attention(model)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
-    return model, params if load_source else None
+    return model, params
 
 
 def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], opening: ExitStack) -> Pool:

@@ -43,6 +43,7 @@ from router_r1_jax.learner import (
     make_batch,
     make_optimizer,
 )
+from router_r1_jax.model import Params, add_adapters
 from router_r1_jax.pool.cards import route_names
 from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
 from router_r1_jax.reward import CostNormalizer, Rewards, score
@@ -95,16 +96,24 @@ def make_rows(answers: Answers, advantages: np.ndarray) -> list[Row]:
 
 
 def update(
-    config: ConfigDict, learner: Learner, state: TrainState, reference: Any, answers: Answers, advantages: np.ndarray
+    config: ConfigDict,
+    learner: Learner,
+    state: TrainState,
+    reference: Params | None,
+    answers: Answers,
+    advantages: np.ndarray,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One update per mini-batch; metrics are means over the mini-batches."""
+    """One update per mini-batch; metrics are means over the mini-batches.
+
+    `reference` None: the state's own parameters without their adapters, which no update changes.
+    """
     rows = make_rows(answers, advantages)
     prefix = answers.episodes[0].prompt[: answers.prefix_length]
     size = len(rows) // config.learner.minibatches
     each = []
     for start in range(0, len(rows), size):
         batch = make_batch(prefix, rows[start : start + size])
-        batch = batch.replace(reference_logps=learner.logprobs(reference, batch))
+        batch = batch.replace(reference_logps=learner.reference_logprobs(reference or state.params, batch))
         state, metrics = learner.update(state, batch)
         each.append(metrics)
     return state, {name: float(np.mean([m[name] for m in each])) for name in each[0]}
@@ -249,7 +258,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         if resume_step is not None:
             print(f"going on from step {resume_step}")
             run.restore(store, resume_step, abstract)
-            reference = store.restore_params(store.first(), session.abstract_params)
+            reference = None if session.model.lora else store.restore_params(store.first(), session.abstract_params)
 
         # ---- logging ------------------------------------------------------------------------------------------------
         settings = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
@@ -262,8 +271,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
         # ---- first checkpoint: the warm start -----------------------------------------------------------------------
         if resume_step is None:
-            params = warm_start(session, writer)
-            reference = jax.tree.map(jnp.copy, params)  # the state's own copy is donated by the first update
+            params = add_adapters(session.model, warm_start(session, writer), session.mesh, config.seed)
+            # The state's own copy is donated by the first update.
+            reference = None if session.model.lora else jax.tree.map(jnp.copy, params)
             run.advance(init_state(optimizer, params, session.abstract_params, session.mesh), 0)
             run.save(store, None)
         session.router.push(run.state.params)

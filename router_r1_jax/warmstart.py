@@ -1,6 +1,7 @@
 """The warm start: supervised learning of the format, on scripted episodes whose choice of model is random.
 
-A router that starts at random must first learn to think, call, copy and answer; whom to ask is left to RL. The result
+A router that starts at random must first learn to think, call, copy and answer; whom to ask is left to RL. All of it is
+trained, also where RL will train adapters only (LoRA): the base they then stand on is the reference policy. The result
 can be kept in one safetensors file, so that a demo starts from it:
 
     python -m router_r1_jax.warmstart --config=configs/demo.py --workdir=runs/warmstart
@@ -93,10 +94,10 @@ def train_warm_start(session: Session, report: Report) -> Params:
         learning_rate=w.learning_rate, warmup=w.warmup, total=w.steps, decay=True, weight_decay=0.0, max_grad_norm=1.0
     )
     learner = Learner(
-        session.model, optimizer, supervised_loss, session.mesh, session.abstract_params,
+        session.model.base, optimizer, supervised_loss, session.mesh, session.abstract_base,
         micro_batch=w.batch, chunk=session.config.learner.logit_chunk,
     )  # fmt: skip
-    state = init_state(optimizer, session.initial_params(w.seed), session.abstract_params, session.mesh)
+    state = init_state(optimizer, session.initial_params(w.seed), session.abstract_base, session.mesh)
     for step in range(w.steps):
         state, metrics = learner.update(state, scripted_batch(session, step))
         report(step + 1, metrics)
@@ -126,7 +127,7 @@ def load_warm_start(path: Path, session: Session) -> Params:
                 value = file.get_tensor(jax.tree_util.keystr(key, simple=True, separator="/"))
                 return jax.device_put(value, target.sharding)
 
-            return jax.tree_util.tree_map_with_path(place, session.abstract_params)
+            return jax.tree_util.tree_map_with_path(place, session.abstract_base)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"warmstart.file {path} cannot be read ({error}); {rebuild}") from error
 

@@ -8,6 +8,8 @@ each micro-batch yields a cotangent for them; the sum goes back through the pref
     g_params += back(g_kv)
 
 That is the exact gradient of the whole batch at the price of one prefix instead of one per row.
+
+With LoRA (`model.lora`) gradients and optimizer state exist for the adapters only.
 """
 
 from collections.abc import Callable
@@ -24,14 +26,14 @@ from router_r1_jax.learner.batch import Batch
 from router_r1_jax.learner.logprobs import prefix_kv, token_logprobs
 from router_r1_jax.learner.loss import Sums
 from router_r1_jax.mesh import RULES, replicated, rows_sharding
-from router_r1_jax.model import ModelConfig, Params, Prefix
+from router_r1_jax.model import ModelConfig, Params, Prefix, join, split_trainable
 
 Loss = Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, Sums]]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, optimizer state and the number of updates made."""
+    """All parameters, the optimizer state of those that are trained, and the number of updates made."""
 
     params: Params
     opt_state: Any
@@ -60,8 +62,8 @@ def state_shardings(optimizer: optax.GradientTransformation, abstract: Params, m
     opt = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, abstract),
-        shardings,
+        jax.eval_shape(optimizer.init, split_trainable(abstract)[0]),
+        split_trainable(shardings)[0],
         transform_non_params=lambda _: replicated(mesh),
     )
     return TrainState(shardings, opt, replicated(mesh))
@@ -70,23 +72,28 @@ def state_shardings(optimizer: optax.GradientTransformation, abstract: Params, m
 def init_state(optimizer: optax.GradientTransformation, params: Params, abstract: Params, mesh: Mesh) -> TrainState:
     """A fresh TrainState around parameters that are already on the mesh."""
     shardings = state_shardings(optimizer, abstract, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(split_trainable(params)[0])
     return TrainState(params, opt_state, jax.device_put(jnp.int32(0), replicated(mesh)))
 
 
 def abstract_state(optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh) -> TrainState:
     """A TrainState of `jax.ShapeDtypeStruct`s with shardings, for restoring."""
     shardings = state_shardings(optimizer, abstract, mesh)
-    shapes = TrainState(abstract, jax.eval_shape(optimizer.init, abstract), jax.ShapeDtypeStruct((), jnp.int32))
+    opt = jax.eval_shape(optimizer.init, split_trainable(abstract)[0])
+    shapes = TrainState(abstract, opt, jax.ShapeDtypeStruct((), jnp.int32))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def batch_gradients(
     config: ModelConfig, loss: Loss, params: Params, batch: Batch, *, micro_batch: int, chunk: int, temperature: float
 ) -> tuple[Params, Sums]:
-    """Gradient of the mean loss over the batch's masked tokens, and the mean metrics (see the module docstring)."""
+    """Gradient of the mean loss over the batch's masked tokens, and the mean metrics (see the module docstring).
+
+    The gradient has the tree of what is trained, the first of `split_trainable(params)`.
+    """
     tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
-    kv, back = jax.vjp(lambda p: prefix_kv(config, p, batch.prefix), params)
+    trainable, frozen = split_trainable(params)
+    kv, back = jax.vjp(lambda part: prefix_kv(config, join(part, frozen), batch.prefix), trainable)
     rows = ("tokens", "mask", "logps", "reference_logps", "advantages")
 
     def split(x: jax.Array) -> jax.Array:
@@ -95,17 +102,17 @@ def batch_gradients(
 
     micro = {name: split(getattr(batch, name)) for name in rows}
 
-    def micro_loss(params: Params, kv: Any, part: Batch) -> tuple[jax.Array, Sums]:
-        prefix = Prefix(kv, batch.prefix_length)
+    def micro_loss(trainable: Params, kv: Any, part: Batch) -> tuple[jax.Array, Sums]:
+        params, prefix = join(trainable, frozen), Prefix(kv, batch.prefix_length)
         logps, entropy = token_logprobs(config, params, prefix, part.tokens, chunk=chunk, temperature=temperature)
         total, sums = loss(logps, entropy, part)
         return total / tokens, sums
 
     def accumulate(carry: Any, fields: dict[str, jax.Array]) -> tuple[Any, Sums]:
-        grads, sums = jax.grad(micro_loss, argnums=(0, 1), has_aux=True)(params, kv, batch.replace(**fields))
+        grads, sums = jax.grad(micro_loss, argnums=(0, 1), has_aux=True)(trainable, kv, batch.replace(**fields))
         return jax.tree.map(jnp.add, carry, grads), sums
 
-    zeros = jax.tree.map(jnp.zeros_like, (params, kv))
+    zeros = jax.tree.map(jnp.zeros_like, (trainable, kv))
     (grads, kv_grads), sums = jax.lax.scan(accumulate, zeros, micro)
     (through_prefix,) = back(kv_grads)
     return jax.tree.map(jnp.add, grads, through_prefix), {name: jnp.sum(x) / tokens for name, x in sums.items()}
@@ -142,7 +149,7 @@ class Learner:
         whole, rows = replicated(mesh), rows_sharding(mesh)
         self._batch_sharding = Batch(whole, whole, rows, rows, rows, rows, rows)
         self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(shardings, whole))
-        self._logprobs = jax.jit(self._logprobs_fn, out_shardings=whole)
+        self._reference_logprobs = jax.jit(self._reference_logprobs_fn, out_shardings=whole)
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
         """One optimizer step; `state` is donated. Metrics are means over masked tokens, and `grad_norm`."""
@@ -150,25 +157,27 @@ class Learner:
             state, metrics = self._update(state, jax.device_put(batch, self._batch_sharding))
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
-    def logprobs(self, params: Params, batch: Batch) -> Any:
-        """Log-probs [B, T] of the batch's tokens under `params`, as a NumPy array (the reference policy's, say)."""
+    def reference_logprobs(self, params: Params, batch: Batch) -> Any:
+        """Log-probs [B, T] of the batch's tokens under `params` without their adapters, as a NumPy array."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
-            return jax.device_get(self._logprobs(params, jax.device_put(batch, self._batch_sharding)))
+            return jax.device_get(self._reference_logprobs(params, jax.device_put(batch, self._batch_sharding)))
 
     def _update_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         grads, metrics = batch_gradients(
             self._config, self._loss, state.params, batch,
             micro_batch=self._micro_batch, chunk=self._chunk, temperature=self._temperature,
         )  # fmt: skip
-        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trainable, frozen = split_trainable(state.params)
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, trainable)
+        params = join(optax.apply_updates(trainable, updates), frozen)
         return TrainState(params, opt_state, state.step + 1), metrics | {"grad_norm": optax.global_norm(grads)}
 
-    def _logprobs_fn(self, params: Params, batch: Batch) -> jax.Array:
-        prefix = Prefix(prefix_kv(self._config, params, batch.prefix), batch.prefix_length)
+    def _reference_logprobs_fn(self, params: Params, batch: Batch) -> jax.Array:
+        config = self._config.base
+        prefix = Prefix(prefix_kv(config, params, batch.prefix), batch.prefix_length)
         chunk = {"chunk": self._chunk, "temperature": self._temperature}
         parts = batch.tokens.reshape(-1, batch.tokens.shape[0] // self._micro_batch, batch.tokens.shape[1])
         logps = jax.lax.map(
-            lambda tokens: token_logprobs(self._config, params, prefix, tokens, **chunk)[0], parts.swapaxes(0, 1)
+            lambda tokens: token_logprobs(config, params, prefix, tokens, **chunk)[0], parts.swapaxes(0, 1)
         )
         return logps.swapaxes(0, 1).reshape(batch.tokens.shape)

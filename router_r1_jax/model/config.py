@@ -1,11 +1,13 @@
 """The shape of a router model. One frozen dataclass covers the families; they differ by a few switches."""
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 Family = Literal["qwen2", "qwen3", "llama"]
 AttentionName = Literal["einsum", "xla", "cudnn"]
 Remat = Literal["none", "dots", "full"]
+Projected = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,34 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, section 4.1): a target's kernel W acts as W + alpha / rank * A B.
+
+    The base is frozen and A B is 0 at first, so that the base is the policy training started from. `targets` are
+    projections, of every layer.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = get_args(Projected)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora.alpha is {self.alpha}; it must be greater than 0")
+        if not self.targets or not set(self.targets) <= set(get_args(Projected)):
+            raise ValueError(
+                f"lora.targets is {self.targets!r}; choose one or more of {', '.join(get_args(Projected))}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
@@ -26,7 +56,7 @@ class ModelConfig:
     float32 at least. `attention` says who computes it: "einsum" our own einsums, "xla" and "cudnn" the implementations
     of `jax.nn.dot_product_attention`; cudnn is fused, needs a GPU and a half-precision dtype. `remat` says what
     training keeps of a block for its backward pass: "none" recomputes nothing, "dots" keeps the results of the
-    projections, "full" only the block's input.
+    projections, "full" only the block's input. With `lora`, parameters also hold adapters, in float32 at least.
     """
 
     vocab_size: int
@@ -45,6 +75,7 @@ class ModelConfig:
     dtype: str = "float32"
     attention: AttentionName = "einsum"
     remat: Remat = "full"
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -69,6 +100,11 @@ class ModelConfig:
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
 
     @property
+    def base(self) -> "ModelConfig":
+        """This model without its adapters. It reads the same parameters and passes the adapters by."""
+        return dataclasses.replace(self, lora=None)
+
+    @property
     def qkv_bias(self) -> bool:
         """Qwen2 and Qwen2.5 add a bias to the query, key and value projections."""
         return self.family == "qwen2"
@@ -77,6 +113,11 @@ class ModelConfig:
     def qk_norm(self) -> bool:
         """Qwen3 normalises each query and key head before the rotary positions."""
         return self.family == "qwen3"
+
+
+def lora_from(block: Any) -> LoRA | None:
+    """The LoRA of a `config.model.lora` block; None at rank 0. Raises ValueError as LoRA does."""
+    return LoRA(block.rank, block.alpha, tuple(block.targets)) if block.rank else None
 
 
 def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: Remat) -> ModelConfig:

@@ -32,6 +32,7 @@ from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model.config import ModelConfig
 from router_r1_jax.model.hf_config import WeightsError, config_from_hf, config_to_hf
 from router_r1_jax.model.init import abstract_params
+from router_r1_jax.model.lora import merge_adapters
 from router_r1_jax.model.transformer import Params
 
 _INDEX = "model.safetensors.index.json"
@@ -105,14 +106,19 @@ def load_hf(
       WeightsError: no such checkpoint, a setting that this model does not have, pickled weights, damaged files, or
         tensors that are missing, left over or of a wrong shape (all of them in one message).
     """
-    folder = _find_folder(path)
-    config = config_from_hf(_read_json(folder / "config.json"), source=folder / "config.json")
+    folder = _find_folder(path, ["config.json", "*.safetensors", _INDEX])
+    config = _read_config(folder)
     stored = _read_headers(folder)
     config = dataclasses.replace(config, dtype=_choose_dtype(stored, dtype, folder))
     mesh = make_mesh(1, 1, 1, jax.local_devices()[:1]) if mesh is None else mesh
     abstract = abstract_params(config, mesh)
     _check_tensors(_flatten(abstract), stored, folder, tied=config.tie_embeddings)
     return config, jax.tree.map_with_path(lambda keys, leaf: _load_leaf(_path_name(keys), leaf, stored), abstract)
+
+
+def load_hf_config(path: str | os.PathLike[str], dtype: str) -> ModelConfig:
+    """The configuration alone, as `load_hf` gives it; no weights are read or fetched. Raises WeightsError."""
+    return dataclasses.replace(_read_config(_find_folder(path, ["config.json"])), dtype=dtype)
 
 
 def save_hf(
@@ -127,7 +133,7 @@ def save_hf(
     Args:
       path: a new or empty folder.
       config: the model's configuration.
-      params: stacked parameters of `config.dtype`, all of them addressable by this process.
+      params: stacked parameters of `config.dtype`, all of them addressable by this process; adapters are merged.
       tokenizer: also gives the ids of the special tokens to config.json.
       max_shard_bytes: larger weights are cut into several files with an index; one file is in memory at a time.
 
@@ -136,7 +142,8 @@ def save_hf(
         folder is removed).
     """
     folder = Path(path)
-    leaves = _flatten(params)
+    leaves = _flatten(merge_adapters(config, params))
+    config = config.base
     _check_params(leaves, _flatten(abstract_params(config, make_mesh(1, 1, 1, jax.local_devices()[:1]))))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(
@@ -193,7 +200,7 @@ def _stored_shape(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]
 # Reading
 
 
-def _find_folder(path: str | os.PathLike[str]) -> Path:
+def _find_folder(path: str | os.PathLike[str], wanted: list[str]) -> Path:
     folder, name = Path(path).expanduser(), os.fspath(path)
     if folder.is_dir():
         return folder
@@ -204,13 +211,17 @@ def _find_folder(path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download  # only where the network is asked for
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors", _INDEX]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(
             f"{name!r} is no folder here, and the Hugging Face hub did not give it ({reason}); "
             f"correct the path or name, or download it where there is network and name that folder"
         ) from error
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    return config_from_hf(_read_json(folder / "config.json"), source=folder / "config.json")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

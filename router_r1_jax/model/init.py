@@ -12,13 +12,18 @@ from router_r1_jax.model.config import ModelConfig
 from router_r1_jax.model.transformer import Params, RouterLM
 
 
-def _init(config: ModelConfig, key: jax.Array) -> Any:
+def _boxed(config: ModelConfig, key: jax.Array) -> Any:
     return RouterLM(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def random_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random stacked parameters, for use under `jax.jit`: what of them is not read is not made."""
+    return nn.meta.unbox(_boxed(config, key))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Stacked parameters as `jax.ShapeDtypeStruct`s with their shardings: no memory is used."""
-    boxed = jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
+    boxed = jax.eval_shape(lambda key: _boxed(config, key), jax.random.key(0))
     shardings = param_shardings(boxed, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
@@ -28,7 +33,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
 def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     """Random stacked parameters, created shard by shard on the mesh; the same values on every mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
-    return jax.jit(lambda key: nn.meta.unbox(_init(config, key)), out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(lambda key: random_params(config, key), out_shardings=shardings)(jax.random.key(seed))
 
 
 def count_params(params: Params) -> int:

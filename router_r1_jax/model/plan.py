@@ -11,7 +11,8 @@ rollout: it keeps a whole copy of the weights beside its share of the training s
 
 Parameters, optimizer, caches and batch are exact. Activations are closed forms: what jax keeps of a block, counted, and
 working memory whose factors were fitted to XLA's buffers for small float32 models on a CPU (`tests/model/test_plan.py`
-holds the sum to 15 % there). Attention that never forms its scores needs less.
+holds the sum to 15 % there). Attention that never forms its scores needs less, and so does LoRA of some projections
+only (about a quarter less, measured): nothing is kept for the gradients of the others.
 """
 
 import dataclasses
@@ -29,10 +30,12 @@ from ml_collections import config_flags
 
 from router_r1_jax.mesh import abstract_mesh
 from router_r1_jax.model.attention import query_blocks
-from router_r1_jax.model.config import ModelConfig, from_arch
+from router_r1_jax.model.config import ModelConfig, from_arch, lora_from
 from router_r1_jax.model.hf_config import config_from_hf
 from router_r1_jax.model.init import abstract_params, count_params
+from router_r1_jax.model.lora import split_trainable
 from router_r1_jax.model.presets import preset
+from router_r1_jax.model.transformer import Params
 
 GB = 10**9  # a device of "16 GB" has 16 GiB: the 7 % between them are for the runtime itself
 GRADIENT_COPIES = 3  # the sum over micro-batches, one micro-batch's, and those that come back through the prefix
@@ -67,13 +70,22 @@ class RolloutShape:
 
 def param_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of parameters that one device of the mesh stores."""
-    leaves = jax.tree.leaves(abstract_params(config, mesh))
+    return _stored_bytes(abstract_params(config, mesh))
+
+
+def trainable_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes per device of the parameters that training changes: with LoRA the adapters, else all."""
+    return _stored_bytes(split_trainable(abstract_params(config, mesh))[0])
+
+
+def _stored_bytes(abstract: Params) -> int:
+    leaves = jax.tree.leaves(abstract)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def optimizer_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """Bytes per device of AdamW's two moments, and the counters of updates, of moments and of the schedule."""
-    return 2 * param_bytes(config, mesh) + 3 * 4
+    return 2 * trainable_bytes(config, mesh) + 3 * 4
 
 
 def batch_bytes(shape: UpdateShape, mesh: Mesh | AbstractMesh) -> int:
@@ -100,11 +112,11 @@ def update_workspace_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shape
 
     Per token of a micro-batch a block holds 6 arrays of the model's width and 6 of the feed-forward's, of which 2 are
     read in place where they were kept, and for one block of queries 3.5 arrays of scores; the head holds two chunks of
-    logits.
+    logits. LoRA adds its products, where they are computed anew 3 more of the feed-forward's width.
     """
     share, e = _share(config, mesh), _itemsize(config)
     rows = shape.micro_batch // _row_shares(mesh)
-    feed_forward = 6 if config.remat == "full" else 4
+    feed_forward = 4 if config.remat != "full" else 9 if config.lora else 6
     scores = 4 * share.heads * query_blocks(shape.row_tokens)[0][1] * (shape.row_tokens + shape.prefix_tokens)
     block = rows * (3.5 * scores + e * shape.row_tokens * (feed_forward * share.mlp + 6 * config.width))
     head = rows * (2 * 4 * shape.logit_chunk * share.vocab + 2 * e * shape.row_tokens * config.width)
@@ -151,17 +163,17 @@ def plan(
             f"({_row_shares(mesh)}), so that each device takes as many rows"
         )
     params = param_bytes(config, mesh)
-    whole = count_params(abstract_params(config, abstract_mesh(1, 1, 1, 1))) * _itemsize(config)
+    whole = param_bytes(config.base, abstract_mesh(1, 1, 1, 1))
     resident = {
         "parameters": params,
         "optimizer": optimizer_bytes(config, mesh),
-        "reference parameters (KL)": params,
+        "reference parameters (KL)": 0 if config.lora else params,  # LoRA's base is the reference
         "rollout's copy of the weights": whole,
     }
     return {
         "update": resident
         | {
-            "gradients": GRADIENT_COPIES * params,
+            "gradients": GRADIENT_COPIES * trainable_bytes(config, mesh),
             "activations kept (remat)": saved_bytes(config, mesh, update),
             "activations at work": update_workspace_bytes(config, mesh, update),
             "batch": batch_bytes(update, mesh),
@@ -224,18 +236,18 @@ def model_of(model: Any, vocab_size: int) -> ModelConfig:
 
     `vocab_size` is that of the tokenizer, used where `model.arch` names none. Raises ValueError for any other source.
     """
+    file = Path(model.source).expanduser() / "config.json"
     if not model.source:
         vocab_size = min(vocab_size, model.arch.get("vocab_size", vocab_size))
-        return from_arch(model.arch, vocab_size, dtype=model.dtype, remat=model.remat)
-    file = Path(model.source).expanduser() / "config.json"
-    if file.exists():
+        config = from_arch(model.arch, vocab_size, dtype=model.dtype, remat=model.remat)
+    elif file.exists():
         config = config_from_hf(json.loads(file.read_text()), source=file)
     else:
         try:
             config = preset(model.source)
         except ValueError as error:
             raise ValueError(f"model.source: {error}; download the checkpoint and name its folder") from error
-    return dataclasses.replace(config, dtype=model.dtype, remat=model.remat)
+    return dataclasses.replace(config, dtype=model.dtype, remat=model.remat, lora=lora_from(model.lora))
 
 
 def shapes_of(config: Any, prefix_tokens: int) -> tuple[UpdateShape, RolloutShape]:
@@ -274,8 +286,10 @@ def main(config: Any, devices: int, hbm_gb: float, prefix_tokens: int, vocab_siz
     update, rollout = shapes_of(config, prefix_tokens)
     moments = plan(model, mesh, update, rollout)
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-    count = count_params(abstract_params(model, mesh))
-    print(f"{count / 1e6:,.1f} M parameters, {model.dtype}, remat {model.remat}; {devices} devices: {sizes}")
+    abstract = abstract_params(model, mesh)
+    count, trained = count_params(abstract), count_params(split_trainable(abstract)[0])
+    adapters = f" ({trained / 1e6:,.1f} M of them trained)" if model.lora else ""
+    print(f"{count / 1e6:,.1f} M parameters{adapters}, {model.dtype}, remat {model.remat}; {devices} devices: {sizes}")
     print(f"{update}\n{rollout}\n\nThe busiest device, the one that also runs the rollout:\n")
     print(table(moments, hbm_gb))
     return 0 if max(sum(moment.values()) for moment in moments.values()) <= hbm_gb * GB else 2

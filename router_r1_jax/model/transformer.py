@@ -14,14 +14,15 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from router_r1_jax.model.attention import KV, apply_rope, attend, read_cache, write_cache
-from router_r1_jax.model.config import ModelConfig
+from router_r1_jax.model.config import LoRA, ModelConfig
 
 Params = dict[str, Any]
 
-# What a rematerialised block keeps. Products with batch dimensions are those of attention: they grow with T * T.
-_REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# What a rematerialised block keeps beside its input.
+_REMAT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("projection")}
 
 
 @flax.struct.dataclass
@@ -33,6 +34,11 @@ class Prefix:
 
     kv: Any
     length: jax.Array
+
+
+def adapter_dtype(config: ModelConfig) -> jnp.dtype:
+    """Of LoRA's parameters: at least float32."""
+    return jnp.promote_types(config.dtype, jnp.float32)
 
 
 def _init(*axes: str | None) -> nn.initializers.Initializer:
@@ -60,7 +66,10 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map between named axes; `kernel` carries their logical names for sharding."""
+    """A linear map between named axes; `kernel` carries their logical names for sharding.
+
+    Where `config.lora` targets it, an adapter `lora_a` [inputs, r] and `lora_b` [r, outputs] adds its product.
+    """
 
     config: ModelConfig
     inputs: tuple[int, ...]
@@ -76,12 +85,29 @@ class Projection(nn.Module):
         # As a product of two matrices: XLA's CPU compiler copies the operands of the kernel's gradient where they have
         # more axes, and fuses into each copy whatever made them (the whole update took 1.2 times as long).
         lead = x.shape[: x.ndim - len(self.inputs)]
-        y = x.reshape(math.prod(lead), -1) @ kernel.reshape(math.prod(self.inputs), -1)
+        x = x.reshape(math.prod(lead), -1)
+        y = x @ kernel.reshape(x.shape[-1], -1)
+        lora = self.config.lora
+        if lora is not None and self.name in lora.targets:
+            y += self._adapted(x, lora).astype(y.dtype)
         y = y.reshape(*lead, *self.outputs)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :])
             y += self.param("bias", zeros, self.outputs, dtype)
-        return y
+        return checkpoint_name(y, "projection")
+
+    def _adapted(self, x: jax.Array, lora: LoRA) -> jax.Array:
+        """[M, inputs] -> [M, outputs]. Adapters move by steps that half precision would round away, the rest does not.
+
+        The start is that of the `peft` library: A uniform, so that A x has a third of the variance of x, and B zero.
+        """
+        dtype, cut = adapter_dtype(self.config), len(self.inputs)
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", range(cut), cut)
+        a = nn.with_logical_partitioning(uniform, (*self.axes[:cut], "rank"))
+        b = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("rank", *self.axes[cut:]))
+        a = self.param("lora_a", a, (*self.inputs, lora.rank), dtype).astype(x.dtype)
+        b = self.param("lora_b", b, (lora.rank, *self.outputs), dtype).astype(x.dtype)
+        return (x @ a.reshape(x.shape[-1], -1)) @ b.reshape(lora.rank, -1) * lora.scale
 
 
 class Attention(nn.Module):

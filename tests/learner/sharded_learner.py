@@ -10,9 +10,10 @@ from tiny_learner import LOSS, make_config, make_params, make_rows_batch, with_o
 
 from router_r1_jax.learner import Learner, abstract_state, init_state, make_optimizer
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import abstract_params
+from router_r1_jax.model import LoRA, abstract_params, add_adapters, split_trainable
 
 CONFIG = make_config()
+LORA = make_config(lora=LoRA(rank=4, alpha=8.0))
 SIZES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
 
 
@@ -21,15 +22,13 @@ def place(params, abstract):
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract)
 
 
-def three_updates(mesh, start, batches):
+def three_updates(config, mesh, start, batches):
     """Parameters after three steps of SGD, the losses on the way, and log-probs of the first batch before them."""
-    abstract = abstract_params(CONFIG, mesh)
+    abstract = abstract_params(config, mesh)
     optimizer = optax.sgd(0.5)
-    learner = Learner(CONFIG, optimizer, LOSS, mesh, abstract, micro_batch=8, chunk=16)
-    state = init_state(
-        optimizer, jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), start, abstract), abstract, mesh
-    )
-    logps, losses = learner.logprobs(state.params, batches[0]), []
+    learner = Learner(config, optimizer, LOSS, mesh, abstract, micro_batch=8, chunk=16)
+    state = init_state(optimizer, place(start, abstract), abstract, mesh)
+    logps, losses = learner.reference_logprobs(state.params, batches[0]), []
     for batch in batches:
         state, metrics = learner.update(state, batch)
         losses.append(metrics["loss"])
@@ -72,25 +71,31 @@ def stored_share(mesh):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves) / sum(x.size for x in leaves)
 
 
+def worst(a, b):
+    """Largest difference of two trees."""
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), a, b)))
+
+
 def main():
     one = make_mesh(1, 1, 1, jax.devices()[:1])
-    start = make_params(CONFIG)
+    start, lora = make_params(CONFIG), make_params(LORA)
     batches = [with_old_policies(CONFIG, start, make_rows_batch(rows=16, seed=seed)) for seed in range(3)]
     report, truth = {}, None
     for sizes in SIZES:
         mesh = one if sizes == (1, 1, 1) else make_mesh(*sizes)
-        params, losses, logps = three_updates(mesh, start, batches)
-        truth = truth or (params, logps)
+        params, losses, logps = three_updates(CONFIG, mesh, start, batches)
+        adapted, *_ = three_updates(LORA, mesh, lora, batches)
+        fresh = jax.device_get(split_trainable(add_adapters(LORA, {}, mesh, seed=0))[0])
+        truth = truth or (params, logps, adapted, fresh)
         moments, sketch = apart(mesh, start)
-
-        def worst(a, b):
-            return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), a, b)))
-
         report[",".join(map(str, sizes))] = {
             "losses": losses,
             "worst_parameter": worst(params, truth[0]),
             "worst_logprob": worst(logps, truth[1]),
             "moved": worst(params, start),
+            "worst_adapter": worst(adapted, truth[2]),
+            "adapters_moved": worst(adapted, lora),
+            "fresh_adapters": worst(fresh, truth[3]),
             "moments_apart": moments,
             "abstract_apart": sketch,
             "stored": stored_share(mesh),

@@ -1,5 +1,6 @@
 """Gradients and updates against plain full-sequence ones, on one device and on meshes of eight."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ from tiny_learner import (
 from router_r1_jax.learner import Learner, init_state, make_optimizer, supervised_loss
 from router_r1_jax.learner.update import batch_gradients
 from router_r1_jax.mesh import AXES, make_mesh
-from router_r1_jax.model import abstract_params
+from router_r1_jax.model import LoRA, abstract_params, add_adapters, split_trainable
 
 
 @pytest.fixture
@@ -115,6 +116,21 @@ def test_families_in_float32(changes, prefix, micro_batch, loss):
     check_close(found[1], expected[1], 1e-4)
 
 
+LORA = make_config(lora=LoRA(rank=3, alpha=5.0, targets=("q", "o", "up")))
+
+
+def test_lora_has_the_gradients_of_its_adapters(all_float64):
+    config = dataclasses.replace(LORA, dtype="float64")
+    params = make_params(config)
+    batch = with_old_policies(config, params, make_rows_batch())
+    batch = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, batch)
+    expected = plain_gradients(config, LOSS, params, batch, 1.0)
+    found = shared_gradients(config, LOSS, params, batch, 1.0, micro_batch=2, chunk=5)
+    assert set(found[0]["layers"]) == {"attention", "mlp"} and set(found[0]["layers"]["mlp"]) == {"up"}
+    check_close(found[0], split_trainable(expected[0])[0], 1e-9)
+    check_close(found[1], expected[1], 1e-9)
+
+
 CONFIG = make_config()
 ONE = make_mesh(1, 1, 1, jax.devices()[:1])
 ABSTRACT = abstract_params(CONFIG, ONE)
@@ -147,6 +163,33 @@ def test_an_update_is_one_optimizer_step_along_the_plain_gradient(learner, param
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+def test_lora_leaves_the_base_alone(params):
+    """Bit for bit, so that the reference policy needs no copy; nor has the base optimizer state."""
+    abstract = abstract_params(LORA, ONE)
+    optimizer, _ = make_optimizer(
+        learning_rate=0.1, warmup=0, total=9, decay=False, weight_decay=0.1, max_grad_norm=1.0
+    )
+    learner = Learner(LORA, optimizer, LOSS, ONE, abstract, micro_batch=3, chunk=16)
+    base = jax.tree.map(jnp.array, params)
+    state = init_state(optimizer, add_adapters(LORA, base, ONE, seed=0), abstract, ONE)
+    before, _ = split_trainable(jax.device_get(state.params))
+    batch = make_rows_batch()
+    reference = learner.reference_logprobs(state.params, batch)
+    batch = batch.replace(logps=reference * batch.mask, reference_logps=reference)
+    kls = []
+    for _ in range(2):
+        state, metrics = learner.update(state, batch)
+        kls.append(metrics["kl"])
+    assert kls[0] == pytest.approx(0, abs=1e-9) and kls[1] > 1e-4  # fresh adapters change nothing
+    after, frozen = split_trainable(jax.device_get(state.params))
+    jax.tree.map(np.testing.assert_array_equal, frozen, params)
+    assert all(np.abs(x - y).max() > 0.01 for x, y in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+    np.testing.assert_array_equal(learner.reference_logprobs(state.params, batch), reference)
+    for moment in ("mu", "nu"):
+        held = optax.tree_utils.tree_get(state.opt_state, moment)
+        assert jax.tree.map(jnp.shape, held) == jax.tree.map(jnp.shape, after)
+
+
 def test_padding_and_the_order_of_rows_do_not_matter(learner, params):
     batch = with_old_policies(CONFIG, params, make_rows_batch())
     state, metrics = learner.update(fresh_state(params), batch)
@@ -177,7 +220,7 @@ def test_a_batch_without_loss_moves_nothing(learner, params):
 
 def test_logprobs_are_those_of_full_logits_row_by_row(learner, params):
     batch = make_rows_batch()
-    found = learner.logprobs(params, batch)
+    found = learner.reference_logprobs(params, batch)
     assert isinstance(found, np.ndarray)
     expected, _ = full_logprobs(CONFIG, params, batch, int(batch.prefix_length))
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -224,6 +267,13 @@ def test_three_updates_on_eight_devices_are_those_on_one(sharded, mesh):
     assert found["moved"] > 1e-3  # three updates moved parameters a hundred times further than meshes may differ
     assert found["worst_logprob"] < 1e-4
     assert found["losses"] == pytest.approx(sharded["1,1,1"]["losses"], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])
+def test_adapters_start_and_move_on_eight_devices_as_on_one(sharded, mesh):
+    found = sharded[mesh]
+    assert found["worst_adapter"] < 1e-5 < 1e-3 < found["adapters_moved"]
+    assert found["fresh_adapters"] == 0
 
 
 @pytest.mark.parametrize("mesh", ["1,1,1", "8,1,1", "1,8,1", "2,2,2"])

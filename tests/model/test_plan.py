@@ -14,7 +14,7 @@ from compiled_memory import MESHES, SHARDED, compiled_step, compiled_update
 
 from router_r1_jax.learner import batch
 from router_r1_jax.mesh import abstract_mesh, make_mesh
-from router_r1_jax.model import ModelConfig, plan, preset
+from router_r1_jax.model import LoRA, ModelConfig, plan, preset
 from router_r1_jax.model.hf_config import config_to_hf
 from router_r1_jax.model.plan import RolloutShape, UpdateShape
 from router_r1_jax.rollout import engine
@@ -28,6 +28,7 @@ LLAMA = ModelConfig(
     vocab_size=4000, num_layers=2, width=128, mlp=384, num_heads=8, num_kv_heads=8, head_dim=16, family="llama",
     tie_embeddings=False,
 )  # fmt: skip
+ADAPTERS = LoRA(rank=8, alpha=16.0)
 UPDATE = UpdateShape(rows=16, micro_batch=8, row_tokens=96, prefix_tokens=64, logit_chunk=16)
 LONG = UpdateShape(rows=8, micro_batch=4, row_tokens=256, prefix_tokens=128, logit_chunk=64)
 STEP = RolloutShape(
@@ -59,8 +60,11 @@ def update_plan(config, mesh, shape):
         (dataclasses.replace(SMALL, remat="dots"), UPDATE),
         (dataclasses.replace(SMALL, remat="none", family="qwen2"), UPDATE),
         (dataclasses.replace(LLAMA, remat="dots"), LONG),
+        (dataclasses.replace(SMALL, lora=ADAPTERS), UPDATE),
+        (dataclasses.replace(LLAMA, remat="dots", lora=ADAPTERS), LONG),
+        (dataclasses.replace(SMALL, remat="none", lora=ADAPTERS), UPDATE),
     ],
-    ids=["full", "dots", "none", "long rows, large vocabulary"],
+    ids=["full", "dots", "none", "long rows, large vocabulary", "LoRA", "LoRA dots, long rows", "LoRA none"],
 )
 def test_update_is_what_xla_needs(config, shape):
     arguments, everything = compiled_update(config, make_mesh(1, 1, 1, jax.devices()[:1]), shape)
@@ -127,6 +131,17 @@ def test_a_model_larger_than_this_machine_is_planned():
     assert half["update"]["parameters"] * 2 == moments["update"]["parameters"]
 
 
+def test_lora_needs_neither_a_reference_nor_moments_of_the_base():
+    config, mesh = preset("Qwen2.5-3B"), abstract_mesh(1, 8, 1, 8)
+    full = plan.plan(config, mesh, UPDATE, STEP)["update"]
+    lora = plan.plan(dataclasses.replace(config, lora=LoRA(rank=16, alpha=32.0)), mesh, UPDATE, STEP)["update"]
+    assert lora["rollout's copy of the weights"] == full["rollout's copy of the weights"]
+    assert lora["reference parameters (KL)"] == 0 < full["reference parameters (KL)"]
+    for part in ("optimizer", "gradients"):
+        assert lora[part] < 0.05 * full[part]
+    assert 1 < lora["parameters"] / full["parameters"] < 1.05
+
+
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"learner.micro_batch is 8; .* \(16\)"):
         plan.plan(SMALL, abstract_mesh(2, 8, 1, 16), UPDATE, STEP)
@@ -157,6 +172,7 @@ def run_main(*args):
     [
         (["--hbm_gb=80"], 0, ["fits in 80 GB", "3,085.9 M parameters", "data=1, fsdp=8, tensor=1", "KV caches"]),
         (["--hbm_gb=16"], 2, ["does not fit in 16 GB"]),
+        (["--hbm_gb=48", "--config.model.lora.rank=16"], 0, ["parameters (29.9 M of them trained)"]),
         (["--devices=7"], 1, ["error: mesh is data=1, fsdp=8, tensor=1, which needs 8 devices; there are 7"]),
     ],
 )
