@@ -179,8 +179,12 @@ class CheckpointStore:
         return best_step(self._settled())
 
     def resolve(self, spec: str | int) -> int:
-        """The step that "first", "last", "best", a number or its digits mean; CheckpointError if it is not there."""
+        """The step that "first", "last", "best", a number or its digits mean; CheckpointError if it is not there.
+
+        "" is the best, or the last where none was measured.
+        """
         steps, named = self.steps(), {"first": self.first, "last": self.latest, "best": self.best}
+        spec = spec if spec != "" else "last" if self.best() is None else "best"
         step = named[spec]() if spec in named else int(spec) if str(spec).isdecimal() else None
         if step not in steps:
             choices = f"first, last, best or one of the steps {_listed(steps)}"

@@ -151,7 +151,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "") -> None:
         CheckpointStore(workdir / "checkpoints", keep=None) as store,
         open_session(config, workdir, load_source=False) as session,
     ):
-        trained = store.resolve(checkpoint or ("best" if store.best() is not None else "last"))
+        trained = store.resolve(checkpoint)
         policies = {"trained": trained}
         if config.evaluation.baseline:
             baseline = store.resolve(config.evaluation.baseline)

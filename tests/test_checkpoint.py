@@ -107,9 +107,9 @@ def test_store_keeps_first_best_and_last_across_restarts(tmp_path):
 def test_resolve(tmp_path):
     directory = fill(tmp_path / "c", {0: 0.1, 3: 0.9, 12: 0.5})
     with CheckpointStore(directory) as store:
-        specs = ("first", "best", "last", "12", 3)
-        assert [store.resolve(spec) for spec in specs] == [0, 3, 12, 12, 3]
-        for absent in ("7", 7, "newest", "-3", "1.5", ""):
+        specs = ("first", "best", "last", "12", 3, "")
+        assert [store.resolve(spec) for spec in specs] == [0, 3, 12, 12, 3, 3]
+        for absent in ("7", 7, "newest", "-3", "1.5"):
             with pytest.raises(CheckpointError) as error:
                 store.resolve(absent)
             assert str(directory) in str(error.value)
@@ -135,6 +135,7 @@ def test_best_needs_a_metric(tmp_path):
         assert store.best() is None
         with pytest.raises(CheckpointError, match="'best'"):
             store.resolve("best")
+        assert store.resolve("") == 5
 
 
 # Saving.
