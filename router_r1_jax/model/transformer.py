@@ -45,6 +45,31 @@ def _init(*axes: str | None) -> nn.initializers.Initializer:
     return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, I] @ w [I, O] -> [M, O], with a gradient of w that XLA's CPU compiler computes fast.
+
+    Left to itself it reads x along its long axis: for I < O the product took twice as long as with x laid out anew.
+    """
+    return x @ w
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+
+    def laid_out_anew(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(x.T) @ g
+
+    return g @ w.T, jax.lax.platform_dependent(x, g, cpu=laid_out_anew, default=lambda x, g: x.T @ g)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalisation over the last axis, in float32."""
 
@@ -86,7 +111,7 @@ class Projection(nn.Module):
         # more axes, and fuses into each copy whatever made them (the whole update took 1.2 times as long).
         lead = x.shape[: x.ndim - len(self.inputs)]
         x = x.reshape(math.prod(lead), -1)
-        y = x @ kernel.reshape(x.shape[-1], -1)
+        y = matmul(x, kernel.reshape(x.shape[-1], -1))
         lora = self.config.lora
         if lora is not None and self.name in lora.targets:
             y += self._adapted(x, lora).astype(y.dtype)
