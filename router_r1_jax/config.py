@@ -122,10 +122,17 @@ def base_config() -> ConfigDict:
     c.rollout = ConfigDict()
     c.rollout.questions = 16  # per step
     c.rollout.group = 8  # episodes per question
-    c.rollout.slots = 64  # rows of the sampling loop
+    c.rollout.replicas = 0  # sampling loops, each on devices of its own; 0: as many as this process's devices allow
+    c.rollout.tensor = 1  # devices of one replica, which share every product
+    c.rollout.slots = 64  # rows of a replica's sampling loop
     c.rollout.temperature = 1.0
+    c.rollout.top_k = 0  # draw among the k most probable tokens only; 0: all
+    c.rollout.top_p = 1.0  # then among the most probable ones that together reach p
+    c.rollout.min_p = 0.0  # then among those at least this times as probable as the most probable
     c.rollout.max_calls = 4  # per episode; then one last turn
     c.rollout.max_turn_tokens = 1024  # sampled tokens per turn
+    c.rollout.max_episode_tokens = 0  # sampled tokens per episode; 0: as many as max_tokens lets
+    c.rollout.max_episode_seconds = 0.0  # then no further turn begins; 0: no limit. Results then depend on the machine
     c.rollout.reply_tokens = 600  # of a reply that enter the context, tags not counted
     c.rollout.max_tokens = 4096  # of one row behind the shared prefix: question, turns and replies
     c.rollout.chunk = 64  # tokens fed to a row at a time
@@ -176,19 +183,20 @@ def base_config() -> ConfigDict:
 
 
 _COUNTS = (
-    "rollout.questions", "rollout.slots", "rollout.max_turn_tokens", "rollout.reply_tokens", "rollout.max_tokens",
-    "rollout.chunk", "rollout.feed_rows", "rollout.poll_every", "prompt.question_tokens", "pool.concurrency",
-    "pool.max_tokens", "learner.micro_batch", "learner.minibatches", "learner.logit_chunk", "reward.window",
-    "checkpoint.every", "checkpoint.keep", "validation.every", "logging.episodes_every", "evaluation.questions",
-    "evaluation.bootstrap", "warmstart.batch", "model.arch.num_layers", "model.arch.width", "model.arch.mlp",
-    "model.arch.num_heads", "model.arch.num_kv_heads", "model.arch.head_dim",
+    "rollout.questions", "rollout.tensor", "rollout.slots", "rollout.max_turn_tokens", "rollout.reply_tokens",
+    "rollout.max_tokens", "rollout.chunk", "rollout.feed_rows", "rollout.poll_every", "prompt.question_tokens",
+    "pool.concurrency", "pool.max_tokens", "learner.micro_batch", "learner.minibatches", "learner.logit_chunk",
+    "reward.window", "checkpoint.every", "checkpoint.keep", "validation.every", "logging.episodes_every",
+    "evaluation.questions", "evaluation.bootstrap", "warmstart.batch", "model.arch.num_layers", "model.arch.width",
+    "model.arch.mlp", "model.arch.num_heads", "model.arch.num_kv_heads", "model.arch.head_dim",
 )  # fmt: skip
 _POSITIVE = (
     "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "learner.max_grad_norm",
     "model.arch.rope_theta",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "steps", "model.lora.rank", "pool.temperature", "rollout.temperature", "rollout.max_calls",
+    "seed", "steps", "model.lora.rank", "pool.temperature", "rollout.temperature", "rollout.replicas",
+    "rollout.top_k", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
     "validation.questions", "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low",
     "learner.clip_high", "learner.kl_coef", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate",
     "warmstart.warmup", "warmstart.copy_steps",
@@ -238,6 +246,10 @@ def validate(config: ConfigDict) -> None:
     _one_of("model.arch.family", config.model.arch.family, ("qwen2", "qwen3", "llama"))
     if not 0.0 <= config.reward.alpha <= 1.0:
         raise ConfigError(f"reward.alpha is {config.reward.alpha}; the weight of the cost term lies in [0, 1]")
+    if not 0.0 < config.rollout.top_p <= 1.0:
+        raise ConfigError(f"rollout.top_p is {config.rollout.top_p}; it lies in (0, 1], and 1 keeps all")
+    if not 0.0 <= config.rollout.min_p <= 1.0:
+        raise ConfigError(f"rollout.min_p is {config.rollout.min_p}; it lies in [0, 1], and 0 keeps all")
     if config.rollout.group < 2:
         raise ConfigError(f"rollout.group is {config.rollout.group}; GRPO compares at least 2 episodes per question")
     episodes = config.rollout.questions * config.rollout.group

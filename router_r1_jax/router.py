@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from router_r1_jax import prompts
+from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.model import ModelConfig, Params, merge_adapters, unroll
+from router_r1_jax.model import ModelConfig, Params
 from router_r1_jax.pool.cards import Card, roster
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
-from router_r1_jax.rollout import Engine, Episode, Prompt, RolloutStats, make_limits
+from router_r1_jax.rollout import Engine, Episode, Manners, Prompt, RolloutStats, make_cut, make_limits
 
 # A rollout of which more calls than this failed at the provider teaches nothing and costs money: the run stops.
 MAX_FAILED_SHARE = 0.5
@@ -60,24 +61,31 @@ class Router:
         cards: Sequence[Card],
         pool: Pool,
     ) -> None:
-        """Nothing is compiled before the first question."""
+        """Nothing is compiled before the first question. Raises ConfigError where there are too few devices."""
         self._config, self._tokenizer, self._cards, self._pool = config, tokenizer, tuple(cards), pool
         self._template = prompts.load_template(config.prompt.template)
         r = config.rollout
+        devices = jax.local_devices()
+        wanted = r.replicas * r.tensor or len(devices)
+        if wanted > len(devices) or wanted % r.tensor:
+            raise ConfigError(
+                f"rollout.replicas is {r.replicas} and rollout.tensor {r.tensor}; each replica takes rollout.tensor "
+                f"devices, of which this process has {len(devices)}"
+            )
         self._engine = Engine(
-            model.base,
+            model,
             make_limits(r, config.prompt.question_tokens),
             tokenizer,
-            max_calls=r.max_calls,
-            reply_tokens=r.reply_tokens,
+            make_manners(config, replicas=wanted // r.tensor),
             driver=r.driver,
+            devices=devices[:wanted],
+            tensor=r.tensor,
         )
-        self._unroll = jax.jit(lambda params: unroll(merge_adapters(model, params), model.num_layers))
-        self._params: Params | None = None
+        self._cut = make_cut(r)
 
     def push(self, params: Params) -> None:
-        """Take stacked parameters from the learner's mesh to the engine's device, unrolled, adapters merged."""
-        self._params = self._unroll(jax.device_put(params, self._engine.device))
+        """Take stacked parameters from the learner's mesh to the rollout's devices, adapters merged."""
+        self._engine.push(params)
 
     def roster(self, *seed: int) -> tuple[Card, ...]:
         """The cards as one batch of prompts shows them: shuffled and renamed as the configuration says."""
@@ -116,9 +124,10 @@ class Router:
             )
 
         episodes, stats = self._engine.run(
-            self._params, asked, respond, temperature=temperature, seed=_draw_seed(seed), on_finish=on_finish
+            asked, respond, temperature=temperature, cut=self._cut, seed=_draw_seed(seed), on_finish=on_finish
         )
         valid = np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes])
+        valid &= np.array([e.stop != "no_reply" for e in episodes])
         self._refuse_outage(episodes)
         return Answers(repeated, episodes, cards, stats.prefix_tokens, valid, stats)
 
@@ -131,6 +140,20 @@ class Router:
                 f"{len(failed)} of {len(replies)} calls failed at their provider (the last one: model {last.model!r}, "
                 f"{last.outcome}, {last.error}); see ledger.jsonl, mend the provider and run the same command again"
             )
+
+
+def make_manners(config: ConfigDict, *, replicas: int) -> Manners:
+    """What the rollout allows. A reply is lost when the pool, at its slowest, must have given it up."""
+    r, pool = config.rollout, config.pool
+    turns = (
+        -(-r.slots * replicas // pool.concurrency) + 1
+    )  # calls that wait for a free connection wait so many deadlines
+    return Manners(
+        max_calls=r.max_calls,
+        reply_tokens=r.reply_tokens,
+        episode_seconds=r.max_episode_seconds or float("inf"),
+        reply_seconds=turns * pool.deadline,
+    )
 
 
 def _draw_seed(seed: tuple[int, ...]) -> int:

@@ -232,8 +232,9 @@ def rollout_metrics(session: Session, answers: Answers, records: list[Record]) -
         "failed_episodes": int(np.sum(~answers.valid)),
         "response_tokens": float(np.mean([len(e.tokens) for e in answers.episodes])),
         "tokens_per_second": stats.decoded_tokens / stats.seconds,
-        "idle_seconds": stats.idle_seconds,
         "spent_dollars": session.pool.totals()["spent"],
+        **{f"stops/{reason}": count / len(answers.episodes) for reason, count in stats.stops.items()},
+        **{f"rollout/{name}": value for name, value in stats.metrics().items()},
     }
 
 

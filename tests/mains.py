@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ CONFIG = Path(__file__).parent / "tiny_config.py"
 TIMEOUT = 300  # seconds; only a run that hangs takes as long
 
 # What a run may do otherwise when it is repeated: times, rates, and what was really paid.
-UNEQUAL = ("tokens_per_second", "idle_seconds", "spent_dollars", "rollout_seconds", "update_seconds")
+UNEQUAL = re.compile("tokens_per_second|spent_dollars|rollout_seconds|update_seconds|rollout/.*")
 
 
 def command(main: str, workdir: Path, *overrides: str, config: Path | str = CONFIG) -> list[str]:
@@ -104,7 +105,7 @@ def train_lines(workdir: Path) -> list[dict]:
 
 def repeatable(metrics: list[dict]) -> list[dict]:
     """Metrics lines without what differs between equal runs."""
-    return [{key: value for key, value in line.items() if key not in UNEQUAL} for line in metrics]
+    return [{key: value for key, value in line.items() if not UNEQUAL.fullmatch(key)} for line in metrics]
 
 
 def checkpoint_arrays(workdir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:

@@ -2,8 +2,8 @@
 
     python -m router_r1_jax.model.plan --config=configs/qwen25_3b_grpo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=80
 
-Exit status: 0 it fits, 2 it does not, 1 an error that names its fix. The busiest device is the one that also runs the
-rollout: it keeps a whole copy of the weights beside its share of the training state. Three moments are compared:
+Exit status: 0 it fits, 2 it does not, 1 an error that names its fix. A device also runs the rollout: it keeps a whole
+copy of the weights (its share, with rollout.tensor) beside its part of the training state. Three moments are compared:
 
 - *update*: gradients, what the backward pass keeps (`model.remat`), and the working memory of one block or of the head;
 - *rollout*: the KV caches of all slots and the working memory of a step;
@@ -42,6 +42,7 @@ GRADIENT_COPIES = 3  # the sum over micro-batches, one micro-batch's, and those 
 TAG_STATES = 32  # of the automaton over the closing tags, at most
 TAG_TOKENS = 32  # around a reply, as rollout.engine has it
 ROW_BUCKET, PREFIX_BUCKET = 32, 64  # to which rows and prefixes are padded
+CACHE_BUCKET = 128  # to which a cache at its longest is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class RolloutShape:
     chunk: int
     feed_rows: int
     prefix_tokens: int  # P
+    tensor: int = 1  # devices that share a replica
 
 
 def param_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
@@ -133,9 +135,13 @@ def gathered_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
 
 
 def cache_bytes(config: ModelConfig, shape: RolloutShape) -> int:
-    """Bytes of the KV caches of all slots and of the shared prefix, on the rollout's device."""
-    positions = shape.slots * shape.row_tokens + shape.prefix_tokens
-    return 2 * config.num_layers * positions * config.num_kv_heads * config.head_dim * _itemsize(config)
+    """Bytes of the KV caches of all slots, at their longest, and of the shared prefix, on a device of the rollout."""
+    longest = shape.row_tokens
+    if longest > CACHE_BUCKET:
+        longest = -(-longest // CACHE_BUCKET) * CACHE_BUCKET
+    positions = shape.slots * longest + shape.prefix_tokens
+    kv_heads = _share(config, abstract_mesh(1, 1, shape.tensor, shape.tensor)).kv_heads
+    return 2 * config.num_layers * positions * kv_heads * config.head_dim * _itemsize(config)
 
 
 def rollout_workspace_bytes(config: ModelConfig, shape: RolloutShape) -> int:
@@ -163,7 +169,7 @@ def plan(
             f"({_row_shares(mesh)}), so that each device takes as many rows"
         )
     params = param_bytes(config, mesh)
-    whole = param_bytes(config.base, abstract_mesh(1, 1, 1, 1))
+    whole = param_bytes(config.base, abstract_mesh(1, 1, rollout.tensor, rollout.tensor))
     resident = {
         "parameters": params,
         "optimizer": optimizer_bytes(config, mesh),
@@ -259,7 +265,7 @@ def shapes_of(config: Any, prefix_tokens: int) -> tuple[UpdateShape, RolloutShap
     update = UpdateShape(rows, c.micro_batch, longest, prefix, c.logit_chunk)
     feed_tokens = max(r.reply_tokens + TAG_TOKENS, config.prompt.question_tokens)
     return update, RolloutShape(
-        r.slots, r.max_tokens, r.max_turn_tokens, feed_tokens, r.chunk, min(r.feed_rows, r.slots), prefix
+        r.slots, r.max_tokens, r.max_turn_tokens, feed_tokens, r.chunk, min(r.feed_rows, r.slots), prefix, r.tensor
     )
 
 

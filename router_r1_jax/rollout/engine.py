@@ -1,33 +1,31 @@
-"""The rollout engine: compiles the sampling loop once and runs it over any number of episodes.
+"""The rollout engine: replicas of the sampling loop, each on devices of its own, that share one queue of questions.
 
-Two drivers share `step.work` and the state's `collect` and `deliver`:
-
-- `jit`: one `lax.while_loop`; a single unordered `io_callback`, behind a `lax.cond`, meets the host;
-- `host`: the same functions called from Python, without a callback. The test's oracle, and a fall-back.
+A replica runs in a thread of its own, never the main one, so that Ctrl-C reaches Python. No collective crosses replicas
+or processes: with several processes each runs an engine on its own devices, over its own prompts.
 """
 
-import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 from transformers import PreTrainedTokenizerBase
 
-from router_r1_jax.model import ModelConfig, Params, Prefix, RouterLM, empty_cache
+from router_r1_jax.model import ModelConfig, Params
+from router_r1_jax.rollout.agenda import Agenda
 from router_r1_jax.rollout.automaton import build_automaton, token_bytes
-from router_r1_jax.rollout.episode import Episode, Prompt, PromptError, Respond, RolloutStats, common_prefix
-from router_r1_jax.rollout.exchange import STOP_TAGS, Exchange
-from router_r1_jax.rollout.state import Inbox, Limits, Rows, collect, deliver, empty_rows, inbox_spec, wants_exchange
-from router_r1_jax.rollout.step import Caches, Sampler, work
+from router_r1_jax.rollout.episode import Episode, Prompt, PromptError, Respond, common_prefix
+from router_r1_jax.rollout.exchange import STOP_TAGS, Exchange, Manners
+from router_r1_jax.rollout.replica import Replica
+from router_r1_jax.rollout.sampling import Cut
+from router_r1_jax.rollout.state import Limits
+from router_r1_jax.rollout.trace import RolloutStats, summary
 
-PREFIX_BUCKET = 64  # the shared prefix is padded to a multiple of it: few compilations
 CALLBACK_BYTES = 16 * 1024  # larger callback arguments can deadlock (measured: 512 KB hung, 16 KB never did)
 TAG_TOKENS = 32  # room for the information tags and white space around a reply
+LAST_STEPS = 5.0  # seconds that a replica has to leave its loop when a run is stopped
 
 
 def make_limits(rollout: Any, question_tokens: int) -> Limits:
@@ -38,6 +36,7 @@ def make_limits(rollout: Any, question_tokens: int) -> Limits:
         slots=rollout.slots,
         row_tokens=rollout.max_tokens,
         turn_tokens=rollout.max_turn_tokens,
+        episode_tokens=rollout.max_episode_tokens or rollout.max_tokens,
         feed_tokens=feed_tokens,
         chunk=rollout.chunk,
         feed_rows=min(rollout.feed_rows, rollout.slots),
@@ -46,88 +45,79 @@ def make_limits(rollout: Any, question_tokens: int) -> Limits:
     )
 
 
+def make_cut(rollout: Any) -> Cut | None:
+    """What `config.rollout` cuts from the distribution; None for nothing."""
+    if rollout.top_k == 0 and rollout.top_p == 1 and rollout.min_p == 0:
+        return None
+    return Cut(np.int32(rollout.top_k), np.float32(rollout.top_p), np.float32(rollout.min_p))
+
+
 class Engine:
-    """Samples episodes on one device. `params` are given unrolled, on that device, at each run."""
+    """Samples episodes on this process's devices."""
 
     def __init__(
         self,
         model: ModelConfig,
         limits: Limits,
         tokenizer: PreTrainedTokenizerBase,
+        manners: Manners,
         *,
-        max_calls: int,
-        reply_tokens: int,
         driver: str = "jit",
-        device: jax.Device | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        tensor: int = 1,
     ) -> None:
-        """Nothing is compiled before the first run."""
-        self._model = RouterLM(model, unrolled=True)
-        self._limits = limits
-        self._tokenizer = tokenizer
-        self._max_calls = max_calls
-        self._reply_tokens = reply_tokens
-        self._driver = driver
-        self._device = device or jax.local_devices()[0]
-        automaton = build_automaton(STOP_TAGS, token_bytes(tokenizer, model.vocab_size))
-        eos = tokenizer.eos_token_id
-        self._table = jax.device_put(automaton.next_state, self._device)
-        self._end_of_text = jax.device_put(np.int32(-1 if eos is None else eos), self._device)
-        self._exchange: Exchange | None = None  # of the run in progress; the compiled callback finds it here
-        self._prefill = jax.jit(self._prefill_fn)
-        self._loop = jax.jit(self._loop_fn, donate_argnums=(3, 4))
-        self._work = jax.jit(functools.partial(work, self._model, limits), donate_argnums=(3, 4))
-        self._collect = jax.jit(functools.partial(collect, limits=limits))
-        self._deliver = jax.jit(deliver)
+        """One replica for each `tensor` of `devices` (by default one on the first of this process's devices).
 
-    @property
-    def device(self) -> jax.Device:
-        """Where parameters are expected."""
-        return self._device
+        Nothing is compiled before the first run. Raises ValueError where `tensor` does not divide the devices.
+        """
+        devices = jax.local_devices()[:1] if devices is None else list(devices)
+        if tensor < 1 or len(devices) % tensor:
+            raise ValueError(f"rollout.tensor is {tensor}; it must divide the rollout's devices ({len(devices)})")
+        self._limits, self._tokenizer, self._manners = limits, tokenizer, manners
+        automaton = build_automaton(STOP_TAGS, token_bytes(tokenizer, model.vocab_size))
+        end_of_text = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        groups = [devices[i : i + tensor] for i in range(0, len(devices), tensor)]
+        self._replicas = [Replica(model, limits, group, automaton.next_state, end_of_text, driver) for group in groups]
+
+    def push(self, params: Params) -> None:
+        """Take stacked parameters from the learner's mesh to every replica."""
+        for replica in self._replicas:
+            replica.push(params)
 
     def run(
         self,
-        params: Params,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         respond: Respond,
         *,
         temperature: float,
         seed: int,
+        cut: Cut | None = None,
+        prefix_tokens: int | None = None,
         on_finish: Callable[[Episode], None] | None = None,
     ) -> tuple[list[Episode], RolloutStats]:
         """Sample one episode per prompt; returns them in the prompts' order.
 
-        `seed` and each prompt's `episode` decide every draw. Raises PromptError, what a reply's future raised, and
-        KeyboardInterrupt promptly: the loop runs in a thread of its own.
+        `seed` and each prompt's `episode` decide every draw. `prefix_tokens`, of what all prompts begin with, is the
+        longest common prefix by default; processes that share a run's prompts must agree on it. Raises PromptError,
+        what a reply's future raised, and KeyboardInterrupt promptly.
         """
-        started = time.monotonic()
-        shared = common_prefix([p.tokens for p in prompts])
+        began = time.monotonic()
+        shared = common_prefix([p.tokens for p in prompts]) if prefix_tokens is None else prefix_tokens
         self._check(prompts, shared)
-        exchange = Exchange(
-            self._limits, self._tokenizer, prompts, shared, respond,
-            max_calls=self._max_calls, reply_tokens=self._reply_tokens, on_finish=on_finish,
-        )  # fmt: skip
-        sampler = Sampler(
-            self._table, jnp.int32(len(STOP_TAGS)), self._end_of_text, jnp.float32(temperature), jax.random.key(seed)
+        agenda = Agenda(prompts, replicas=len(self._replicas), on_finish=on_finish)
+        args = self._limits, self._tokenizer, agenda, shared, respond, self._manners
+        exchanges = [Exchange(*args) for _ in self._replicas]
+        prefix, draws = prompts[0].tokens[:shared], {"temperature": temperature, "cut": cut, "seed": seed}
+        self._drive(
+            agenda,
+            [lambda r=r, e=e: r.run(e, prefix, **draws) for r, e in zip(self._replicas, exchanges, strict=True)],
         )
-        prefix = self._shared_prefix(params, prompts[0].tokens[:shared])
-        caches = empty_cache(self._model.config, self._limits.slots, self._limits.row_tokens)
-        state = jax.device_put((caches, empty_rows(self._limits)), self._device)
-        counts = self._drive(exchange, params, prefix, jax.device_put(sampler, self._device), *state)
-        by_id = {episode.id: episode for episode in exchange.finished}
-        stats = RolloutStats(
-            seconds=time.monotonic() - started,
-            prefix_tokens=shared,
-            decode_steps=int(counts[0]),
-            decoded_tokens=int(counts[1]),
-            feed_steps=int(counts[2]),
-            fed_tokens=int(counts[3]),
-            exchanges=exchange.exchanges,
-            idle_seconds=exchange.idle_seconds,
-            calls=sum(len(e.replies) for e in exchange.finished),
-        )
+        by_id = {episode.id: episode for episode in agenda.finished}
+        traces = [exchange.trace for exchange in exchanges]
+        stats = summary(traces, self._limits.slots, agenda.finished, began=began, prefix_tokens=shared)
         return [by_id[p.episode] for p in prompts], stats
 
-    def _check(self, prompts: list[Prompt], shared: int) -> None:
+    def _check(self, prompts: Sequence[Prompt], shared: int) -> None:
         for prompt in prompts:
             own = len(prompt.tokens) - shared
             if own > self._limits.feed_tokens or own + 2 > self._limits.row_tokens:
@@ -138,74 +128,27 @@ class Engine:
         if len({p.episode for p in prompts}) != len(prompts):
             raise ValueError("two prompts carry the same episode number; numbers must be unique within a run")
 
-    def _shared_prefix(self, params: Params, tokens: tuple[int, ...]) -> Prefix:
-        padded = np.zeros(max(1, -(-len(tokens) // PREFIX_BUCKET)) * PREFIX_BUCKET, np.int32)
-        padded[: len(tokens)] = tokens
-        kv = self._prefill(params, jax.device_put(padded[None], self._device))
-        return jax.device_put(Prefix(kv, np.int32(len(tokens))), self._device)
+    def _drive(self, agenda: Agenda, runs: Sequence[Callable[[], None]]) -> None:
+        """Each run in a thread, until all are done; the first error is raised here."""
 
-    def _prefill_fn(self, params: Params, tokens: jax.Array) -> Any:
-        _, kv = self._model.apply({"params": params}, tokens, method=RouterLM.hidden)
-        return jax.tree.map(lambda x: x[0], kv)
-
-    def _drive(self, exchange: Exchange, *args: Any) -> np.ndarray:
-        """Run the chosen driver in a thread, so that Ctrl-C reaches Python; returns the counters."""
-        drive = self._drive_jit if self._driver == "jit" else self._drive_host
-        result: dict[str, Any] = {}
-
-        def target() -> None:
+        def guarded(run: Callable[[], None]) -> None:
             try:
-                result["counts"] = np.asarray(drive(exchange, *args))
+                run()
             except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
-                result["error"] = error
+                agenda.fail(error)
 
-        thread = threading.Thread(target=target, name="rollout", daemon=True)
-        thread.start()
+        threads = [threading.Thread(target=guarded, args=[r], name="rollout", daemon=True) for r in runs]
+        for thread in threads:
+            thread.start()
         try:
-            while thread.is_alive():
-                thread.join(timeout=0.1)
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(timeout=0.1)
         except BaseException:
-            exchange.stopping = True
-            thread.join(timeout=5.0)
+            agenda.stopping = True
+            until = time.monotonic() + LAST_STEPS
+            for thread in threads:
+                thread.join(timeout=max(0.0, until - time.monotonic()))
             raise
-        error = exchange.error or result.get("error")
-        if error is not None:
-            raise error
-        return result["counts"]
-
-    def _drive_jit(
-        self, exchange: Exchange, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
-    ) -> jax.Array:
-        self._exchange = exchange
-        _, rows = self._loop(params, prefix, sampler, caches, rows)
-        return rows.counts
-
-    def _loop_fn(
-        self, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
-    ) -> tuple[Caches, Rows]:
-        limits = self._limits
-
-        def meet_host(rows: Rows) -> Rows:
-            rows, out = collect(rows, limits)
-            inbox = io_callback(lambda *leaves: self._exchange(*leaves), inbox_spec(limits), *out)
-            return deliver(rows, inbox)
-
-        def body(carry: tuple[Caches, Rows]) -> tuple[Caches, Rows]:
-            caches, rows = carry
-            rows = jax.lax.cond(wants_exchange(rows, limits), meet_host, lambda r: r, rows)
-            return work(self._model, limits, params, prefix, sampler, caches, rows)
-
-        return jax.lax.while_loop(lambda carry: ~carry[1].stop, body, (caches, rows))
-
-    def _drive_host(
-        self, exchange: Exchange, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
-    ) -> jax.Array:
-        wants = jax.jit(functools.partial(wants_exchange, limits=self._limits))
-        while True:
-            if wants(rows):
-                rows, out = self._collect(rows)
-                inbox: Inbox = exchange(*out)
-                rows = self._deliver(rows, inbox)
-                if inbox.stop:
-                    return rows.counts
-            caches, rows = self._work(params, prefix, sampler, caches, rows)
+        if agenda.error is not None:
+            raise agenda.error

@@ -35,15 +35,16 @@ class Prompt:
 
 @dataclasses.dataclass
 class Episode:
-    """One finished episode. `tokens`, `logps` and `sampled` run in step and begin behind the prompt.
+    """One finished episode. `tokens`, `logps`, `drawn_logps` and `sampled` run in step and begin behind the prompt.
 
     Attributes:
       prompt: ids of the whole prompt.
       tokens: sampled and injected ids, in order.
-      logps: log-prob of each sampled token under the distribution it was drawn from; 0 for injected ones.
+      logps: log-prob of each sampled token at the rollout's temperature, nothing cut; 0 for injected ones.
+      drawn_logps: the same in the distribution it was drawn from: with top-k, top-p, min-p.
       sampled: whether the router sampled the token (the loss mask) or it was injected.
       replies: the pool's replies, in order of the calls.
-      stop: answer | call_limit | turn_limit | row_full | end_of_text | stopped.
+      stop: answer | call_limit | turn_limit | token_limit | row_full | end_of_text | time_limit | no_reply.
       text: the tokens as text, for people and rewards.
     """
 
@@ -51,31 +52,25 @@ class Episode:
     prompt: tuple[int, ...]
     tokens: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
+    drawn_logps: list[float] = dataclasses.field(default_factory=list)
     sampled: list[bool] = dataclasses.field(default_factory=list)
     replies: list[Any] = dataclasses.field(default_factory=list)
     stop: str = ""
     text: str = ""
 
-    def extend(self, tokens: list[int], logps: list[float] | None) -> None:
-        """Append sampled tokens with their log-probs, or injected ones (logps None)."""
+    def sample(self, tokens: list[int], logps: list[float], drawn_logps: list[float]) -> None:
+        """Append what the router sampled."""
         self.tokens += tokens
-        self.logps += [0.0] * len(tokens) if logps is None else logps
-        self.sampled += [logps is not None] * len(tokens)
+        self.logps += logps
+        self.drawn_logps += drawn_logps
+        self.sampled += [True] * len(tokens)
 
-
-@dataclasses.dataclass(frozen=True)
-class RolloutStats:
-    """What one rollout did. Times in seconds; `idle_seconds` is the time in which no row could go on by itself."""
-
-    seconds: float
-    prefix_tokens: int
-    decode_steps: int
-    decoded_tokens: int
-    feed_steps: int
-    fed_tokens: int
-    exchanges: int
-    idle_seconds: float
-    calls: int
+    def inject(self, tokens: list[int]) -> None:
+        """Append what was put into its context."""
+        self.tokens += tokens
+        self.logps += [0.0] * len(tokens)
+        self.drawn_logps += [0.0] * len(tokens)
+        self.sampled += [False] * len(tokens)
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -3,7 +3,12 @@
 A Gumbel draw per logit costs a random number per vocabulary entry, which dominated decoding on CPU when measured. Here
 a row draws one number; the CDF is walked in two levels (blocks, then the entries of one block), so that no prefix sum
 over the whole vocabulary is ever formed.
+
+Top-k and top-p need the smallest weight that is kept. It is found by bisection over the bit patterns of floats, whose
+order is that of the numbers: 31 passes over the vocabulary, no sort, and equal weights are kept or dropped together.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +47,66 @@ def inverse_cdf(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     return jnp.minimum(block * BLOCK + entry, V - 1).astype(jnp.int32)  # V - 1: only NaN weights point past the end
 
 
-def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw ids [B] int32 from logits [B, V], and their log-probs [B] float32 under the distribution drawn from.
+class Cut(NamedTuple):
+    """What is cut from the distribution before a draw, in this order; arrays, so that changing them compiles nothing.
 
-    `temperature` is a float32 scalar; 0 takes the first largest logit and reports its log-prob at temperature 1.
+    Each is applied to what the one before has left, scaled to 1. Ties at a boundary are all kept.
+    """
+
+    top_k: jax.Array  # int32: the k most probable; 0 keeps all
+    top_p: jax.Array  # float32: the most probable ones that together reach p; 1 keeps all
+    min_p: jax.Array  # float32: those at least this times as probable as the most probable; 0 keeps all
+
+
+def _kept(weights: jax.Array, cut: Cut) -> jax.Array:
+    """Which of weights [B, V], whose largest in a row is 1, are kept: [B, V] bool."""
+    B, V = weights.shape
+    k = jnp.where(cut.top_k > 0, jnp.minimum(cut.top_k, V), V)
+    kept = weights >= _boundary(jnp.ones_like(weights), weights, jnp.full((B,), k, jnp.float32))
+    mass = jnp.where(kept, weights, 0.0)
+    goal = jnp.where(cut.top_p < 1, cut.top_p, 0.0) * jnp.sum(mass, axis=-1)
+    boundary = jnp.where(cut.top_p < 1, _boundary(mass, weights, goal), 0.0)
+    return kept & (weights >= boundary) & (weights >= cut.min_p)
+
+
+def _boundary(mass: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
+    """The largest float [B, 1] such that the mass [B, V] of all weights [B, V] from it on is at least goal [B]."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # the mass from low on reaches the goal, that from high on does not
+        middle = low + (high - low) // 2
+        from_here = weights >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        reached = jnp.sum(jnp.where(from_here, mass, 0.0), axis=-1) >= goal
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    low = jnp.zeros(goal.shape, jnp.int32)
+    high = jnp.full(goal.shape, jnp.float32(1).view(jnp.int32) + 1)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
+
+
+def sample(
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, cut: Cut | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draw one id per row.
+
+    Args:
+      logits: [B, V].
+      keys: [B], one key per row.
+      temperature: float32 scalar; 0 takes the first largest logit and reports log-probs at temperature 1.
+      cut: what to leave out of the draw; None for nothing.
+
+    Returns:
+      ids [B] int32; their log-probs [B] float32 in the distribution at this temperature, uncut, which the learner
+      computes too; and in the one they were drawn from, cut and scaled to 1 (at temperature 0 that is 0).
     """
     greedy = temperature == 0
     scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)
     top = jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(scaled - top)
+    drawn = weights if cut is None else jnp.where(_kept(weights, cut), weights, 0.0)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key))(keys)
-    ids = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), inverse_cdf(weights, uniforms))
-    chosen = jnp.take_along_axis(scaled, ids[:, None], axis=-1)[:, 0]
-    return ids, chosen - top[:, 0] - jnp.log(jnp.sum(weights, axis=-1))
+    ids = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), inverse_cdf(drawn, uniforms))
+    chosen = jnp.take_along_axis(scaled, ids[:, None], axis=-1)[:, 0] - top[:, 0]
+    whole, left = jnp.sum(weights, axis=-1), jnp.sum(drawn, axis=-1)
+    return ids, chosen - jnp.log(whole), jnp.where(greedy, 0.0, chosen - jnp.log(left))

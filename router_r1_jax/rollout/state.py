@@ -19,7 +19,9 @@ import numpy as np
 EMPTY, RUN, WAIT, FEED = range(4)
 
 # Why a turn ended. Values from FIRST_TAG on are the automaton's accepting states, in the order of its tags.
-TURN_LIMIT, ROW_FULL, END_OF_TEXT = 101, 102, 103
+TURN_LIMIT, ROW_FULL, END_OF_TEXT, TOKEN_LIMIT = 101, 102, 103, 104
+# What is counted over a run, in the order of `Rows.counts`. Only steps count what had nothing to feed or decode.
+COUNTS = ("decode_steps", "decoded_tokens", "feed_steps", "fed_tokens", "steps")
 
 
 class Limits(NamedTuple):
@@ -28,6 +30,7 @@ class Limits(NamedTuple):
     slots: int  # B, rows
     row_tokens: int  # S, own positions of a row
     turn_tokens: int  # M, sampled tokens of one turn
+    episode_tokens: int  # sampled tokens of one episode
     feed_tokens: int  # F, longest question or reply with its tags
     chunk: int  # C, tokens fed to a row at a time
     feed_rows: int  # R, rows fed at a time
@@ -50,23 +53,29 @@ class Rows:
     feed_length: jax.Array  # [B] int32
     feed_done: jax.Array  # [B] int32
     turn: jax.Array  # [B, M] int32, tokens sampled in this turn
-    logps: jax.Array  # [B, M] float32
+    logps: jax.Array  # [B, M] float32, in the uncut distribution
+    drawn_logps: jax.Array  # [B, M] float32, in the one drawn from
     turn_length: jax.Array  # [B] int32
+    sampled: jax.Array  # [B] int32, tokens sampled in this episode
+    began: jax.Array  # [B] int32, the step that sampled the turn's first token
     since_exchange: jax.Array  # int32, steps
     more: jax.Array  # bool, the host has more to hand over than one exchange carries
     stop: jax.Array  # bool
-    counts: jax.Array  # [4] int32: decode steps, decoded tokens, feed steps, fed tokens
+    counts: jax.Array  # [5] int32: COUNTS
 
 
 class Outbox(NamedTuple):
-    """What an exchange tells the host: up to E ended turns (row B: none), and whether it may wait for replies."""
+    """What an exchange tells the host: up to E ended turns (row B: none), whether it may wait for replies, counts."""
 
     row: np.ndarray  # [E] int32
     reason: np.ndarray  # [E] int32
     length: np.ndarray  # [E] int32
     turn: np.ndarray  # [E, M] int32
     logps: np.ndarray  # [E, M] float32
+    drawn_logps: np.ndarray  # [E, M] float32
+    began: np.ndarray  # [E] int32
     idle: np.ndarray  # bool: no row can go on by itself, and no ended turn is left to tell
+    counts: np.ndarray  # [5] int32: COUNTS
 
 
 class Inbox(NamedTuple):
@@ -106,9 +115,18 @@ def empty_rows(limits: Limits) -> Rows:
     return Rows(
         status=ints(B), episode=jnp.zeros(B, jnp.uint32), position=ints(B), last=ints(B), tag=jnp.zeros(B, jnp.uint8),
         reason=ints(B), reported=jnp.ones(B, bool), feed=ints(B, F), feed_length=ints(B), feed_done=ints(B),
-        turn=ints(B, M), logps=jnp.zeros((B, M), jnp.float32), turn_length=ints(B), since_exchange=ints(),
-        more=jnp.array(True), stop=jnp.array(False), counts=ints(4),
+        turn=ints(B, M), logps=jnp.zeros((B, M), jnp.float32), drawn_logps=jnp.zeros((B, M), jnp.float32),
+        turn_length=ints(B), sampled=ints(B), began=ints(B), since_exchange=ints(), more=jnp.array(True),
+        stop=jnp.array(False), counts=ints(len(COUNTS)),
     )  # fmt: skip
+
+
+def positions_needed(rows: Rows, limits: Limits) -> jax.Array:
+    """How long the cache must be for the next step: int32 scalar."""
+    fed = jnp.clip(rows.feed_length - 1 - rows.feed_done, 0, limits.chunk)
+    ahead = jnp.where(rows.status == FEED, fed + 1, 1)  # the step that ends a feed also decodes
+    busy = (rows.status == RUN) | (rows.status == FEED)
+    return jnp.max(jnp.where(busy, rows.position + ahead, 0))
 
 
 def wants_exchange(rows: Rows, limits: Limits) -> jax.Array:
@@ -127,13 +145,20 @@ def collect(rows: Rows, limits: Limits) -> tuple[Rows, Outbox]:
     reported = rows.reported.at[row].set(True, mode="drop")
     # Where more turns ended than one exchange carries, the host must hear of all before it may wait for replies.
     busy = (rows.status == RUN) | (rows.status == FEED) | ((rows.status == WAIT) & ~reported)
+
+    def of_row(field: jax.Array) -> jax.Array:
+        return field.at[row].get(mode="fill", fill_value=0)
+
     out = Outbox(
         row=row.astype(jnp.int32),
-        reason=rows.reason.at[row].get(mode="fill", fill_value=0),
-        length=rows.turn_length.at[row].get(mode="fill", fill_value=0),
-        turn=rows.turn.at[row].get(mode="fill", fill_value=0),
-        logps=rows.logps.at[row].get(mode="fill", fill_value=0),
+        reason=of_row(rows.reason),
+        length=of_row(rows.turn_length),
+        turn=of_row(rows.turn),
+        logps=of_row(rows.logps),
+        drawn_logps=of_row(rows.drawn_logps),
+        began=of_row(rows.began),
         idle=~jnp.any(busy),
+        counts=rows.counts,
     )
     return rows.replace(reported=reported), out
 
@@ -152,6 +177,7 @@ def deliver(rows: Rows, inbox: Inbox) -> Rows:
         status=put(rows.status, jnp.where(inbox.length > 0, FEED, EMPTY)),
         episode=keep_unless_fresh(rows.episode, inbox.episode),
         position=keep_unless_fresh(rows.position, 0),
+        sampled=keep_unless_fresh(rows.sampled, 0),
         reported=put(rows.reported, True),
         feed=put(rows.feed, inbox.feed),
         feed_length=put(rows.feed_length, inbox.length),

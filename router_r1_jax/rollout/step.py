@@ -10,8 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from router_r1_jax.model import KV, Params, Prefix, RouterLM
-from router_r1_jax.rollout.sampling import row_keys, sample
-from router_r1_jax.rollout.state import END_OF_TEXT, FEED, ROW_FULL, RUN, TURN_LIMIT, WAIT, Limits, Rows
+from router_r1_jax.rollout.sampling import Cut, row_keys, sample
+from router_r1_jax.rollout.state import (
+    COUNTS,
+    END_OF_TEXT,
+    FEED,
+    ROW_FULL,
+    RUN,
+    TOKEN_LIMIT,
+    TURN_LIMIT,
+    WAIT,
+    Limits,
+    Rows,
+)
 
 Caches = tuple[KV, ...]
 
@@ -24,13 +35,19 @@ class Sampler(NamedTuple):
     end_of_text: jax.Array  # int32 scalar id, -1 for none
     temperature: jax.Array  # float32 scalar, 0 is greedy
     key: jax.Array  # of this rollout
+    cut: Cut | None  # top-k, top-p, min-p; None where nothing is cut
+
+
+def _counted(rows: Rows, **more: jax.Array | int) -> jax.Array:
+    """The counts after this step's."""
+    return rows.counts + jnp.stack([jnp.int32(more.get(name, 0)) for name in COUNTS])
 
 
 def feed(
     model: RouterLM, limits: Limits, params: Params, prefix: Prefix, caches: Caches, rows: Rows
 ) -> tuple[Caches, Rows]:
     """Read up to C tokens into up to R rows. The last token of a feed is left to the decode step, which samples."""
-    B, S = limits.slots, limits.row_tokens
+    B, S = limits.slots, caches[0].k.shape[1]
     (row,) = jnp.nonzero(rows.status == FEED, size=limits.feed_rows, fill_value=B)
 
     def of_row(field: jax.Array) -> jax.Array:
@@ -59,7 +76,7 @@ def feed(
         last=put(rows.last, last),
         tag=put(rows.tag, jnp.uint8(0)),
         turn_length=put(rows.turn_length, 0),
-        counts=rows.counts + jnp.array([0, 0, 1, 0]).at[3].set(jnp.sum(here)),
+        counts=_counted(rows, feed_steps=1, fed_tokens=jnp.sum(here)),
     )
 
 
@@ -68,7 +85,7 @@ def decode(
 ) -> tuple[Caches, Rows]:
     """Sample one token on every running row and see whether its turn ends there."""
     running = rows.status == RUN
-    positions = jnp.where(running, rows.position, limits.row_tokens)
+    positions = jnp.where(running, rows.position, caches[0].k.shape[1])  # out of range: nothing is written
     hidden, caches = model.apply(
         {"params": params},
         rows.last[:, None],
@@ -79,16 +96,14 @@ def decode(
     )
     logits = model.apply({"params": params}, hidden[:, 0], method=RouterLM.logits)
     keys = row_keys(sampler.key, rows.episode, rows.position)
-    token, logp = sample(logits, keys, sampler.temperature)
+    token, logp, drawn_logp = sample(logits, keys, sampler.temperature, sampler.cut)
     tag = sampler.next_state[rows.tag, token]
-    at = jnp.where(running, rows.turn_length, limits.turn_tokens)  # out of range: nothing is written
-    index = (jnp.arange(limits.slots), at)
-    length = rows.turn_length + 1
-    position = rows.position + 1
+    index = (jnp.arange(limits.slots), jnp.where(running, rows.turn_length, limits.turn_tokens))
+    length, sampled, position = rows.turn_length + 1, rows.sampled + 1, rows.position + 1
     ended_by = jnp.select(
-        [(tag >= 1) & (tag <= sampler.tags), token == sampler.end_of_text, length >= limits.turn_tokens,
-         position >= limits.row_tokens - 1],
-        [tag.astype(jnp.int32), END_OF_TEXT, TURN_LIMIT, ROW_FULL],
+        [(tag >= 1) & (tag <= sampler.tags), token == sampler.end_of_text, sampled >= limits.episode_tokens,
+         length >= limits.turn_tokens, position >= limits.row_tokens - 1],
+        [tag.astype(jnp.int32), END_OF_TEXT, TOKEN_LIMIT, TURN_LIMIT, ROW_FULL],
         0,
     )  # fmt: skip
     ended = running & (ended_by > 0)
@@ -101,8 +116,11 @@ def decode(
         tag=jnp.where(running, tag, rows.tag),
         turn=rows.turn.at[index].set(token, mode="drop"),
         logps=rows.logps.at[index].set(logp, mode="drop"),
+        drawn_logps=rows.drawn_logps.at[index].set(drawn_logp, mode="drop"),
         turn_length=jnp.where(running, length, rows.turn_length),
-        counts=rows.counts + jnp.array([1, 0, 0, 0]).at[1].set(jnp.sum(running)),
+        sampled=jnp.where(running, sampled, rows.sampled),
+        began=jnp.where(running & (rows.turn_length == 0), rows.counts[COUNTS.index("steps")], rows.began),
+        counts=_counted(rows, decode_steps=1, decoded_tokens=jnp.sum(running)),
     )
 
 
@@ -124,4 +142,4 @@ def work(
         caches,
         rows,
     )
-    return caches, rows.replace(since_exchange=rows.since_exchange + 1)
+    return caches, rows.replace(since_exchange=rows.since_exchange + 1, counts=_counted(rows, steps=1))

@@ -61,6 +61,7 @@ def compiled_step(config, shape):
         shape.slots,
         shape.row_tokens,
         shape.turn_tokens,
+        shape.row_tokens,
         shape.feed_tokens,
         shape.chunk,
         shape.feed_rows,
@@ -73,7 +74,7 @@ def compiled_step(config, shape):
     prefix = Prefix((KV(kv, kv),) * c.num_layers, Shape((), jnp.int32))
     number, key = Shape((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
     sampler = Sampler(
-        Shape((TAG_STATES, c.vocab_size), jnp.uint8), number, number, Shape((), jnp.float32), key
+        Shape((TAG_STATES, c.vocab_size), jnp.uint8), number, number, Shape((), jnp.float32), key, None
     )  # fmt: skip
     caches = jax.eval_shape(lambda: empty_cache(c, shape.slots, shape.row_tokens))
     rows = jax.eval_shape(lambda: empty_rows(limits))

@@ -17,7 +17,7 @@ from router_r1_jax.mesh import abstract_mesh, make_mesh
 from router_r1_jax.model import LoRA, ModelConfig, plan, preset
 from router_r1_jax.model.hf_config import config_to_hf
 from router_r1_jax.model.plan import RolloutShape, UpdateShape
-from router_r1_jax.rollout import engine
+from router_r1_jax.rollout import engine, replica
 from router_r1_jax.rollout.automaton import build_automaton
 from router_r1_jax.rollout.exchange import STOP_TAGS
 
@@ -108,7 +108,8 @@ def test_step_is_what_xla_needs(config, changes):
 def test_shapes_are_those_of_learner_and_rollout():
     """model/ may not import them: what it repeats is held here."""
     assert (plan.ROW_BUCKET, plan.PREFIX_BUCKET) == (batch.LENGTH_BUCKET, batch.PREFIX_BUCKET)
-    assert (plan.TAG_TOKENS, plan.PREFIX_BUCKET) == (engine.TAG_TOKENS, engine.PREFIX_BUCKET)
+    assert (plan.TAG_TOKENS, plan.PREFIX_BUCKET) == (engine.TAG_TOKENS, replica.PREFIX_BUCKET)
+    assert plan.CACHE_BUCKET == replica.LENGTH_BUCKET
     assert len(build_automaton(STOP_TAGS, [b"a"]).next_state) <= plan.TAG_STATES
     config = configuration("configs/qwen25_3b_grpo.py")
     update, rollout = plan.shapes_of(config, prefix_tokens=700)
@@ -116,7 +117,7 @@ def test_shapes_are_those_of_learner_and_rollout():
     limits = engine.make_limits(config.rollout, config.prompt.question_tokens)._asdict()
     fields = dataclasses.asdict(rollout)
     assert {name: limits[name] for name in fields if name in limits} == {k: v for k, v in fields.items() if k in limits}
-    assert fields.keys() - limits.keys() == {"prefix_tokens"}
+    assert fields.keys() - limits.keys() == {"prefix_tokens", "tensor"}
 
 
 def test_a_model_larger_than_this_machine_is_planned():
@@ -140,6 +141,15 @@ def test_lora_needs_neither_a_reference_nor_moments_of_the_base():
     for part in ("optimizer", "gradients"):
         assert lora[part] < 0.05 * full[part]
     assert 1 < lora["parameters"] / full["parameters"] < 1.05
+
+
+def test_a_tensor_parallel_rollout_shares_weights_and_caches():
+    config = preset("Llama-3.1-8B")
+    one, two = (
+        plan.plan(config, ONE, UPDATE, dataclasses.replace(STEP, tensor=tensor))["rollout"] for tensor in (1, 2)
+    )
+    assert two["KV caches"] * 2 == one["KV caches"]
+    assert two["rollout's copy of the weights"] == pytest.approx(one["rollout's copy of the weights"] / 2, rel=1e-3)
 
 
 def test_rows_that_do_not_divide_are_refused():

@@ -36,13 +36,12 @@ def engines():
 
 
 @pytest.fixture(scope="module")
-def run(params, engines):
+def run(engines):
     """Runs an engine of a driver: (episodes, stats)."""
-    weights = tiny_router.unrolled(params)
 
     def run(driver, prompts=PROMPTS, respond=None, *, temperature=1.0, **kwargs):
         respond = respond or at_once()
-        return engines[driver].run(weights, prompts, respond, temperature=temperature, seed=SEED, **kwargs)
+        return engines[driver].run(prompts, respond, temperature=temperature, seed=SEED, **kwargs)
 
     return run
 
@@ -93,11 +92,9 @@ def test_one_prompt_for_all_draws_apart_and_a_single_one_runs(params, run):
     assert (alone.tokens, alone.stop) == (episodes[0].tokens, episodes[0].stop)
 
 
-def test_the_seed_decides_the_draws(params, engines):
-    weights = tiny_router.unrolled(params)
+def test_the_seed_decides_the_draws(engines):
     sampled = [
-        [e.tokens for e in engines["jit"].run(weights, PROMPTS, at_once(), temperature=1.0, seed=seed)[0]]
-        for seed in (1, 1, 2)
+        [e.tokens for e in engines["jit"].run(PROMPTS, at_once(), temperature=1.0, seed=seed)[0]] for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -131,11 +128,10 @@ def test_no_schedule_changes_a_host_driven_episode(run, expected, order, delays)
 @pytest.mark.slow
 @pytest.mark.parametrize("limits", [{}, {"slots": 7, "exchange_rows": 1, "feed_rows": 3}, {"slots": 1, "feed_rows": 1}])
 def test_no_schedule_changes_an_episode_many_times(params, limits):
-    weights = tiny_router.unrolled(params)
     engines = {driver: make_engine(driver, **limits) for driver in DRIVERS}
 
     def run(driver, prompts, respond):
-        return engines[driver].run(weights, prompts, respond, temperature=1.0, seed=SEED)
+        return engines[driver].run(prompts, respond, temperature=1.0, seed=SEED)
 
     expected = {episode.id: episode for episode in run("host", PROMPTS, at_once())[0]}
     check_against_naive(params, *[run("jit", PROMPTS, at_once())[i] for i in (0, 1)])
@@ -236,14 +232,13 @@ def test_prompts_that_cannot_run_are_refused(run):
 
 def test_the_compiled_loop_holds_no_second_cache():
     """Caches are updated in place; beside them there is room for about one layer's keys and values, at any depth."""
-    engine = make_engine("jit", slots=8, row_tokens=4096)
+    (replica,) = make_engine("jit", slots=8, row_tokens=4096)._replicas
     limits = LIMITS._replace(slots=8, row_tokens=4096)
     caches = jax.eval_shape(lambda: empty_cache(MODEL, 8, 4096))
-    weights = tiny_router.unrolled(tiny_router.make_params())
     kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0, :64], empty_cache(MODEL, 1, 64)))
     scalar = jnp.int32(0)
-    sampler = Sampler(engine._table, scalar, scalar, jnp.float32(1), jax.random.key(0))
-    loop = engine._loop.lower(weights, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
+    sampler = Sampler(replica._table, scalar, scalar, jnp.float32(1), jax.random.key(0), None)
+    loop = replica._loop.lower(replica._params, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
     memory, whole = loop.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= whole
     assert memory.temp_size_in_bytes < 1.5 * whole / MODEL.num_layers

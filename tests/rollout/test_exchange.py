@@ -1,15 +1,17 @@
 """The host side of the callback, driven without a device: what it asks, feeds, finishes, and how it stops."""
 
 import threading
+import time
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 from tiny_router import LIMITS, REPLY_TOKENS, TOKENIZER, WORDS, Reply
 
+from router_r1_jax.rollout.agenda import Agenda
 from router_r1_jax.rollout.episode import Prompt
-from router_r1_jax.rollout.exchange import ANSWER, PATIENCE, ROUTE, Exchange, reply_ids, route_text
-from router_r1_jax.rollout.state import END_OF_TEXT, ROW_FULL, TURN_LIMIT, Outbox
+from router_r1_jax.rollout.exchange import ANSWER, PATIENCE, ROUTE, Exchange, Manners, reply_ids, route_text
+from router_r1_jax.rollout.state import END_OF_TEXT, ROW_FULL, TOKEN_LIMIT, TURN_LIMIT, Outbox
 
 B, E = LIMITS.slots, LIMITS.exchange_rows
 
@@ -18,7 +20,7 @@ def ids(text):
     return [WORDS.index(word) for word in text.split()]
 
 
-def outbox(*turns, idle=False):
+def outbox(*turns, idle=False, counts=(0, 0, 0, 0, 0)):
     """Ended turns (row, reason, words)."""
     box = Outbox(
         row=np.full(E, B, np.int32),
@@ -26,13 +28,17 @@ def outbox(*turns, idle=False):
         length=np.zeros(E, np.int32),
         turn=np.zeros((E, LIMITS.turn_tokens), np.int32),
         logps=np.zeros((E, LIMITS.turn_tokens), np.float32),
+        drawn_logps=np.zeros((E, LIMITS.turn_tokens), np.float32),
+        began=np.zeros(E, np.int32),
         idle=np.bool_(idle),
+        counts=np.array(counts, np.int32),
     )
     for i, (row, reason, words) in enumerate(turns):
         turn = ids(words)
         box.row[i], box.reason[i], box.length[i] = row, reason, len(turn)
         box.turn[i, : len(turn)] = turn
         box.logps[i, : len(turn)] = -1.0
+        box.drawn_logps[i, : len(turn)] = -0.5
     return box
 
 
@@ -48,12 +54,12 @@ class Asked:
         return self.futures[-1]
 
 
-def open_exchange(n=1, max_calls=2, respond=None, **kwargs):
+def open_exchange(n=1, max_calls=2, respond=None, on_finish=None, **manners):
     """An exchange over n prompts of 2 shared and 2 own tokens, and its pool."""
     pool = respond or Asked()
-    prompts = [Prompt(100 + i, (50, 51, 52, 53 + i)) for i in range(n)]
-    args = LIMITS, TOKENIZER, prompts, 2, pool
-    return Exchange(*args, max_calls=max_calls, reply_tokens=REPLY_TOKENS, **kwargs), pool
+    agenda = Agenda([Prompt(100 + i, (50, 51, 52, 53 + i)) for i in range(n)], on_finish=on_finish)
+    allowed = Manners(max_calls=max_calls, reply_tokens=REPLY_TOKENS, **manners)
+    return Exchange(LIMITS, TOKENIZER, agenda, 2, pool, allowed), pool
 
 
 def entries(inbox):
@@ -85,11 +91,12 @@ def test_a_call_and_its_reply():
     reply = ids("<information> w4 w5 </information>")
     assert entries(exchange(*outbox())) == [(0, False, 0, [WORDS.index("</search>"), *reply])]
     last = exchange(*outbox((0, ANSWER, "<answer> w4 </answer>")))
-    (episode,) = exchange.finished
+    (episode,) = exchange.agenda.finished
     assert last.stop and episode.stop == "answer"
     assert episode.tokens == ids("w1 <search> w2 w3 </search>") + reply + ids("<answer> w4 </answer>")
     assert episode.sampled == [True] * 5 + [False] * 4 + [True] * 3
     assert episode.logps == [-1.0] * 5 + [0.0] * 4 + [-1.0] * 3
+    assert episode.drawn_logps == [-0.5] * 5 + [0.0] * 4 + [-0.5] * 3
     assert episode.replies == [Reply("w4 w5")]
 
 
@@ -103,18 +110,24 @@ def test_no_call_beyond_the_limit(max_calls):
         exchange(*outbox())
     assert exchange(*outbox((0, ROUTE, "<search> w9 </search>"))).stop
     assert len(pool.calls) == max_calls
-    assert exchange.finished[0].stop == "call_limit"
+    assert exchange.agenda.finished[0].stop == "call_limit"
 
 
 @pytest.mark.parametrize(
     ("reason", "stop"),
-    [(ANSWER, "answer"), (TURN_LIMIT, "turn_limit"), (ROW_FULL, "row_full"), (END_OF_TEXT, "end_of_text")],
+    [
+        (ANSWER, "answer"),
+        (TURN_LIMIT, "turn_limit"),
+        (TOKEN_LIMIT, "token_limit"),
+        (ROW_FULL, "row_full"),
+        (END_OF_TEXT, "end_of_text"),
+    ],  # fmt: skip
 )
 def test_stops(reason, stop):
     exchange, _ = open_exchange()
     exchange(*outbox())
     exchange(*outbox((0, reason, "w1 w2")))
-    assert exchange.finished[0].stop == stop
+    assert exchange.agenda.finished[0].stop == stop
 
 
 def test_a_reply_for_which_the_row_has_no_room_ends_the_episode_and_is_kept():
@@ -125,7 +138,7 @@ def test_a_reply_for_which_the_row_has_no_room_ends_the_episode_and_is_kept():
         pool.futures[i].set_result(Reply("w1 w2 w3"))
         inbox = exchange(*outbox())
         assert inbox.stop == (i == 2)
-    (episode,) = exchange.finished
+    (episode,) = exchange.agenda.finished
     assert episode.stop == "row_full" and len(episode.replies) == 3
     assert len(episode.tokens) == 3 * 9 + 2 * 5  # the last reply never entered
 
@@ -134,13 +147,13 @@ def test_an_idle_exchange_waits_for_a_reply_and_a_busy_one_does_not():
     exchange, pool = open_exchange()
     exchange(*outbox())
     exchange(*outbox((0, ROUTE, "<search> w1 </search>")))
-    assert entries(exchange(*outbox())) == [] and exchange.idle_seconds == 0
+    assert entries(exchange(*outbox())) == [] and exchange.trace.idle_seconds == 0
     threading.Timer(PATIENCE / 5, pool.futures[0].set_result, [Reply("w2")]).start()
     tries = 0
     while not (delivered := entries(exchange(*outbox(idle=True)))):
         tries += 1  # a loaded machine may need another turn of patience
         assert tries < 100
-    assert len(delivered) == 1 and exchange.idle_seconds > 0
+    assert len(delivered) == 1 and exchange.trace.idle_seconds > 0
 
 
 def test_a_bounded_wait_ends_without_a_reply():
@@ -150,10 +163,42 @@ def test_a_bounded_wait_ends_without_a_reply():
     assert entries(inbox) == [] and not inbox.stop and not inbox.more
 
 
+def test_a_reply_that_never_comes_ends_its_episode_and_a_later_one_finds_the_row_gone_on():
+    exchange, pool = open_exchange(5, reply_seconds=0.05)
+    exchange(*outbox()), exchange(*outbox())
+    exchange(*outbox((0, ROUTE, "<search> w1 </search>")))
+    inbox = exchange(*outbox())
+    while not entries(inbox):  # the fifth question takes the row
+        inbox = exchange(*outbox())
+    assert entries(inbox) == [(0, True, 104, [52, 57])]
+    (episode,) = exchange.agenda.finished
+    assert (episode.id, episode.stop, episode.replies) == (100, "no_reply", [])
+    exchange(*outbox((0, ROUTE, "<search> w2 </search>")))
+    pool.futures[0].set_result(Reply("late"))
+    assert entries(exchange(*outbox())) == []
+    pool.futures[1].set_result(Reply("w9"))
+    (entry,) = entries(exchange(*outbox()))
+    assert entry[0] == 0 and WORDS.index("w9") in entry[3]
+
+
+def test_an_episode_whose_time_is_over_waits_no_longer_and_begins_no_turn():
+    exchange, pool = open_exchange(2, episode_seconds=0.2)
+    exchange(*outbox())
+    exchange(*outbox((0, ROUTE, "<search> w1 </search>"), (1, ROUTE, "<search> w1 </search>")))
+    pool.futures[0].set_result(Reply("in time"))
+    assert [entry[0] for entry in entries(exchange(*outbox()))] == [0]
+    time.sleep(0.2)
+    exchange(*outbox((0, ROUTE, "<search> w1 </search>")))
+    assert {(e.id, e.stop, len(e.replies)) for e in exchange.agenda.finished} == {
+        (100, "time_limit", 1),
+        (101, "time_limit", 0),
+    }
+
+
 def test_stopping_and_errors_leave_the_loop():
     exchange, pool = open_exchange()
     exchange(*outbox())
-    exchange.stopping = True
+    exchange.agenda.stopping = True
     assert exchange(*outbox((0, ROUTE, "<search> w1 </search>"), idle=True)).stop
 
     exchange, pool = open_exchange(2)
@@ -162,7 +207,7 @@ def test_stopping_and_errors_leave_the_loop():
     error = RuntimeError("down")
     pool.futures[1].set_exception(error)
     assert exchange(*outbox()).stop
-    assert exchange.error is error
+    assert exchange.agenda.error is error
 
 
 @pytest.mark.parametrize("what", ["respond", "on_finish", "reply"])
@@ -177,11 +222,11 @@ def test_nothing_raises_through_the_callback(what):
         exchange(*outbox((0, ROUTE, "<search> w1 </search>")))
         pool.futures[0].set_result(object())  # has no text
         assert exchange(*outbox(idle=True)).stop
-        assert isinstance(exchange.error, AttributeError)
+        assert isinstance(exchange.agenda.error, AttributeError)
     else:
         turn = (0, ANSWER, "w1 </answer>") if what == "on_finish" else (0, ROUTE, "<search> w1 </search>")
         assert exchange(*outbox(turn)).stop
-        assert str(exchange.error) == f"{what} failed"
+        assert str(exchange.agenda.error) == f"{what} failed"
 
 
 def test_replies_that_come_while_others_are_delivered_are_not_lost():

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from router_r1_jax.rollout.sampling import inverse_cdf, row_keys, sample
+from router_r1_jax.rollout.sampling import Cut, inverse_cdf, row_keys, sample
 
 ROWS = 512
 SIZES = (1, 5, 127, 128, 129, 300, 1000)  # of the vocabulary, around and between multiples of the block size
@@ -67,7 +69,7 @@ def test_ids_come_as_often_as_their_probability_says(temperature):
     logits = np.array([2.0, -1.0, 0.5, 0.0, -np.inf, 1.5, -3.0], np.float32)
     n = 20_000
     keys = row_keys(jax.random.key(3), jnp.arange(n, dtype=jnp.uint32) // 50, jnp.arange(n) % 50)
-    ids, _ = draw(jnp.tile(logits, (n, 1)), keys, jnp.float32(temperature))
+    ids, *_ = draw(jnp.tile(logits, (n, 1)), keys, jnp.float32(temperature))
     p = np.exp(logits.astype(np.float64) / temperature)
     p /= p.sum()
     share = np.bincount(ids, minlength=len(p)) / n
@@ -79,7 +81,8 @@ def test_ids_come_as_often_as_their_probability_says(temperature):
 def test_log_prob_is_that_of_float64_log_softmax(size, temperature):
     logits = np.random.default_rng(size).normal(size=(ROWS, size)).astype(np.float32) * 4
     keys = row_keys(jax.random.key(1), jnp.arange(ROWS, dtype=jnp.uint32), jnp.zeros(ROWS, jnp.int32))
-    ids, logps = map(np.asarray, draw(logits, keys, jnp.float32(temperature)))
+    ids, logps, drawn_logps = map(np.asarray, draw(logits, keys, jnp.float32(temperature)))
+    np.testing.assert_array_equal(drawn_logps, 0 if temperature == 0 else logps)  # nothing was cut
     scaled = logits.astype(np.float64) / (temperature or 1.0)
     expected = scaled - np.log(np.sum(np.exp(scaled), axis=1, keepdims=True))
     np.testing.assert_allclose(logps, expected[np.arange(ROWS), ids], atol=2e-5, rtol=0)
@@ -89,14 +92,73 @@ def test_log_prob_is_that_of_float64_log_softmax(size, temperature):
         assert len(set(ids.tolist())) > 1
 
 
+def float64_kept(logits, temperature, top_k, top_p, min_p):
+    """Which ids [ROWS, V] are left by the textbook (sorted, ties kept), and whether rounding may decide a row."""
+    weights = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
+    kept, unclear = np.ones(weights.shape, bool), np.zeros(len(weights), bool)
+    for i, w in enumerate(weights):
+        if top_k:
+            kept[i] &= w >= np.sort(w)[::-1][min(top_k, len(w)) - 1]
+        if top_p < 1:
+            values, counts = np.unique(np.where(kept[i], w, 0), return_counts=True)
+            reached = np.cumsum((values * counts)[::-1]) / np.sum(values * counts)
+            kept[i] &= w >= values[::-1][np.argmax(reached >= top_p)]
+            unclear[i] = np.min(np.abs(reached - top_p)) < NEAR
+        kept[i] &= w >= min_p
+        unclear[i] |= np.min(np.abs(w - min_p)) < NEAR * min_p
+    return kept, unclear
+
+
+CUTS = [(1, 1.0, 0.0), (7, 1.0, 0.0), (10_000, 1.0, 0.0), (0, 0.01, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.2), (20, 0.8, 0.05)]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.3])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_cuts_leave_what_the_textbook_leaves(cut, temperature):
+    rng = np.random.default_rng(4)
+    logits = (4 * rng.normal(size=(ROWS, 300))).astype(np.float32)
+    logits[::2] = np.round(logits[::2])  # with ties
+    kept, unclear = float64_kept(logits, temperature, *cut)
+    assert unclear.mean() < 0.1
+    keys = row_keys(jax.random.key(1), jnp.arange(ROWS, dtype=jnp.uint32), jnp.zeros(ROWS, jnp.int32))
+    as_arrays = Cut(jnp.int32(cut[0]), jnp.float32(cut[1]), jnp.float32(cut[2]))
+    ids, logps, drawn_logps = map(np.asarray, draw(logits, keys, jnp.float32(temperature), as_arrays))
+    rows, scaled = np.arange(ROWS), logits.astype(np.float64) / temperature
+    left = np.where(kept, scaled, -np.inf)
+    assert np.all(kept[rows, ids] | unclear)
+    for found, space in ((logps, scaled), (drawn_logps, left)):
+        expected = scaled[rows, ids] - np.log(np.sum(np.exp(space), axis=1))
+        np.testing.assert_allclose(found[~unclear], expected[~unclear], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cut", CUTS[1:], ids=str)
+def test_cuts_are_those_of_transformers(cut):
+    """Without ties, whose fate is a matter of taste."""
+    logits = (4 * np.random.default_rng(2).normal(size=(64, 300))).astype(np.float32)
+    scores = torch.tensor(logits)
+    for warper, value, off in zip(
+        (TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper), cut, (0, 1.0, 0.0), strict=True
+    ):
+        scores = scores if value == off else warper(min(value, 300))(None, scores)
+    kept = np.isfinite(scores.numpy())
+    expected, unclear = float64_kept(logits, 1.0, *cut)
+    np.testing.assert_array_equal(kept[~unclear], expected[~unclear])
+    keys = row_keys(jax.random.key(1), jnp.arange(64, dtype=jnp.uint32), jnp.zeros(64, jnp.int32))
+    arrays = Cut(jnp.int32(cut[0]), jnp.float32(cut[1]), jnp.float32(cut[2]))
+    drawn = np.array(
+        [draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), jnp.float32(1), arrays)[0] for i in range(40)]
+    )
+    assert all(kept[row, drawn[:, row]].all() or unclear[row] for row in range(64))
+
+
 def test_nan_logits_still_give_an_id_of_the_vocabulary():
-    ids, logps = draw(jnp.full((2, 5), jnp.nan), jax.random.split(jax.random.key(0), 2), jnp.float32(1))
+    ids, logps, _ = draw(jnp.full((2, 5), jnp.nan), jax.random.split(jax.random.key(0), 2), jnp.float32(1))
     assert np.all((np.asarray(ids) >= 0) & (np.asarray(ids) < 5)) and np.all(np.isnan(logps))
 
 
 def test_greedy_takes_the_first_of_equal_logits():
     keys = row_keys(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32), jnp.zeros(2, jnp.int32))
-    ids, logps = draw(jnp.array([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]]), keys, jnp.float32(0))
+    ids, logps, _ = draw(jnp.array([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]]), keys, jnp.float32(0))
     np.testing.assert_array_equal(ids, [1, 0])
     np.testing.assert_allclose(logps, [-np.log(2 + np.exp(-2)), -np.log(3)], atol=1e-6)
 

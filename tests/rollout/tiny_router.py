@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import ModelConfig, abstract_params, unroll
-from router_r1_jax.rollout import Engine, Prompt
+from router_r1_jax.model import ModelConfig, abstract_params
+from router_r1_jax.rollout import Engine, Manners, Prompt
 from router_r1_jax.rollout.state import Limits
 
 # Many words end a tag, some in their middle, so that random sampling makes calls and answers often.
@@ -24,7 +24,15 @@ TAGS = ["<search>", "<answer>", "<think>", "</think>", "<information>", "</infor
 WORDS = ["[UNK]", "[END]", *TAGS, *CLOSING, *HALVES, *(f"w{i}" for i in range(60))]
 
 LIMITS = Limits(
-    slots=4, row_tokens=40, turn_tokens=12, feed_tokens=14, chunk=4, feed_rows=2, exchange_rows=2, poll_every=3
+    slots=4,
+    row_tokens=40,
+    turn_tokens=12,
+    episode_tokens=99,
+    feed_tokens=14,
+    chunk=4,
+    feed_rows=2,
+    exchange_rows=2,
+    poll_every=3,
 )
 MAX_CALLS = 3
 REPLY_TOKENS = 6
@@ -56,16 +64,12 @@ def make_params():
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def make_engine(driver: str = "jit", **limits: int) -> Engine:
-    """An engine of this model; `limits` replace those of LIMITS."""
-    return Engine(
-        MODEL, LIMITS._replace(**limits), TOKENIZER, max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS, driver=driver
-    )
-
-
-def unrolled(params):
-    """The layout that the engine takes, on its device."""
-    return jax.device_put(unroll(params, MODEL.num_layers))
+def make_engine(driver: str = "jit", *, devices=None, tensor: int = 1, manners=None, **limits: int) -> Engine:
+    """An engine of this model, which holds its random parameters; `limits` replace those of LIMITS."""
+    manners = manners or Manners(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS)
+    engine = Engine(MODEL, LIMITS._replace(**limits), TOKENIZER, manners, driver=driver, devices=devices, tensor=tensor)
+    engine.push(make_params())
+    return engine
 
 
 def make_prompts(n: int, *, shared: int = 9, seed: int = 0) -> list[Prompt]:
