@@ -28,7 +28,7 @@ def test_workdir_holds_all_that_is_promised(finished_run):
     for name in (
         "config.json", "metrics.jsonl", "ledger.jsonl", "results.json", "report.html", "episodes/train.jsonl",
         "episodes/test_trained.jsonl", "episodes/test_warm_start.jsonl", "plots/learning_curves.png",
-        "plots/calls_per_model.png", "plots/em_against_cost.png",
+        "plots/calls_per_model.png", "plots/em_against_cost.png", "plots/slots_over_time.png", "rollout.json",
     ):  # fmt: skip
         assert (finished_run / name).stat().st_size > 100, name
     with CheckpointStore(finished_run / "checkpoints") as store:
