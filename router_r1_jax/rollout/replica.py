@@ -57,7 +57,7 @@ SHORTEST_CACHE = 256
 
 def cache_lengths(row_tokens: int) -> list[int]:
     """The lengths that a cache grows through, the last one with room for a whole row."""
-    if row_tokens <= LENGTH_BUCKET:
+    if row_tokens <= SHORTEST_CACHE:
         return [row_tokens]
     whole = -(-row_tokens // LENGTH_BUCKET) * LENGTH_BUCKET
     lengths = [SHORTEST_CACHE]

@@ -6,7 +6,6 @@ replicas.py --process=I --port=PORT    one of two processes, with its half of th
 
 import argparse
 import json
-import os
 import threading
 from concurrent.futures import Future
 
@@ -63,6 +62,7 @@ def main():
         mine = PROMPTS[args.process :: 2]
         episodes, _ = run(2, 1, mine, jax.local_devices(), prefix_tokens=shared)
         print(json.dumps({"episodes": described(episodes), "devices": jax.device_count()}))
+        jax.distributed.shutdown()  # waits for the other process, which could not do without this one
         return
     report = {}
     for size in args.sizes:
@@ -80,4 +80,3 @@ def main():
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # jax.distributed waits for the other process otherwise

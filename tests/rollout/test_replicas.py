@@ -31,7 +31,7 @@ def started(devices, *args):
 
 
 def finished(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1200)  # many programs to compile
     assert process.returncode == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
 
