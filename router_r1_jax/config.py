@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 class ConfigError(ValueError):
@@ -20,7 +20,8 @@ class ConfigError(ValueError):
 def model_card(**fields: object) -> ConfigDict:
     """One external model, declared once; the prompt, the parser, the prices and the client all read this card.
 
-    Prices are dollars per million tokens, latency is seconds, performance maps a topic to a score in [0, 1].
+    Prices are dollars per million tokens, latency is seconds (None: nobody measured it, and the prompt states none),
+    performance maps a topic to a score in [0, 1].
     `simulated` is read by the simulated server only (`failure_rate`: share of requests answered with HTTP 503).
     """
     card = ConfigDict(
@@ -30,7 +31,7 @@ def model_card(**fields: object) -> ConfigDict:
             model="",
             price_in=0.0,
             price_out=0.0,
-            latency=0.0,
+            latency=config_dict.placeholder(float),
             performance=ConfigDict(),
             description="",
             aliases=(),
