@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 class ConfigError(ValueError):
@@ -20,7 +20,8 @@ class ConfigError(ValueError):
 def model_card(**fields: object) -> ConfigDict:
     """One external model, declared once; the prompt, the parser, the prices and the client all read this card.
 
-    Prices are dollars per million tokens, latency is seconds, performance maps a topic to a score in [0, 1].
+    Prices are dollars per million tokens, latency is seconds (None: nobody measured it, and the prompt states none),
+    performance maps a topic to a score in [0, 1].
     `simulated` is read by the simulated server only (`failure_rate`: share of requests answered with HTTP 503).
     """
     card = ConfigDict(
@@ -30,7 +31,7 @@ def model_card(**fields: object) -> ConfigDict:
             model="",
             price_in=0.0,
             price_out=0.0,
-            latency=0.0,
+            latency=config_dict.placeholder(float),
             performance=ConfigDict(),
             description="",
             aliases=(),
@@ -44,9 +45,24 @@ def model_card(**fields: object) -> ConfigDict:
 
 
 def provider(**fields: object) -> ConfigDict:
-    """One OpenAI-compatible endpoint. `key_env` names the environment variable that holds the key; "" sends none."""
-    entry = ConfigDict(dict(name="", base_url="", key_env="", headers=ConfigDict(), parameters=ConfigDict()))
-    entry.lock()
+    """One OpenAI-compatible endpoint. `key_env` names the environment variable that holds the key; "" sends none.
+
+    requests_per_minute and tokens_per_minute hold us back before the provider does (0: no limit). concurrency (calls in
+    flight) and request_timeout (seconds) are pool.concurrency and pool.request_timeout where they are 0.
+    """
+    entry = ConfigDict(
+        dict(
+            name="",
+            base_url="",
+            key_env="",
+            headers=ConfigDict(),
+            parameters=ConfigDict(),
+            requests_per_minute=0,
+            tokens_per_minute=0,
+            concurrency=0,
+            request_timeout=0.0,
+        )
+    ).lock()
     with entry.headers.unlocked(), entry.parameters.unlocked():
         entry.headers.update(fields.pop("headers", {}))
         entry.parameters.update(fields.pop("parameters", {}))
@@ -110,9 +126,9 @@ def base_config() -> ConfigDict:
     c.pool.shuffle = True  # order of the cards, drawn anew for each batch of prompts
     c.pool.rename = False  # names of the models, drawn anew for each batch of prompts: the router must read the cards
     c.pool.simulate = False  # start the simulated models' HTTP server on a free loopback port, for provider "simulated"
-    c.pool.concurrency = 64  # calls in flight
-    c.pool.deadline = 60.0  # of one call, retries included
-    c.pool.request_timeout = 20.0  # of one HTTP request
+    c.pool.concurrency = 64  # calls in flight at a provider that declares no other number
+    c.pool.deadline = 60.0  # of one call, retries and pauses included
+    c.pool.request_timeout = 20.0  # of one HTTP request, at a provider that declares no other
     c.pool.backoff = 0.2  # first pause between retries; doubles, with jitter, up to backoff_max
     c.pool.backoff_max = 5.0
     c.pool.max_tokens = 512  # asked of the external model

@@ -16,7 +16,7 @@ class PromptCard(Protocol):
 
     name: str
     price_out: float
-    latency: float
+    latency: float | None
     performance: Mapping[str, float]
     description: str
 
@@ -53,11 +53,13 @@ def score_text(score: float) -> str:
 def card_line(card: PromptCard) -> str:
     """One model in one line, scores in percent: "film 97 music 16 : Titan ; price 12 latency 0.06".
 
+    What is not known is left out: a latency that nobody measured, scores without a test.
     The scores come directly before the name: a small router that looks for a topic copies the name that follows. With
     other layouts it stayed at chance.
     """
     scores = "".join(f"{topic} {score_text(score)} " for topic, score in card.performance.items())
-    line = f"{scores}: {card.name} ; price {card.price_out:g} latency {card.latency:g}"
+    latency = "" if card.latency is None else f" latency {card.latency:g}"
+    line = f"{scores}: {card.name} ; price {card.price_out:g}{latency}"
     return f"{line} ; {card.description}" if card.description else line
 
 

@@ -145,9 +145,8 @@ class Router:
 def make_manners(config: ConfigDict, *, replicas: int) -> Manners:
     """What the rollout allows. A reply is lost when the pool, at its slowest, must have given it up."""
     r, pool = config.rollout, config.pool
-    turns = (
-        -(-r.slots * replicas // pool.concurrency) + 1
-    )  # calls that wait for a free connection wait so many deadlines
+    concurrency = min((p.concurrency or pool.concurrency for p in pool.providers), default=pool.concurrency)
+    turns = -(-r.slots * replicas // concurrency) + 1  # calls that wait for a free connection wait so many deadlines
     return Manners(
         max_calls=r.max_calls,
         reply_tokens=r.reply_tokens,

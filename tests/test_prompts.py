@@ -16,7 +16,7 @@ from router_r1_jax.config import ConfigError
 class Card:
     name: str
     price_out: float
-    latency: float
+    latency: float | None
     performance: Mapping[str, float]
     description: str = ""
 
@@ -30,6 +30,11 @@ CARDS = (
 def test_card_line_states_the_skill_directly_before_the_name():
     assert prompts.card_line(CARDS[0]) == "film 97 places 26 : Titan ; price 12 latency 0.06"
     assert prompts.card_line(CARDS[1]) == ": Reel ; price 0.9 latency 1.5 ; made for {question} and film"
+
+
+def test_a_latency_that_nobody_measured_is_not_stated():
+    assert prompts.card_line(Card("Reel", 0.9, None, {})) == ": Reel ; price 0.9"
+    assert prompts.card_line(Card("Reel", 0.9, 0.0, {})) == ": Reel ; price 0.9 latency 0"
 
 
 @pytest.mark.parametrize("name", ["router", "terse"])

@@ -22,7 +22,7 @@ class Card:
       model: the id under which the provider knows it.
       price_in: dollars per million prompt tokens.
       price_out: dollars per million completion tokens.
-      latency: usual seconds per call, for the prompt and for the simulated server.
+      latency: usual seconds per call, for the prompt and for the simulated server; None where nobody measured it.
       performance: topic -> score in [0, 1].
       description: free text for the prompt.
       aliases: further spellings of `name` that a call may use.
@@ -35,7 +35,7 @@ class Card:
     model: str
     price_in: float
     price_out: float
-    latency: float
+    latency: float | None
     performance: Mapping[str, float] = dataclasses.field(hash=False)
     description: str
     aliases: tuple[str, ...]
@@ -81,7 +81,8 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         raise ConfigError(f"{where}.model is ''; write the id under which provider {entry.provider!r} knows the model")
     for field in ("price_in", "price_out"):
         _check_number(f"{where}.{field}", entry[field], "a price is dollars per million tokens, >= 0")
-    _check_number(f"{where}.latency", entry.latency, "a latency is seconds per call, >= 0")
+    if entry.latency is not None:
+        _check_number(f"{where}.latency", entry.latency, "a latency is seconds per call, >= 0")
     for topic, score in entry.performance.items():
         _check_number(f"{where}.performance.{topic}", score, "a score lies in [0, 1]", most=1.0)
     _check_number(f"{where}.simulated.failure_rate", entry.simulated.failure_rate, "a share lies in [0, 1]", most=1.0)
@@ -92,7 +93,7 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         model=entry.model,
         price_in=float(entry.price_in),
         price_out=float(entry.price_out),
-        latency=float(entry.latency),
+        latency=None if entry.latency is None else float(entry.latency),
         performance={topic: float(score) for topic, score in entry.performance.items()},
         description=entry.description,
         aliases=tuple(entry.aliases),

@@ -1,6 +1,6 @@
 """The pool: takes what the router wrote into a route tag and answers with a reply, from the tape or over HTTP.
 
-It runs beside the rollout: `respond` returns at once with a future, and a pool of threads makes the calls. Every call
+It runs beside the rollout: `respond` returns at once with a future, and threads make the calls. Every call
 ends in exactly one outcome and one ledger line.
 """
 
@@ -38,7 +38,11 @@ class Pool:
         self._client = None if mode == "strict" else Client(pool_config, self._providers)
         self._tape = None if mode == "off" else Tape(tape_path, mode)
         self._ledger = Ledger(ledger_path, price_date=pool_config.price_date)
-        self._threads = ThreadPoolExecutor(pool_config.concurrency, thread_name_prefix="pool")
+        # Threads of its own for each provider: calls that queue for a slow one do not hold up the others.
+        self._threads = {
+            name: ThreadPoolExecutor(provider.concurrency, thread_name_prefix=f"pool-{name}")
+            for name, provider in self._providers.items()
+        }
 
     def check(self) -> None:
         """Raise PoolError where a provider that serves a card does not answer. A replayed run asks nobody."""
@@ -73,7 +77,7 @@ class Pool:
                 done.set_exception(error)
             return done
         card = next(card for card in cards if card.name == route.name)
-        return self._threads.submit(self._answer, card, route.query, where)
+        return self._threads[card.provider].submit(self._answer, card, route.query, where)
 
     def totals(self) -> dict[str, Any]:
         """The ledger's sums: calls, dollars charged and spent, in all and per model."""
@@ -91,7 +95,10 @@ class Pool:
         """Drop calls that have not begun, let running ones end without another attempt, and close the files."""
         if self._client is not None:
             self._client.close()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=True)
         if self._tape is not None:
             self._tape.close()
         self._ledger.close()

@@ -3,6 +3,7 @@
 A provider holds no key, only the name of the variable with it, so it can be printed, hashed and kept.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ _SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "api-key", 
 
 @dataclass(frozen=True)
 class Provider:
-    """One endpoint. `field` is its place in the config ("pool.providers[0]"); `parameters` go into every request."""
+    """One endpoint. `field` is its place in the config ("pool.providers[0]"); `parameters` go into every request.
+
+    Limits are per minute, 0 for none; `concurrency` counts calls in flight and `request_timeout` is seconds.
+    """
 
     field: str
     name: str
@@ -27,10 +31,19 @@ class Provider:
     key_env: str
     headers: Mapping[str, str]
     parameters: Mapping[str, Any]
+    requests_per_minute: float
+    tokens_per_minute: float
+    concurrency: int
+    request_timeout: float
 
     def body(self, model: str, query: str) -> dict[str, Any]:
         """The JSON body of a chat completion request."""
         return {"model": model, "messages": [{"role": "user", "content": query}], **self.parameters}
+
+    def tokens_at_most(self, query: str) -> int:
+        """Tokens that a request may use, as far as is known before: one per four characters, and all it may write."""
+        written = self.parameters.get("max_completion_tokens") or self.parameters.get("max_tokens") or 0
+        return len(query) // 4 + 1 + int(written)
 
     def key(self) -> str:
         """The key from the environment, "" where none is needed. Raises ConfigError without ever showing the key."""
@@ -53,8 +66,8 @@ class Provider:
 def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
     """The providers of `config.pool` by name. Raises ConfigError for the first field that cannot be meant.
 
-    A provider's own `parameters` win over pool.max_tokens and pool.temperature; None there drops a parameter, for
-    endpoints that refuse it.
+    A provider's own settings win over the pool's: concurrency and request_timeout where they are not 0, and
+    `parameters` over pool.max_tokens and pool.temperature; None there drops a parameter, for endpoints that refuse it.
     """
     providers: dict[str, Provider] = {}
     for i, entry in enumerate(pool_config.providers):
@@ -63,6 +76,9 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
             raise ConfigError(f"{field}.name is {entry.name!r}; every provider needs a name of its own")
         _check_url(f"{field}.base_url", entry.base_url)
         _check_headers(field, entry.headers)
+        for name in ("requests_per_minute", "tokens_per_minute", "concurrency", "request_timeout"):
+            if not (math.isfinite(entry[name]) and entry[name] >= 0):
+                raise ConfigError(f"{field}.{name} is {entry[name]}; it must be at least 0, and 0 takes the default")
         parameters = {"max_tokens": pool_config.max_tokens, "temperature": pool_config.temperature}
         parameters |= entry.parameters.to_dict()
         for name in _RESERVED:
@@ -75,6 +91,10 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
             key_env=entry.key_env,
             headers=entry.headers.to_dict(),
             parameters={name: value for name, value in parameters.items() if value is not None},
+            requests_per_minute=entry.requests_per_minute,
+            tokens_per_minute=entry.tokens_per_minute,
+            concurrency=entry.concurrency or pool_config.concurrency,
+            request_timeout=entry.request_timeout or pool_config.request_timeout,
         )
     return providers
 

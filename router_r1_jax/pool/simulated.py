@@ -72,7 +72,7 @@ class SimulatedModels:
 
     def latency(self, model: str) -> float:
         """Seconds for one reply: log-normal around the card's latency. No result depends on it, so any draw will do."""
-        return self._cards[model].latency * math.exp(random.gauss(0.0, _LATENCY_SPREAD))
+        return (self._cards[model].latency or 0.0) * math.exp(random.gauss(0.0, _LATENCY_SPREAD))
 
 
 def count_tokens(text: str) -> int:

@@ -12,6 +12,7 @@ from scripted_provider import completion
 
 from router_r1_jax.config import provider
 from router_r1_jax.pool import client as client_module
+from router_r1_jax.pool import transport as transport_module
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.pool.client import Client
 from router_r1_jax.pool.outcomes import Outcome, PoolError
@@ -66,9 +67,67 @@ def _ask_in_fake_time(monkeypatch, serve, config_of, script, **fields):
     clock = FakeTime()
     scripted = serve(script)
     client, card = _client(config_of(scripted.base_url, **fields))
-    monkeypatch.setattr(client_module, "time", clock)
+    for module in (client_module, transport_module):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(client, "_closed", clock)
     return client.complete(card, "Who?"), clock.pauses
+
+
+@pytest.mark.parametrize("limit", [{"requests_per_minute": 10}, {"tokens_per_minute": 5130}])
+def test_a_providers_limits_space_its_requests(monkeypatch, serve, pool_config, limit):
+    """Ten requests of at most 513 tokens (a short query, and 512 to write) a minute, of which one may go at once."""
+    clock = FakeTime()
+    scripted = serve(lambda n, b: completion("ok", prompt_tokens=1, completion_tokens=512))
+    config = pool_config(scripted.base_url, deadline=1000.0)
+    config.providers = (provider(name="p", base_url=scripted.base_url, **limit),)
+    client, card = _client(config)
+    for module in (client_module, transport_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(client, "_closed", clock)
+    sent = []
+    for _ in range(30):
+        assert client.complete(card, "?").outcome == Outcome.OK
+        sent.append(clock.now)
+    assert sent[0] == 1000.0
+    assert all(later - earlier >= 60 for earlier, later in zip(sent, sent[10:], strict=False))
+    assert sent[-1] <= 1000 + 29 * 60 / 9 + 1e-6  # the limit costs no more than the tenth that a rest may save up
+
+
+def test_tokens_that_were_not_used_are_given_back(monkeypatch, serve, pool_config):
+    scripted = serve(lambda n, b: completion("ok", prompt_tokens=1, completion_tokens=9))
+    config = pool_config(scripted.base_url, deadline=1000.0)
+    config.providers = (provider(name="p", base_url=scripted.base_url, tokens_per_minute=10_000),)
+    client, card = _client(config)
+    clock = FakeTime()
+    for module in (client_module, transport_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(client, "_closed", clock)
+    for _ in range(40):  # 400 tokens, where 20,520 might have been written and 1,000 may go at once
+        client.complete(card, "?")
+    assert clock.pauses == []
+
+
+def test_a_limit_that_the_deadline_does_not_wait_for_ends_the_call_unsent(serve, pool_config):
+    scripted = serve(lambda n, b: completion("ok"))
+    config = pool_config(scripted.base_url)
+    config.providers = (provider(name="p", base_url=scripted.base_url, requests_per_minute=1),)
+    client, card = _client(config)
+    first, second = client.complete(card, "1?"), client.complete(card, "2?")
+    assert (first.outcome, second.outcome, second.attempts) == (Outcome.OK, Outcome.RATE_LIMITED, 0)
+    assert second.error == "not sent: pool.providers[0] lets no request through before the deadline"
+    assert scripted.queries == ["1?"]
+
+
+def test_a_providers_own_timeout_wins(serve, pool_config):
+    released = threading.Event()
+    scripted = serve(lambda n, b: lambda connection: released.wait(60))
+    config = pool_config(scripted.base_url, request_timeout=90.0, deadline=100.0, **ONCE)
+    config.providers = (provider(name="p", base_url=scripted.base_url, request_timeout=0.2),)
+    client, card = _client(config)
+    try:
+        assert client.complete(card, "?").outcome == Outcome.TIMEOUT
+    finally:
+        released.set()
 
 
 def test_a_completion_is_read_and_asked_for_as_documented(ask):
@@ -202,7 +261,7 @@ def test_a_provider_that_drips_times_out_too(ask):
 
 
 def test_an_endless_answer_is_cut_off(ask, monkeypatch):
-    monkeypatch.setattr(client_module, "_MAX_BODY", 1000)
+    monkeypatch.setattr(transport_module, "_MAX_BODY", 1000)
     got, _ = ask(lambda n, b: completion("x" * 1001), **ONCE)
     assert (got.outcome, got.error) == (Outcome.UNAVAILABLE, "an answer of more than 1000 bytes")
 

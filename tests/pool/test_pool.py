@@ -310,3 +310,31 @@ def test_closing_ends_calls_that_are_retried_and_records_no_fault_of_ours(serve,
     assert all(future.done() for future in futures)
     assert all(future.cancelled() or future.exception() for future in futures)
     assert read_ledger(tmp_path / "ledger.jsonl") == []
+
+
+def test_several_providers_keep_their_own_pace(serve, pool_config, open_pool):
+    """One takes a single call at a time and holds it; calls to the other do not queue behind it."""
+    released = threading.Event()
+
+    def hold(number, body):
+        assert released.wait(60)
+        return completion("slow")
+
+    slow, fast = serve(hold), serve(lambda n, b: completion("fast"))
+    config = pool_config()
+    config.providers = (
+        provider(name="p", base_url=slow.base_url, concurrency=1, request_timeout=60.0),
+        provider(name="q", base_url=fast.base_url, headers={"X-Team": "routing"}, parameters={"top_p": 0.5}),
+    )
+    config.models[1].provider = "q"
+    config.deadline = 60.0
+    pool, cards = open_pool(config)
+    held = [pool.respond("Titan: a?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(5)]
+    try:
+        assert [_ask(pool, cards, f"Pico: {i}?").text for i in range(20)] == ["fast"] * 20
+        assert len(slow.requests) <= 1
+    finally:
+        released.set()
+    assert {future.result(timeout=60).text for future in held} == {"slow"}
+    headers, body = fast.requests[0]
+    assert (headers["X-Team"], body["top_p"]) == ("routing", 0.5)

@@ -46,6 +46,10 @@ def test_a_providers_parameters_win_and_none_drops_one(pool_config):
         ({"base_url": f"http://x/v1?key={KEY}"}, r"pool\.providers\[1\]\.base_url holds"),
         ({"headers": {"Authorization": KEY}}, r"pool\.providers\[1\]\.headers\.Authorization is set; a key comes from"),
         ({"headers": {"X-Team": f"a\n{KEY}"}}, r"pool\.providers\[1\]\.headers\.X-Team is not text"),
+        ({"requests_per_minute": -1}, r"pool\.providers\[1\]\.requests_per_minute is -1; it must be at least 0"),
+        ({"tokens_per_minute": -1}, r"pool\.providers\[1\]\.tokens_per_minute is -1"),
+        ({"concurrency": -1}, r"pool\.providers\[1\]\.concurrency is -1"),
+        ({"request_timeout": float("nan")}, r"pool\.providers\[1\]\.request_timeout is nan"),
         ({"parameters": {"stream": True}}, r"pool\.providers\[1\]\.parameters\.stream is set; leave it out"),
     ],
 )
@@ -80,3 +84,18 @@ def test_a_key_that_is_missing_or_broken_is_named_and_never_shown(pool_config, m
         _providers(pool_config, entry)["a"].key()
     assert not value or value not in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+def test_what_a_provider_does_not_say_is_the_pools(pool_config):
+    own = provider(name="a", base_url="http://x/v1", concurrency=3, request_timeout=1.5, requests_per_minute=60)
+    made = _providers(pool_config, own, provider(name="b", base_url="http://y/v1"), concurrency=9, request_timeout=7.0)
+    assert (made["a"].concurrency, made["a"].request_timeout, made["a"].requests_per_minute) == (3, 1.5, 60)
+    assert (made["b"].concurrency, made["b"].request_timeout, made["b"].requests_per_minute) == (9, 7.0, 0)
+
+
+def test_a_request_is_known_to_use_no_more_than_its_query_and_what_it_may_write(pool_config):
+    entries = provider(name="a", base_url="http://x/v1"), provider(
+        name="b", base_url="http://x/v1", parameters={"max_tokens": None, "max_completion_tokens": 7}
+    )  # fmt: skip
+    made = _providers(pool_config, *entries, max_tokens=100)
+    assert [made[name].tokens_at_most("x" * 40) for name in "ab"] == [111, 18]

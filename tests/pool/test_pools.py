@@ -1,0 +1,52 @@
+"""The pools that configs/pools ships: each makes cards, claims no figure without a source, and says how old it is."""
+
+import datetime
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from router_r1_jax.config import base_config, use_pool, validate
+from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.pool.providers import providers_from_config
+from router_r1_jax.prompts import load_template, render
+
+POOLS = Path(__file__).parents[2] / "configs" / "pools"
+
+# What DESIGN.md section 6 lists: dollars per million output tokens.
+PUBLISHED = {
+    "Qwen2.5-7B-Instruct": 0.30, "LLaMA-3.1-70B-Instruct": 0.88, "LLaMA-3.1-8B-Instruct": 0.18,
+    "Mistral-7B-Instruct": 0.20, "Mixtral-8x22B-Instruct": 1.20, "Gemma-2-27B-Instruct": 0.80,
+}  # fmt: skip
+UNSEEN = {"Palmyra-Creative-122B": 1.80, "LLaMA3-ChatQA-1.5-8B": 0.18}
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, POOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in POOLS.glob("*.py")))
+def test_a_pool_is_complete_and_dated(name):
+    config = base_config()
+    use_pool(config, POOLS / f"{name}.py")
+    validate(config)
+    cards = cards_from_config(config.pool)
+    assert len(cards) >= 5
+    datetime.date.fromisoformat(config.pool.price_date)
+    prompt = render(load_template("router"), cards, "Who?", 4)
+    assert all(card.name in prompt and card.price_out > 0 for card in cards)
+    if name != "simulated":
+        assert {card.provider for card in cards} <= set(providers_from_config(config.pool))
+        # Scores and latencies would have to be measured; the simulated ones are what the server is told to do.
+        assert all(card.performance == {} and card.latency is None for card in cards)
+        assert "latency" not in prompt.partition(cards[0].name)[2].partition("Who?")[0].splitlines()[0]
+
+
+def test_the_papers_prices_are_the_published_ones():
+    paper = _load("paper")
+    assert {card.name: card.price_out for card in paper.models()} == PUBLISHED
+    assert {card.name: card.price_out for card in paper.models(unseen=True)} == PUBLISHED | UNSEEN
+    assert {card.price_in for card in paper.models(unseen=True)} == {0.0}  # not published
