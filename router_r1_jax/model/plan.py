@@ -7,7 +7,7 @@ copy of the weights (its share, with rollout.tensor) beside its part of the trai
 
 - *update*: gradients, what the backward pass keeps (`model.remat`), and the working memory of one block or of the head;
 - *rollout*: the KV caches of all slots and the working memory of a step;
-- *push*: new weights on their way to the rollout, while the old ones are still there.
+- *push*: new weights on their way to the rollout, gathered on its device and then cut into layers.
 
 Parameters, optimizer, caches and batch are exact. Activations are closed forms: what jax keeps of a block, counted, and
 working memory whose factors were fitted to XLA's buffers for small float32 models on a CPU (`tests/model/test_plan.py`
@@ -189,8 +189,8 @@ def plan(
             "KV caches": cache_bytes(config, rollout),
             "sampling at work": rollout_workspace_bytes(config, rollout),
         },
-        # On one device the learner's parameters are read where they lie.
-        "push": resident | {"weights on their way": whole * (1 if mesh.size == 1 else 2)},
+        # The rollout drops its old copy first. On one device the learner's parameters are read where they lie.
+        "push": resident | {"weights on their way": 0 if mesh.size == 1 else whole},
     }
 
 
