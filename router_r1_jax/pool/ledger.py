@@ -26,8 +26,11 @@ class Ledger:
         self._price_date = price_date
         self._lock = threading.Lock()
         self._sums: dict[str, list[int]] = {}  # model -> in the order of _SUMS
+        self._paid = 0  # parts; also of calls that a restart has made again
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.is_file():
+                self._paid = sum(_parts(line.get("spent", 0.0)) for line in read_ledger(self._path))
             self._file = open(self._path, "a+b", buffering=0)
             size = os.fstat(self._file.fileno()).st_size
             if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
@@ -47,6 +50,7 @@ class Ledger:
             "outcome": reply.outcome,
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
+            "cached_tokens": reply.cached_tokens,
             "charged": reply.charged,
             "spent": reply.spent,
             "latency": round(reply.latency, 4),
@@ -65,8 +69,15 @@ class Ledger:
                 raise self._error(error) from error
             sums = self._sums.setdefault(reply.model, [0] * len(_SUMS))
             sums[0] += 1
-            sums[1] += round(reply.charged * _PARTS)
-            sums[2] += round(reply.spent * _PARTS)
+            sums[1] += _parts(reply.charged)
+            sums[2] += _parts(reply.spent)
+            self._paid += _parts(reply.spent)
+
+    @property
+    def paid(self) -> float:
+        """Dollars spent by all calls in the file, those before a restart included."""
+        with self._lock:
+            return self._paid / _PARTS
 
     def totals(self) -> dict[str, Any]:
         """Calls, and dollars charged and spent, in all and under "models" for each model ("" is none)."""
@@ -106,6 +117,10 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
+
+
+def _parts(dollars: float) -> int:
+    return round(dollars * _PARTS)
 
 
 def _in_dollars(sums: list[int]) -> dict[str, float]:

@@ -36,7 +36,8 @@ def test_a_line_holds_all_of_a_call_but_its_texts(tmp_path):
     assert line.pop("time") > 1.7e9
     assert line == {
         "step": 3, "split": "validation", "episode": "e1", "call": 2, "model": "Titan", "outcome": "ok",
-        "prompt_tokens": 11, "completion_tokens": 2, "charged": 5.7e-5, "spent": 0.0, "latency": 0.25, "attempts": 3,
+        "prompt_tokens": 11, "completion_tokens": 2,
+        "cached_tokens": 0, "charged": 5.7e-5, "spent": 0.0, "latency": 0.25, "attempts": 3,
         "hit": True, "error": "", "price_date": "2026-01-31",
     }  # fmt: skip
 

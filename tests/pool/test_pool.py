@@ -82,7 +82,13 @@ def test_the_routers_own_fault_is_answered_at_once_and_costs_nothing(
 def test_whose_fault_it_is():
     faults = {outcome: (policy_fault(outcome), provider_fault(outcome)) for outcome in Outcome}
     assert {o for o, (policy, _) in faults.items() if policy} == {"unknown_model", "malformed_route"}
-    assert {o for o, (_, prov) in faults.items() if prov} == {"timeout", "unavailable", "rate_limited", "bad_request"}
+    assert {o for o, (_, prov) in faults.items() if prov} == {
+        "timeout", "unavailable", "rate_limited", "bad_request", "over_budget",
+    }  # fmt: skip
+    assert set(faults) == {
+        "ok", "truncated", "empty", "refused", "rate_limited", "timeout", "unavailable", "bad_request", "over_budget",
+        "unknown_model", "malformed_route",
+    }  # fmt: skip
 
 
 def test_a_providers_fault_is_neither_charged_nor_passed_over(serve, pool_config, open_pool):
@@ -338,3 +344,40 @@ def test_several_providers_keep_their_own_pace(serve, pool_config, open_pool):
     assert {future.result(timeout=60).text for future in held} == {"slow"}
     headers, body = fast.requests[0]
     assert (headers["X-Team"], body["top_p"]) == ("routing", 0.5)
+
+
+def test_a_budget_ends_the_run_and_counts_what_other_runs_of_the_workdir_paid(serve, pool_config, open_pool, tmp_path):
+    """A call costs 69 millionths of a dollar: the third finds the budget of 130 spent, also after a restart."""
+    scripted = serve(lambda n, b: completion("fine"))
+    pool, cards = open_pool(pool_config(scripted.base_url, budget=130e-6))
+    for call in range(2):
+        assert _ask(pool, cards, "Titan: a?", call=call).outcome == Outcome.OK
+    said = r"pool\.budget is 0\.00013 dollars and 0\.0001 are spent .*raise pool\.budget and run the same command"
+    with pytest.raises(PoolError, match=said):
+        _ask(pool, cards, "Titan: a?", call=2)
+    again, _ = open_pool(pool_config(scripted.base_url, budget=130e-6))
+    with pytest.raises(PoolError, match="pool.budget"):
+        _ask(again, cards, "Titan: a?", call=2)
+    assert len(scripted.requests) == 2
+    outcomes = [line["outcome"] for line in read_ledger(tmp_path / "ledger.jsonl")]
+    assert outcomes == ["ok", "ok", "over_budget", "over_budget"]
+    raised, _ = open_pool(pool_config(scripted.base_url, budget=1.0))
+    assert _ask(raised, cards, "Titan: a?", call=2).outcome == Outcome.OK
+
+
+def test_a_fault_is_charged_to_nobody_and_what_it_used_is_spent(serve, pool_config, open_pool):
+    useless = json.dumps({"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 20}}).encode()
+    config = pool_config(serve(lambda n, b: (200, {}, useless)).base_url, backoff=1000.0, backoff_max=1000.0)
+    pool, cards = open_pool(config)
+    reply = _ask(pool, cards, "Titan: Who?")
+    assert (reply.outcome, reply.raw_cost, reply.charged) == (Outcome.UNAVAILABLE, 0, 0)
+    assert reply.spent == pytest.approx(10 * 3e-6 + 20 * 12e-6)
+    assert pool.totals()["spent"] == pytest.approx(reply.spent)
+
+
+def test_a_refusal_is_told_to_the_router_and_charged(serve, pool_config, open_pool):
+    body = {"choices": [{"message": {"content": "", "refusal": "No."}}], "usage": {"completion_tokens": 4}}
+    pool, cards = open_pool(pool_config(serve(lambda n, b: (200, {}, json.dumps(body).encode())).base_url))
+    reply = _ask(pool, cards, "Titan: Who?")
+    assert (reply.outcome, reply.text) == (Outcome.REFUSED, "The model refused to answer.")
+    assert reply.charged == reply.spent > 0
