@@ -294,7 +294,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
             rewards = judge(config, answers, run.normalizer)
             run.first_window = run.first_window or run.normalizer.state()
             groups = np.repeat(np.arange(len(questions)), config.rollout.group)
-            advantages, without_spread = group_advantages(rewards.total, groups, answers.valid)
+            advantages, without_spread = group_advantages(
+                rewards.total, groups, np.where(answers.valid, 1.0, config.pool.fault_weight)
+            )
             sampled = time.monotonic()
 
             state, metrics = update(config, learner, run.state, reference, answers, advantages)
