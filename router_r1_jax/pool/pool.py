@@ -4,7 +4,8 @@ It runs beside the rollout: `respond` returns at once with a future, and threads
 ends in exactly one outcome and one ledger line.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ class Pool:
         self._replays = mode in ("replay", "strict")
         self._client = None if mode == "strict" else Client(pool_config, self._providers)
         self._tape = None if mode == "off" else Tape(tape_path, mode)
+        self._lock = threading.Lock()
+        self._running: dict[str, Future[Completion]] = {}  # key of the tape -> the call that is being made
         self._ledger = Ledger(ledger_path, price_date=pool_config.price_date)
         # Threads of its own for each provider: calls that queue for a slow one do not hold up the others.
         self._threads = {
@@ -117,16 +120,48 @@ class Pool:
         recorded = None if self._tape is None else self._tape.find(request)
         if recorded is not None:
             return self._entered(_reply(card, query, recorded, spent=0.0, hit=True), where)
-        self._check_budget(card, query, where)
-        made = self._client.complete(card, query)
-        if self._client.closed and provider_fault(made.outcome):
-            raise CancelledError  # cut short by ourselves: nothing to record, and no run is left to take it
-        counted = made if self._tape is None else self._tape.keep(request, made)
+        if self._tape is None:
+            made = counted = self._make(card, query, where)
+        else:
+            made, first = self._shared(request, lambda: self._make(card, query, where))
+            counted = self._tape.keep(request, made)
+            if not first:  # another row's request, which was under way
+                return self._entered(_reply(card, query, replace(counted, attempts=0), spent=0.0, hit=True), where)
         wasted = _dollars(card, made.wasted_prompt_tokens, made.wasted_completion_tokens)
         spent = _dollars(card, made.prompt_tokens, made.completion_tokens) + wasted
         reply = _reply(card, query, counted, spent=spent, hit=False)
         made_only = {"latency": made.latency, "attempts": made.attempts, "cached_tokens": made.cached_tokens}
         return self._entered(replace(reply, **made_only), where)
+
+    def _make(self, card: Card, query: str, where: dict[str, Any]) -> Completion:
+        """Ask the model. Raises PoolError over the budget and CancelledError where the pool was closed meanwhile."""
+        self._check_budget(card, query, where)
+        made = self._client.complete(card, query)
+        if self._client.closed and provider_fault(made.outcome):
+            raise CancelledError  # cut short by ourselves: nothing to record, and no run is left to take it
+        return made
+
+    def _shared(self, request: Request, make: Callable[[], Completion]) -> tuple[Completion, bool]:
+        """What `make` returns, called once by all threads that have the same request at the same time; and whether it
+        was called by this one. Who waits for another's call would otherwise make it and take its time as well."""
+        key = request.key()
+        with self._lock:
+            running = self._running.get(key)
+            if running is None:
+                mine = self._running[key] = Future()
+        if running is not None:
+            return running.result(), False
+        try:
+            # Between our look at the tape and now another thread may have ended the same call.
+            recorded = self._tape.find(request)
+            mine.set_result(recorded or make())
+            return mine.result(), recorded is None
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._running[key]
 
     def _check_budget(self, card: Card, query: str, where: dict[str, Any]) -> None:
         """Raise PoolError where the run has spent what it may; the call is written down as not made."""

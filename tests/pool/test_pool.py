@@ -309,7 +309,9 @@ def test_closing_ends_calls_that_are_retried_and_records_no_fault_of_ours(serve,
         scripted.base_url, deadline=300.0, backoff=200.0, backoff_max=200.0, concurrency=2, tape="record"
     )
     pool, cards = open_pool(config)
-    futures = [pool.respond("Titan: a?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(6)]
+    futures = [
+        pool.respond(f"Titan: {i}?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(6)
+    ]
     while len(scripted.requests) < 2:
         time.sleep(0.005)
     pool.close()
@@ -381,3 +383,58 @@ def test_a_refusal_is_told_to_the_router_and_charged(serve, pool_config, open_po
     reply = _ask(pool, cards, "Titan: Who?")
     assert (reply.outcome, reply.text) == (Outcome.REFUSED, "The model refused to answer.")
     assert reply.charged == reply.spent > 0
+
+
+def test_rows_that_ask_the_same_at_the_same_moment_share_one_request(serve, pool_config, open_pool, tmp_path):
+    """The provider holds its answers until all rows have asked: two questions, eight times each, on sixteen threads."""
+    entered, released = threading.Semaphore(0), threading.Event()
+
+    def hold(number, body):
+        entered.release()
+        assert released.wait(60)
+        return completion(f"reply {number}")
+
+    scripted = serve(hold)
+    pool, cards = open_pool(pool_config(scripted.base_url, tape="record", concurrency=16))
+    ask = lambda i: pool.respond(  # noqa: E731
+        f"Titan: {i % 2}?", cards=cards, episode=str(i), call=0, step=0, split="train"
+    )
+    futures = [ask(i) for i in range(16)]
+    assert entered.acquire(timeout=60) and entered.acquire(timeout=60)
+    released.set()
+    replies = [future.result(timeout=60) for future in futures]
+    assert len(scripted.requests) == 2
+    for parity in range(2):
+        mine = replies[parity::2]
+        assert len({reply.text for reply in mine}) == 1
+        assert sorted(reply.hit for reply in mine) == [False] + [True] * 7
+        assert {reply.charged for reply in mine} == {mine[0].charged}
+        assert sum(reply.spent for reply in mine) == mine[0].charged
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 16
+
+
+def test_a_sampling_model_is_asked_by_each_row_and_so_is_any_without_a_tape(serve, pool_config, open_pool):
+    for fields in ({"tape": "record", "temperature": 1.0}, {"tape": "off"}):
+        scripted = serve(lambda n, b: completion("fine"))
+        pool, cards = open_pool(pool_config(scripted.base_url, **fields))
+        for i in range(3):
+            assert not _ask(pool, cards, "Titan: a?", str(i)).hit
+        assert len(scripted.requests) == 3
+
+
+def test_a_shared_fault_is_every_rows_own_and_repeated_in_replay(serve, pool_config, open_pool):
+    entered, released = threading.Event(), threading.Event()
+
+    def hold(number, body):
+        entered.set()
+        assert released.wait(60)
+        return 400, {}, b""
+
+    scripted = serve(hold)
+    pool, cards = open_pool(pool_config(scripted.base_url, tape="record"))
+    futures = [pool.respond("Titan: a?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(4)]
+    assert entered.wait(60)
+    released.set()
+    assert {future.result(timeout=60).outcome for future in futures} == {Outcome.BAD_REQUEST}
+    strict, _ = open_pool(pool_config(scripted.base_url, tape="strict"))
+    assert [_ask(strict, cards, "Titan: a?", str(i)).outcome for i in range(4)] == [Outcome.BAD_REQUEST] * 4
