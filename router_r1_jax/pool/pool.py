@@ -21,6 +21,8 @@ from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.pool.tape import Request, Tape
 from router_r1_jax.protocol import RouteFault, neutralize, parse_route
 
+_LONGEST = 100_000  # characters of a reply that are read on; no budget has room for more, and a tokenizer takes seconds
+
 
 class Pool:
     """The external models of `config.pool`, ready to be asked. A context manager.
@@ -88,12 +90,12 @@ class Pool:
         return self._ledger.totals()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs, as JSON: the ledger's sums."""
-        return {"ledger": self._ledger.state()}
+        """What a checkpoint needs, as JSON: the ledger's sums and size."""
+        return {"ledger": self._ledger.state(), "ledger_size": self._ledger.size}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self._ledger.restore(state["ledger"])
+        self._ledger.restore(state["ledger"], state["ledger_size"])
 
     def close(self) -> None:
         """Drop calls that have not begun, let running ones end without another attempt, and close the files."""
@@ -184,7 +186,7 @@ def _dollars(card: Card, prompt_tokens: int, completion_tokens: int) -> float:
 
 def _reply(card: Card, query: str, completion: Completion, *, spent: float, hit: bool) -> Reply:
     """The reply that a completion makes; whatever the model wrote can neither open nor close a tag."""
-    outcome, text = completion.outcome, neutralize(completion.text).strip()
+    outcome, text = completion.outcome, neutralize(completion.text[:_LONGEST]).strip()
     if not text and outcome in (Outcome.OK, Outcome.TRUNCATED):
         outcome = Outcome.EMPTY
     return Reply(
