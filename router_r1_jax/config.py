@@ -131,6 +131,14 @@ def base_config() -> ConfigDict:
     c.pool.request_timeout = 20.0  # of one HTTP request, at a provider that declares no other
     c.pool.backoff = 0.2  # first pause between retries; doubles, with jitter, up to backoff_max
     c.pool.backoff_max = 5.0
+    c.pool.breaker = ConfigDict(
+        dict(failures=50, pause=1.0, pause_max=60.0)
+    )  # see pool.limits.Breaker; 0 failures: off
+    c.pool.hedge = False  # ask a second time after the p95 of the model's latencies; the sooner answer counts
+    c.pool.budget = (
+        0.0  # dollars really paid, by the ledger; what is in flight is still paid, then the run stops. 0: none
+    )
+    c.pool.fault_weight = 0.0  # in the loss, of an episode whose provider failed; 0: it also leaves its group's mean
     c.pool.max_tokens = 512  # asked of the external model
     c.pool.temperature = 0.0
     c.pool.tape = ConfigDict(dict(mode="off", path=""))  # off | record | replay | strict; "" is <workdir>/tape.sqlite
@@ -207,11 +215,12 @@ _COUNTS = (
     "model.arch.mlp", "model.arch.num_heads", "model.arch.num_kv_heads", "model.arch.head_dim",
 )  # fmt: skip
 _POSITIVE = (
-    "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "learner.max_grad_norm",
-    "model.arch.rope_theta",
+    "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "pool.breaker.pause",
+    "pool.breaker.pause_max", "learner.max_grad_norm", "model.arch.rope_theta",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "steps", "model.lora.rank", "pool.temperature", "rollout.temperature", "rollout.replicas",
+    "seed", "steps", "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget",
+    "rollout.temperature", "rollout.replicas",
     "rollout.top_k", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
     "validation.questions", "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low",
     "learner.clip_high", "learner.kl_coef", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate",
@@ -273,6 +282,10 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"learner.micro_batch is {config.learner.micro_batch}; {episodes} episodes a step "
             f"(rollout.questions x rollout.group) must be a multiple of learner.minibatches x learner.micro_batch"
+        )
+    if not 0.0 <= config.pool.fault_weight <= 1.0:
+        raise ConfigError(
+            f"pool.fault_weight is {config.pool.fault_weight}; it lies in [0, 1], and 0 leaves episodes out"
         )
     if not config.pool.models:
         raise ConfigError("pool.models is empty; declare at least one model with model_card(...)")

@@ -31,7 +31,7 @@ from router_r1_jax.model import (
 )
 from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.pool import Pool
-from router_r1_jax.pool.server import start_server
+from router_r1_jax.pool.server import simulated_providers, start_server
 from router_r1_jax.router import Router
 
 VOCABULARY_MULTIPLE = 64  # a random start rounds its vocabulary up to it, so that it divides over devices
@@ -169,13 +169,9 @@ def _load_model(
 
 
 def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], opening: ExitStack) -> Pool:
-    settings = config.pool.copy_and_resolve_references()
+    settings = config.pool
     if settings.simulate:
         server = opening.enter_context(start_server(config.data.world, cards))
-        # The copy shares the tuple's entries with the run's configuration, whose hash must not hold a free port.
-        settings.providers = tuple(entry.copy_and_resolve_references() for entry in settings.providers)
-        for entry in settings.providers:
-            if entry.name == "simulated":
-                entry.base_url = server.base_url
+        settings = simulated_providers(settings, server.base_url)
     tape = Path(settings.tape.path) if settings.tape.path else workdir / "tape.sqlite"
     return Pool(settings, cards, ledger_path=workdir / "ledger.jsonl", tape_path=tape)

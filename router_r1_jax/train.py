@@ -225,6 +225,12 @@ def setup_learner(config: ConfigDict, session: Session) -> tuple[Learner, TrainS
     return learner, abstract_state(optimizer, session.abstract_params, session.mesh), optimizer, schedule
 
 
+def hit_rate(answers: Answers) -> float:
+    """Of the calls that reached a model, the share answered from the tape or by another row's request; 0 without."""
+    hits = [reply.hit for episode in answers.episodes for reply in episode.replies if reply.model]
+    return float(np.mean(hits)) if hits else 0.0
+
+
 def rollout_metrics(session: Session, answers: Answers, records: list[Record]) -> dict[str, Any]:
     """What a step's episodes and its rollout add to the metrics. Times in seconds, money in dollars."""
     stats = answers.stats
@@ -232,6 +238,7 @@ def rollout_metrics(session: Session, answers: Answers, records: list[Record]) -
         "failed_episodes": int(np.sum(~answers.valid)),
         "response_tokens": float(np.mean([len(e.tokens) for e in answers.episodes])),
         "tokens_per_second": stats.decoded_tokens / stats.seconds,
+        "tape_hit_rate": hit_rate(answers),
         "spent_dollars": session.pool.totals()["spent"],
         **{f"stops/{reason}": count / len(answers.episodes) for reason, count in stats.stops.items()},
         **{f"rollout/{name}": value for name, value in stats.metrics().items()},
@@ -300,7 +307,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
             rewards = judge(config, answers, run.normalizer)
             run.first_window = run.first_window or run.normalizer.state()
             groups = np.repeat(np.arange(len(questions)), config.rollout.group)
-            advantages, without_spread = group_advantages(rewards.total, groups, answers.valid)
+            advantages, without_spread = group_advantages(
+                rewards.total, groups, np.where(answers.valid, 1.0, config.pool.fault_weight)
+            )
             sampled = time.monotonic()
 
             state, metrics = update(config, learner, run.state, reference, answers, advantages)

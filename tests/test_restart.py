@@ -8,10 +8,10 @@ import time
 import mains
 import numpy as np
 import pytest
-from mains import assert_same_checkpoint, repeatable, train_lines
+from mains import assert_same_checkpoint, checkpoint_arrays, repeatable, train_lines
 
 from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.pool.ledger import read_ledger
+from router_r1_jax.pool.ledger import ledger_totals, read_ledger
 from router_r1_jax.report import read_episodes, read_metrics
 
 pytestmark = pytest.mark.slow
@@ -56,6 +56,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_p
     assert repeatable(read_metrics(tmp_path)) == repeatable(read_metrics(uninterrupted))
     assert_same_checkpoint(tmp_path, uninterrupted, 6)
     assert episodes_without_latency(tmp_path) == episodes_without_latency(uninterrupted)
+    written, (_, run) = ledger_totals(tmp_path / "ledger.jsonl"), checkpoint_arrays(tmp_path, 6)
+    reported = zip(*run["pool"]["ledger"].values(), strict=True)  # dollars in parts of a million millionth
+    calls, charged, spent = (sum(column) for column in reported)
+    assert (written["calls"], written["charged"], written["spent"]) == (calls, charged / 10**12, spent / 10**12)
 
 
 def episodes_without_latency(workdir):

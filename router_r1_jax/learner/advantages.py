@@ -14,8 +14,8 @@ def group_advantages(
     Args:
       rewards: [B] float.
       groups: [B] int, equal for episodes of the same question.
-      weights: [B] 0 or 1; an episode of weight 0 (its provider failed) gets advantage 0 and leaves the group's mean
-        and standard deviation.
+      weights: [B] in [0, 1], factors of the advantages; an episode of weight 0 (its provider failed) also leaves the
+        group's mean and standard deviation.
 
     Returns:
       advantages [B] float32, and the number of groups without a spread, whose advantages are 0.
@@ -29,5 +29,5 @@ def group_advantages(
         if spread < SAME:
             without_spread += 1
             continue
-        advantages[members] = (rewards[members] - rewards[members].mean()) / spread
+        advantages[members] = weights[members] * (rewards[members] - rewards[members].mean()) / spread
     return advantages, without_spread

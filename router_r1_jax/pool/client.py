@@ -5,17 +5,28 @@ import logging
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 from ml_collections import ConfigDict
 
 from router_r1_jax.pool.cards import Card
-from router_r1_jax.pool.limits import RateLimits
+from router_r1_jax.pool.limits import Breaker, Latencies, RateLimits
 from router_r1_jax.pool.outcomes import Completion, Outcome, provider_fault
 from router_r1_jax.pool.providers import Provider
 from router_r1_jax.pool.transport import Attempt, Transport
 
 _log = logging.getLogger(__name__)
+
+
+class _Model:
+    """What is known of a model's health."""
+
+    def __init__(self, breaker: ConfigDict) -> None:
+        self.breaker = Breaker(breaker.failures, breaker.pause, breaker.pause_max)
+        self.latencies = Latencies()
 
 
 class Client:
@@ -32,6 +43,9 @@ class Client:
             name: RateLimits(provider.requests_per_minute, provider.tokens_per_minute)
             for name, provider in providers.items()
         }
+        self._models: defaultdict[str, _Model] = defaultdict(lambda: _Model(pool_config.breaker))
+        most = 2 * sum(provider.concurrency for provider in providers.values())
+        self._spare = ThreadPoolExecutor(most, thread_name_prefix="pool-hedge") if pool_config.hedge else None
         self._closed = threading.Event()
         self._warned: set[tuple[str, Outcome]] = set()
 
@@ -42,10 +56,16 @@ class Client:
         """
         started = time.monotonic()
         give_up = started + self._deadline
-        attempts = 0
+        attempts, wasted = 0, [0, 0]
         while True:
-            attempt = self._request(self._providers[card.provider], card.model, query, give_up)
+            attempt = self._try(card, query, give_up)
             attempts += attempt.sent
+            wasted[0] += attempt.wasted_prompt_tokens
+            wasted[1] += attempt.wasted_completion_tokens
+            failed = provider_fault(attempt.outcome)
+            if failed:
+                wasted[0] += attempt.prompt_tokens
+                wasted[1] += attempt.completion_tokens
             if not attempt.again:
                 break
             # Half of the pause is random, so that calls which failed together do not come back together.
@@ -57,11 +77,15 @@ class Client:
         return Completion(
             text=attempt.text,
             outcome=attempt.outcome,
-            prompt_tokens=attempt.prompt_tokens,
-            completion_tokens=attempt.completion_tokens,
+            prompt_tokens=0 if failed else attempt.prompt_tokens,
+            completion_tokens=0 if failed else attempt.completion_tokens,
             latency=time.monotonic() - started,
             attempts=attempts,
             error=attempt.error,
+            cached_tokens=attempt.cached_tokens,
+            wasted_prompt_tokens=wasted[0],
+            wasted_completion_tokens=wasted[1],
+            served=attempt.served,
         )
 
     def check(self, names: Iterable[str]) -> None:
@@ -79,22 +103,64 @@ class Client:
         self._closed.set()
         for transport in self._transports.values():
             transport.close()
+        if self._spare is not None:
+            self._spare.shutdown(wait=False, cancel_futures=False)
 
-    def _request(self, provider: Provider, model: str, query: str, give_up: float) -> Attempt:
-        """One request, sent when the provider's limits let it through."""
+    def _try(self, card: Card, query: str, give_up: float) -> Attempt:
+        """One request, sent when the model's breaker and the provider's limits let it through."""
+        provider, breaker = self._providers[card.provider], self._models[card.key].breaker
+        while delay := breaker.delay(now := time.monotonic()):
+            if now + delay >= give_up or self._closed.wait(min(delay, self._backoff)):
+                return _unsent(Outcome.UNAVAILABLE, "the model failed too often (pool.breaker)")
         limits, tokens = self._limits[provider.name], provider.tokens_at_most(query)
-        now = time.monotonic()
-        wait = limits.take(tokens, now)
-        if wait and (now + wait >= give_up or self._closed.wait(wait)):
+        pause = limits.take(tokens, now)
+        if pause and (now + pause >= give_up or self._closed.wait(pause)):
             limits.cancel(tokens)
-            error = f"not sent: {provider.field} lets no request through before the deadline"
-            return Attempt(Outcome.RATE_LIMITED, error=error, sent=0)
-        body = json.dumps(provider.body(model, query)).encode()
-        until = min(time.monotonic() + provider.request_timeout, give_up)
-        attempt = self._transports[provider.name].post(body, until)
-        if used := attempt.prompt_tokens + attempt.completion_tokens:
-            limits.settle(tokens, used)
+            return _unsent(Outcome.RATE_LIMITED, f"{provider.field} lets no request through before the deadline")
+        body = json.dumps(provider.body(card.model, query)).encode()
+        attempt = self._hedged(card, body, tokens, give_up) if self._spare else self._send(card, body, tokens, give_up)
+        if attempt.outcome in (Outcome.TIMEOUT, Outcome.UNAVAILABLE):
+            breaker.failed(time.monotonic())
+        else:
+            breaker.succeeded()
         return attempt
+
+    def _send(self, card: Card, body: bytes, tokens: float, give_up: float) -> Attempt:
+        """One request now, for which `tokens` were taken from the provider's limits."""
+        started = time.monotonic()
+        until = min(started + self._providers[card.provider].request_timeout, give_up)
+        attempt = self._transports[card.provider].post(body, until)
+        if used := attempt.prompt_tokens + attempt.completion_tokens:
+            self._limits[card.provider].settle(tokens, used)
+        if not provider_fault(attempt.outcome):
+            self._models[card.key].latencies.add(time.monotonic() - started)
+        return attempt
+
+    def _hedged(self, card: Card, body: bytes, tokens: float, give_up: float) -> Attempt:
+        """As `_send`, and once more where the first answer is later than 95 of 100; the sooner good one counts.
+
+        The other one is paid too. Where it is still under way, its tokens are taken to be those of the answer: it is
+        the same model's to the same question.
+        """
+        first = self._spare.submit(self._send, card, body, tokens, give_up)
+        usual, limits = self._models[card.key].latencies.p95(), self._limits[card.provider]
+        if usual is None or wait([first], timeout=usual).done:
+            return first.result()
+        if limits.take(tokens, time.monotonic()):
+            limits.cancel(tokens)
+            return first.result()
+        requests = {first, self._spare.submit(self._send, card, body, tokens, give_up)}
+        done, pending = wait(requests, return_when=FIRST_COMPLETED)
+        if pending and all(future.result().again for future in done):
+            done, pending = wait(requests)
+        best = min((future.result() for future in done), key=lambda attempt: attempt.again)
+        others = [future.result() for future in done if future.result() is not best] + [best] * len(pending)
+        return replace(
+            best,
+            sent=2,
+            wasted_prompt_tokens=sum(other.prompt_tokens for other in others),
+            wasted_completion_tokens=sum(other.completion_tokens for other in others),
+        )
 
     def _warn_once(self, card: Card, attempt: Attempt, attempts: int) -> None:
         """Log the first fault of each kind per model: a wrong key should not wait until someone reads the ledger."""
@@ -104,3 +170,7 @@ class Client:
                 "model %r (%s): %s after %d attempts: %s; further ones only in the ledger",
                 card.key, card.provider, attempt.outcome, attempts, attempt.error,
             )  # fmt: skip
+
+
+def _unsent(outcome: Outcome, why: str) -> Attempt:
+    return Attempt(outcome, error=f"not sent: {why}", sent=0)

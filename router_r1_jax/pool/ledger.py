@@ -1,13 +1,15 @@
 """The ledger: one JSON line per call, in the order in which calls end, and the sums of them.
 
 The file is only ever appended to: what was paid stays written, also where a run goes back to a checkpoint and makes
-calls again. The sums belong to the run and go with its checkpoint.
+calls again. The sums belong to the run and go with its checkpoint. Where a run goes back, a line says to which size of
+the file: calls behind it are made again, so they are neither counted nor charged any more, but they stay spent.
 """
 
 import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,11 @@ class Ledger:
         self._price_date = price_date
         self._lock = threading.Lock()
         self._sums: dict[str, list[int]] = {}  # model -> in the order of _SUMS
+        self._paid = 0  # parts; also of calls that a restart has made again
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.is_file():
+                self._paid = sum(_parts(line.get("spent", 0.0)) for line in read_ledger(self._path))
             self._file = open(self._path, "a+b", buffering=0)
             size = os.fstat(self._file.fileno()).st_size
             if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
@@ -47,6 +52,7 @@ class Ledger:
             "outcome": reply.outcome,
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
+            "cached_tokens": reply.cached_tokens,
             "charged": reply.charged,
             "spent": reply.spent,
             "latency": round(reply.latency, 4),
@@ -55,18 +61,19 @@ class Ledger:
             "error": reply.error,
             "price_date": self._price_date,
         }
-        data = (json.dumps(line) + "\n").encode()
         with self._lock:
-            try:
-                written = self._file.write(data)  # unbuffered, one write: lines of several processes do not mix
-                if written < len(data):  # a full disk may take a part; the next write then says why
-                    self._file.write(data[written:])
-            except OSError as error:
-                raise self._error(error) from error
+            self._write(line)
             sums = self._sums.setdefault(reply.model, [0] * len(_SUMS))
             sums[0] += 1
-            sums[1] += round(reply.charged * _PARTS)
-            sums[2] += round(reply.spent * _PARTS)
+            sums[1] += _parts(reply.charged)
+            sums[2] += _parts(reply.spent)
+            self._paid += _parts(reply.spent)
+
+    @property
+    def paid(self) -> float:
+        """Dollars spent by all calls in the file, those before a restart included."""
+        with self._lock:
+            return self._paid / _PARTS
 
     def totals(self) -> dict[str, Any]:
         """Calls, and dollars charged and spent, in all and under "models" for each model ("" is none)."""
@@ -80,14 +87,32 @@ class Ledger:
         with self._lock:
             return {model: list(sums) for model, sums in sorted(self._sums.items())}
 
-    def restore(self, state: dict[str, list[int]]) -> None:
-        """Go on from the sums that `state` returned."""
+    @property
+    def size(self) -> int:
+        """Bytes of the file; a checkpoint keeps it, to tell later which calls it knew."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def restore(self, state: dict[str, list[int]], size: int) -> None:
+        """Go on from what `state` returned when the file had `size` bytes; what was spent since stays spent."""
         with self._lock:
             self._sums = {model: list(sums) for model, sums in state.items()}
+            for offset, line in _lines(self._path):
+                if offset >= size and "model" in line:
+                    self._sums.setdefault(line["model"], [0] * len(_SUMS))[2] += _parts(line["spent"])
+            self._write({"time": round(time.time(), 3), "back_to": size})
 
     def close(self) -> None:
         """Close the file; `add` must not be called any more."""
         self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        data = (json.dumps(line) + "\n").encode()
+        try:
+            written = self._file.write(data)  # unbuffered, one write: lines of several processes do not mix
+            if written < len(data):  # a full disk may take a part; the next write then says why
+                self._file.write(data[written:])
+        except OSError as error:
+            raise self._error(error) from error
 
     def _error(self, error: OSError) -> PoolError:
         return PoolError(
@@ -96,16 +121,50 @@ class Ledger:
 
 
 def read_ledger(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a ledger, without any that a kill has torn."""
-    lines = []
+    """The calls of a ledger, without any line that a kill has torn."""
+    return [line for _, line in _lines(path) if "model" in line]
+
+
+def ledger_totals(path: str | Path) -> dict[str, Any]:
+    """The sums that a ledger's file gives for all runs in it: in all, under "models" per model, under "steps" per step.
+
+    Calls that a restart has made again count as spent only.
+    """
+    entries: list[tuple[int, dict[str, Any]]] = []
+    again: set[int] = set()  # offsets
+    for offset, line in _lines(path):
+        if "back_to" in line:
+            again |= {other for other, _ in entries if other >= line["back_to"]}
+        elif "model" in line:
+            entries.append((offset, line))
+    in_all, models, steps = [0] * len(_SUMS), {}, {}
+    for offset, line in entries:
+        counts = offset not in again
+        parts = (int(counts), counts * _parts(line["charged"]), _parts(line["spent"]))
+        for sums in (in_all, models.setdefault(line["model"], [0] * 3), steps.setdefault(line["step"], [0] * 3)):
+            for i, part in enumerate(parts):
+                sums[i] += part
+    named = {"models": models, "steps": steps}
+    return _in_dollars(in_all) | {
+        name: {key: _in_dollars(sums) for key, sums in sorted(table.items())} for name, table in named.items()
+    }
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Offset and content of each whole line."""
+    offset = 0
     for text in Path(path).read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
         except ValueError:
-            continue
+            line = None
         if isinstance(line, dict):
-            lines.append(line)
-    return lines
+            yield offset, line
+        offset += len(text) + 1
+
+
+def _parts(dollars: float) -> int:
+    return round(dollars * _PARTS)
 
 
 def _in_dollars(sums: list[int]) -> dict[str, float]:

@@ -12,10 +12,12 @@ class Outcome(enum.StrEnum):
     OK = "ok"
     TRUNCATED = "truncated"  # the model was cut at max_tokens; its text is used
     EMPTY = "empty"  # the model answered and gave no text; its tokens are charged
+    REFUSED = "refused"  # the model, or the filter before it, would not answer; its tokens are charged
     TIMEOUT = "timeout"
     UNAVAILABLE = "unavailable"  # no connection, HTTP 5xx, or an answer that is not a chat completion
     RATE_LIMITED = "rate_limited"
     BAD_REQUEST = "bad_request"  # the provider refuses the request as it stands: key, model id, parameters
+    OVER_BUDGET = "over_budget"  # not asked: the run has spent pool.budget, and ends
     UNKNOWN_MODEL = "unknown_model"
     MALFORMED_ROUTE = "malformed_route"
 
@@ -23,16 +25,20 @@ class Outcome(enum.StrEnum):
 # What the router reads in place of a reply.
 FAULT_TEXT = {
     Outcome.EMPTY: "The model gave no text.",
+    Outcome.REFUSED: "The model refused to answer.",
     Outcome.TIMEOUT: "The model could not be reached.",
     Outcome.UNAVAILABLE: "The model could not be reached.",
     Outcome.RATE_LIMITED: "The model could not be reached.",
     Outcome.BAD_REQUEST: "The model could not be reached.",
+    Outcome.OVER_BUDGET: "The model could not be reached.",
     Outcome.UNKNOWN_MODEL: "No model of this name.",
     Outcome.MALFORMED_ROUTE: "A call is a name, a colon and a question.",
 }
 
 _POLICY_FAULTS = frozenset({Outcome.UNKNOWN_MODEL, Outcome.MALFORMED_ROUTE})
-_PROVIDER_FAULTS = frozenset({Outcome.TIMEOUT, Outcome.UNAVAILABLE, Outcome.RATE_LIMITED, Outcome.BAD_REQUEST})
+_PROVIDER_FAULTS = frozenset(
+    {Outcome.TIMEOUT, Outcome.UNAVAILABLE, Outcome.RATE_LIMITED, Outcome.BAD_REQUEST, Outcome.OVER_BUDGET}
+)
 
 
 def policy_fault(outcome: Outcome) -> bool:
@@ -41,7 +47,8 @@ def policy_fault(outcome: Outcome) -> bool:
 
 
 def provider_fault(outcome: Outcome) -> bool:
-    """Whether the provider failed: nothing is charged to the policy, and the episode can be left out of the loss."""
+    """Whether no answer came and the router is not to blame: nothing is charged to it, and the episode is left out of
+    the loss or weighs less in it."""
     return outcome in _PROVIDER_FAULTS
 
 
@@ -54,7 +61,9 @@ class Completion:
     """What a provider gave for one query. Tokens are 0 and the text is empty where `outcome` is a provider's fault.
 
     `latency` is seconds from the call to its end, retries and pauses included; `attempts` counts HTTP requests;
-    `error` says in a few words what went wrong last.
+    `error` says in a few words what went wrong last. `cached_tokens` of the prompt came from the provider's cache;
+    `wasted_*` were used by further requests of the same call, whose answers are not this one: unreadable ones, and a
+    hedge's slower one. `served` is the model's name as the server reports it.
     """
 
     text: str
@@ -64,6 +73,10 @@ class Completion:
     latency: float
     attempts: int
     error: str = ""
+    cached_tokens: int = 0
+    wasted_prompt_tokens: int = 0
+    wasted_completion_tokens: int = 0
+    served: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,11 +92,13 @@ class Reply:
       completion_tokens: tokens of the reply, as the provider counts them.
       raw_cost: completion tokens x dollars per million output tokens, the unit of the paper's cost reward.
       charged: dollars at the card's prices, both directions, whether paid or taken from the tape.
-      spent: dollars really paid; 0 for a reply from the tape.
+      spent: dollars really paid, by the tokens that the provider counted: 0 for a reply from the tape, and more than
+        `charged` where further requests of the call used tokens too.
       latency: seconds that the call took when it was made, retries included.
       attempts: HTTP requests made.
       hit: whether the reply came from the tape.
       error: what went wrong, in a few words, "" where nothing did.
+      cached_tokens: tokens of the query that came from the provider's cache; they are counted at full price.
     """
 
     text: str
@@ -99,3 +114,4 @@ class Reply:
     attempts: int = 0
     hit: bool = False
     error: str = ""
+    cached_tokens: int = 0

@@ -4,7 +4,8 @@ It runs beside the rollout: `respond` returns at once with a future, and threads
 ends in exactly one outcome and one ledger line.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from ml_collections import ConfigDict
 from router_r1_jax.pool.cards import Card, route_names
 from router_r1_jax.pool.client import Client
 from router_r1_jax.pool.ledger import Ledger
-from router_r1_jax.pool.outcomes import FAULT_TEXT, Completion, Outcome, Reply, provider_fault
+from router_r1_jax.pool.outcomes import FAULT_TEXT, Completion, Outcome, PoolError, Reply, provider_fault
 from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.pool.tape import Request, Tape
 from router_r1_jax.protocol import RouteFault, neutralize, parse_route
+
+_LONGEST = 100_000  # characters of a reply that are read on; no budget has room for more, and a tokenizer takes seconds
 
 
 class Pool:
@@ -34,9 +37,12 @@ class Pool:
         providers = providers_from_config(pool_config)
         self._providers = {card.provider: providers[card.provider] for card in cards}  # only those that serve a card
         mode = pool_config.tape.mode
+        self._budget = pool_config.budget
         self._replays = mode in ("replay", "strict")
         self._client = None if mode == "strict" else Client(pool_config, self._providers)
         self._tape = None if mode == "off" else Tape(tape_path, mode)
+        self._lock = threading.Lock()
+        self._running: dict[str, Future[Completion]] = {}  # key of the tape -> the call that is being made
         self._ledger = Ledger(ledger_path, price_date=pool_config.price_date)
         # Threads of its own for each provider: calls that queue for a slow one do not hold up the others.
         self._threads = {
@@ -84,12 +90,12 @@ class Pool:
         return self._ledger.totals()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs, as JSON: the ledger's sums."""
-        return {"ledger": self._ledger.state()}
+        """What a checkpoint needs, as JSON: the ledger's sums and size."""
+        return {"ledger": self._ledger.state(), "ledger_size": self._ledger.size}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self._ledger.restore(state["ledger"])
+        self._ledger.restore(state["ledger"], state["ledger_size"])
 
     def close(self) -> None:
         """Drop calls that have not begun, let running ones end without another attempt, and close the files."""
@@ -116,27 +122,72 @@ class Pool:
         recorded = None if self._tape is None else self._tape.find(request)
         if recorded is not None:
             return self._entered(_reply(card, query, recorded, spent=0.0, hit=True), where)
+        if self._tape is None:
+            made = counted = self._make(card, query, where)
+        else:
+            made, first = self._shared(request, lambda: self._make(card, query, where))
+            counted = self._tape.keep(request, made)
+            if not first:  # another row's request, which was under way
+                return self._entered(_reply(card, query, replace(counted, attempts=0), spent=0.0, hit=True), where)
+        wasted = _dollars(card, made.wasted_prompt_tokens, made.wasted_completion_tokens)
+        spent = _dollars(card, made.prompt_tokens, made.completion_tokens) + wasted
+        reply = _reply(card, query, counted, spent=spent, hit=False)
+        made_only = {"latency": made.latency, "attempts": made.attempts, "cached_tokens": made.cached_tokens}
+        return self._entered(replace(reply, **made_only), where)
+
+    def _make(self, card: Card, query: str, where: dict[str, Any]) -> Completion:
+        """Ask the model. Raises PoolError over the budget and CancelledError where the pool was closed meanwhile."""
+        self._check_budget(card, query, where)
         made = self._client.complete(card, query)
         if self._client.closed and provider_fault(made.outcome):
             raise CancelledError  # cut short by ourselves: nothing to record, and no run is left to take it
-        counted = made if self._tape is None else self._tape.keep(request, made)
-        reply = _reply(card, query, counted, spent=_dollars(card, made), hit=False)
-        return self._entered(replace(reply, latency=made.latency, attempts=made.attempts), where)
+        return made
+
+    def _shared(self, request: Request, make: Callable[[], Completion]) -> tuple[Completion, bool]:
+        """What `make` returns, called once by all threads that have the same request at the same time; and whether it
+        was called by this one. Who waits for another's call would otherwise make it and take its time as well."""
+        key = request.key()
+        with self._lock:
+            running = self._running.get(key)
+            if running is None:
+                mine = self._running[key] = Future()
+        if running is not None:
+            return running.result(), False
+        try:
+            # Between our look at the tape and now another thread may have ended the same call.
+            recorded = self._tape.find(request)
+            mine.set_result(recorded or make())
+            return mine.result(), recorded is None
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._running[key]
+
+    def _check_budget(self, card: Card, query: str, where: dict[str, Any]) -> None:
+        """Raise PoolError where the run has spent what it may; the call is written down as not made."""
+        paid = self._ledger.paid
+        if self._budget and paid >= self._budget:
+            self._entered(Reply(FAULT_TEXT[Outcome.OVER_BUDGET], Outcome.OVER_BUDGET, card.key, query), where)
+            raise PoolError(
+                f"pool.budget is {self._budget:g} dollars and {paid:.4f} are spent (all of this workdir's "
+                "ledger.jsonl); raise pool.budget and run the same command to go on"
+            )
 
     def _entered(self, reply: Reply, where: dict[str, Any]) -> Reply:
         self._ledger.add(reply, **where)
         return reply
 
 
-def _dollars(card: Card, completion: Completion) -> float:
-    """The price of a completion. A fault has no tokens and costs nothing."""
-    return (completion.prompt_tokens * card.price_in + completion.completion_tokens * card.price_out) / 1e6
+def _dollars(card: Card, prompt_tokens: int, completion_tokens: int) -> float:
+    return (prompt_tokens * card.price_in + completion_tokens * card.price_out) / 1e6
 
 
 def _reply(card: Card, query: str, completion: Completion, *, spent: float, hit: bool) -> Reply:
     """The reply that a completion makes; whatever the model wrote can neither open nor close a tag."""
-    outcome, text = completion.outcome, neutralize(completion.text).strip()
-    if not text and not provider_fault(outcome):
+    outcome, text = completion.outcome, neutralize(completion.text[:_LONGEST]).strip()
+    if not text and outcome in (Outcome.OK, Outcome.TRUNCATED):
         outcome = Outcome.EMPTY
     return Reply(
         text=text if outcome in (Outcome.OK, Outcome.TRUNCATED) else FAULT_TEXT[outcome],
@@ -146,7 +197,7 @@ def _reply(card: Card, query: str, completion: Completion, *, spent: float, hit:
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
         raw_cost=completion.completion_tokens * card.price_out,
-        charged=_dollars(card, completion),
+        charged=_dollars(card, completion.prompt_tokens, completion.completion_tokens),
         spent=spent,
         latency=completion.latency,
         attempts=completion.attempts,

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Self
 
+from ml_collections import ConfigDict
+
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.world import World
 from router_r1_jax.pool.cards import Card
@@ -199,6 +201,17 @@ def start_server(world_config: Mapping[str, int], cards: Sequence[Card], port: i
     process.kill()
     process.wait()
     raise PoolError(f"the simulated models' server did not start: {said or 'it ended without a word'}")
+
+
+def simulated_providers(pool_config: ConfigDict, base_url: str) -> ConfigDict:
+    """A copy of `config.pool` whose provider "simulated" is at `base_url`."""
+    settings = pool_config.copy_and_resolve_references()
+    # The copy shares the tuple's entries with the run's configuration, whose hash must not hold a free port.
+    settings.providers = tuple(entry.copy_and_resolve_references() for entry in settings.providers)
+    for entry in settings.providers:
+        if entry.name == "simulated":
+            entry.base_url = base_url
+    return settings
 
 
 def main() -> None:

@@ -3,13 +3,18 @@
 A reply is found by what was asked (provider, model, messages, parameters), and where the model samples (temperature
 above 0) also by who asked (episode and call). A fault says nothing of the question: it is kept by who asked and
 repeated in replay only, never while recording.
+
+    python -m router_r1_jax.pool.tape stats|export|merge ...
 """
 
+import argparse
 import hashlib
 import json
 import sqlite3
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +147,94 @@ class Tape:
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> PoolError:
-        return PoolError(
-            f"tape {self._path} cannot be used ({error}); make room, correct pool.tape.path or remove the file"
-        )
+        return _unusable(self._path, error)
+
+
+def _unusable(path: Path, error: Exception) -> PoolError:
+    return PoolError(f"tape {path} cannot be used ({error}); make room, correct pool.tape.path or remove the file")
+
+
+def stats(path: Path) -> dict[str, Any]:
+    """Recorded replies and faults, tokens in and out, outcomes, and replies per model."""
+    with _read(path) as db:
+        replies, tokens_in, tokens_out = db.execute(
+            "SELECT count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) FROM replies"
+        ).fetchone()
+        outcomes = "SELECT outcome, count(*) FROM (SELECT outcome FROM replies UNION ALL SELECT outcome FROM faults)"
+        models = "SELECT json_extract(request, '$.model') AS model, count(*) FROM replies"
+        return {
+            "replies": replies,
+            "faults": db.execute("SELECT count(*) FROM faults").fetchone()[0],
+            "prompt_tokens": tokens_in,
+            "completion_tokens": tokens_out,
+            "outcomes": dict(db.execute(f"{outcomes} GROUP BY outcome ORDER BY outcome")),
+            "models": dict(db.execute(f"{models} GROUP BY model ORDER BY model")),
+        }
+
+
+def export(path: Path) -> Iterator[dict[str, Any]]:
+    """The replies, as dicts whose `request` is the body that was sent, in the order of their keys."""
+    with _read(path) as db:
+        db.row_factory = sqlite3.Row
+        for row in db.execute("SELECT * FROM replies ORDER BY key"):
+            yield {**dict(row), "request": json.loads(row["request"])}
+
+
+def merge(into: Path, others: Sequence[Path]) -> int:
+    """Add what other tapes hold and `into` does not; returns the number of replies added. Where two recorded different
+    replies to one question, that of `into`, then of the first, stays."""
+    Tape(into, "record").close()  # makes it, with its tables, where there is none
+    added = 0
+    with closing(sqlite3.connect(into, _LOCK_TIMEOUT, isolation_level=None)) as db:
+        for other in others:
+            with _read(other):  # refuses a file that is no tape before anything is written
+                pass
+            try:
+                db.execute("ATTACH ? AS other", (str(other),))
+                db.execute("BEGIN IMMEDIATE")
+                added += db.execute("INSERT OR IGNORE INTO replies SELECT * FROM other.replies").rowcount
+                db.execute("INSERT OR IGNORE INTO faults SELECT * FROM other.faults")
+                db.execute("COMMIT")
+                db.execute("DETACH other")
+            except sqlite3.Error as error:
+                raise _unusable(into, error) from error
+    return added
+
+
+def _read(path: Path) -> closing[sqlite3.Connection]:
+    """A connection to an existing tape; PoolError where there is none."""
+    if not path.exists():
+        raise PoolError(f"tape {path} does not exist; name a file that a run with pool.tape.mode=record has left")
+    db = sqlite3.connect(path, _LOCK_TIMEOUT)
+    try:
+        db.execute("SELECT count(*) FROM replies")
+    except sqlite3.Error as error:
+        db.close()
+        raise _unusable(path, error) from error
+    return closing(db)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """python -m router_r1_jax.pool.tape stats TAPE | export TAPE | merge INTO TAPE [TAPE ...]."""
+    parser = argparse.ArgumentParser(prog="python -m router_r1_jax.pool.tape", description="Looks at recorded calls.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("stats", "what a tape holds, as JSON"), ("export", "its replies, as JSON lines")):
+        commands.add_parser(name, help=text).add_argument("tape", type=Path)
+    merging = commands.add_parser("merge", help="add what other tapes hold to the first one")
+    merging.add_argument("into", type=Path)
+    merging.add_argument("tapes", type=Path, nargs="+")
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "stats":
+            print(json.dumps(stats(args.tape), indent=2))
+        elif args.command == "export":
+            for reply in export(args.tape):
+                print(json.dumps(reply))
+        else:
+            print(f"{merge(args.into, args.tapes)} replies added to {args.into}")
+    except PoolError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,8 @@ _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSEr
 class Attempt:
     """What one HTTP request came to. `again` says whether another may help, not before `pause` seconds.
 
-    `sent` counts the requests that left us.
+    A fault has tokens where the provider counted some. `sent` counts the requests that left us, and `wasted_*` are the
+    tokens of those whose answer is not this one.
     """
 
     outcome: Outcome
@@ -41,6 +42,10 @@ class Attempt:
     again: bool = False
     pause: float = 0.0
     sent: int = 1
+    cached_tokens: int = 0
+    wasted_prompt_tokens: int = 0
+    wasted_completion_tokens: int = 0
+    served: str = ""
 
 
 class Transport:
@@ -70,14 +75,15 @@ class Transport:
         status = answer.status_code
         if status == 200:
             return self._parse(content, len(body))
-        message = _error_message(content)
+        message = _error_field(content, "message")
         if "Location" in answer.headers:
             message = f"it redirects to {answer.headers['Location']}"
         error = self._blot(f"HTTP {status}: {message}".rstrip(": "))[:300]
         if status in _RETRIED or status >= 500:
             outcome = _RETRIED.get(status, Outcome.UNAVAILABLE)
             return Attempt(outcome, error=error, again=True, pause=_retry_after(answer.headers.get("Retry-After", "")))
-        return Attempt(Outcome.BAD_REQUEST, error=error)
+        refused = _error_field(content, "code") == "content_filter"  # a filter before the model
+        return Attempt(Outcome.REFUSED if refused else Outcome.BAD_REQUEST, error=error)
 
     def check(self) -> None:
         """Raise PoolError where the provider does not answer or refuses the key.
@@ -105,20 +111,29 @@ class Transport:
 
     def _parse(self, content: bytes, asked: int) -> Attempt:
         """Read a chat completion. `asked` is the size of the request in bytes."""
+        data: Any = None
         try:
             data = json.loads(content)
             choice = data["choices"][0]
-            text = choice["message"].get("content") or ""
+            message = choice["message"]
+            text = message.get("content") or ""
             usage = data.get("usage") or {}
             tokens = _count(usage, "prompt_tokens", asked), _count(usage, "completion_tokens", len(text))
             if not isinstance(text, str) or min(tokens) < 0:
                 raise ValueError
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
-            return Attempt(Outcome.UNAVAILABLE, error="HTTP 200, but not a chat completion", again=True)
+            error = "HTTP 200, but not a chat completion"
+            return Attempt(Outcome.UNAVAILABLE, "", *_used(data), error=error, again=True)
         outcome = Outcome.TRUNCATED if choice.get("finish_reason") == "length" else Outcome.OK
         if not text.strip():
             outcome = Outcome.EMPTY
-        return Attempt(outcome, self._blot(text), *tokens)
+        if choice.get("finish_reason") == "content_filter" or (outcome == Outcome.EMPTY and message.get("refusal")):
+            outcome = Outcome.REFUSED
+        served = data.get("model")
+        return Attempt(
+            outcome, self._blot(text), *tokens, cached_tokens=_cached(usage),
+            served=self._blot(served)[:200] if isinstance(served, str) else "",
+        )  # fmt: skip
 
     def _blot(self, text: str) -> str:
         return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
@@ -172,14 +187,31 @@ def _count(usage: Mapping[str, Any], field: str, characters: int) -> int:
     return -(-characters // 4) if value is None else int(value)
 
 
-def _error_message(content: bytes) -> str:
-    """The message of an OpenAI-style error body, in one short line; "" where there is none."""
+def _used(data: Any) -> tuple[int, int]:
+    """Prompt and completion tokens of an answer that is of no use otherwise; 0 where it counts none."""
+    try:
+        tokens = int(data["usage"]["prompt_tokens"]), int(data["usage"]["completion_tokens"])
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return 0, 0
+    return tokens if min(tokens) >= 0 else (0, 0)
+
+
+def _cached(usage: Mapping[str, Any]) -> int:
+    """Tokens of the prompt that came from the provider's cache, where it says so."""
+    try:
+        return max(int(usage["prompt_tokens_details"]["cached_tokens"]), 0)
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return 0
+
+
+def _error_field(content: bytes, field: str) -> str:
+    """A field of an OpenAI-style error body, in one short line; "" where there is none."""
     try:
         data: Any = json.loads(content)
-        message = data["error"]["message"]
+        said = data["error"][field]
     except (ValueError, TypeError, LookupError, RecursionError):
         return ""
-    return " ".join(str(message).split())[:200]
+    return " ".join(str(said).split())[:200]
 
 
 def _reason(error: BaseException) -> str:

@@ -49,3 +49,10 @@ def test_rounding_is_no_spread():
     """Rewards that differ by rounding only (0.1 * 3 and 0.3) are equal: no noise is blown up to advantage 1."""
     advantages, dead = group_advantages(np.array([0.1 * 3, 0.3, 0.1 * 3]), np.zeros(3, int))
     assert dead == 1 and not advantages.any()
+
+
+def test_a_weight_between_scales_the_advantage_and_stays_in_the_group():
+    rewards, groups = np.array([0.0, 1.0, 2.0]), np.zeros(3, int)
+    whole, _ = group_advantages(rewards, groups)
+    advantages, _ = group_advantages(rewards, groups, np.array([1.0, 1.0, 0.25]))
+    np.testing.assert_allclose(advantages, whole * [1, 1, 0.25])

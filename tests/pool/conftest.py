@@ -44,6 +44,7 @@ def pool_config():
             model_card(name="Pico", provider="p", model="pico-1b", price_in=0.05, price_out=0.2),
         )  # fmt: skip
         config.update(dict(deadline=20.0, request_timeout=5.0, backoff=0.01, backoff_max=0.05, concurrency=8))
+        config.breaker.failures = fields.pop("breaker", 0)
         config.tape.mode = fields.pop("tape", "off")
         config.update(fields)
         return config

@@ -330,6 +330,122 @@ def serve_once(serve, pool_config):
     return scripted, client, card
 
 
+def _in_fake_time(monkeypatch, client, clock):
+    for module in (client_module, transport_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(client, "_closed", clock)
+
+
+def test_a_model_that_is_down_is_spared_and_probed_at_growing_intervals(monkeypatch, serve, pool_config):
+    clock, sent = FakeTime(), []
+    up_at = 1200.0
+    script = lambda n, b: sent.append(clock.now) or (completion("up") if clock.now >= up_at else (503, {}, b""))  # noqa: E731
+    config = pool_config(serve(script).base_url, deadline=5.0, breaker=3)
+    config.breaker.update(dict(pause=10.0, pause_max=40.0))
+    client, card = _client(config)
+    _in_fake_time(monkeypatch, client, clock)
+    outcomes = []
+    while clock.now < 1300:
+        got = client.complete(card, "Who?")
+        outcomes.append(got.outcome)
+        assert got.attempts or got.error == "not sent: the model failed too often (pool.breaker)"
+        clock.now += 1.0
+    down = [at for at in sent if at < up_at]
+    assert down[2] - down[0] < 1  # three in a row, and then
+    gaps = [later - earlier for earlier, later in zip(down[2:], down[3:], strict=False)]
+    for gap, pause in zip(gaps, [10, 20, 40, 40, 40], strict=False):
+        assert pause - 1e-6 < gap < pause + 2
+    first_up = outcomes.index(Outcome.OK)
+    assert len(gaps) >= 4 and set(outcomes[:first_up]) == {Outcome.UNAVAILABLE}
+    assert set(outcomes[first_up:]) == {Outcome.OK}
+
+
+def test_a_breaker_waits_within_the_deadline_and_is_the_models_own(monkeypatch, serve, pool_config):
+    """One model fails twice and recovers: the call that meets the open breaker waits for it; the other never waits."""
+    clock = FakeTime()
+    script = lambda n, b: (503, {}, b"") if b["model"] == "titan-70b" and n < 2 else completion("ok")  # noqa: E731
+    config = pool_config(serve(script).base_url, deadline=60.0, breaker=2)
+    config.breaker.update(dict(pause=10.0, pause_max=40.0))
+    client, titan = _client(config)
+    pico = cards_from_config(config)[1]
+    _in_fake_time(monkeypatch, client, clock)
+    got = client.complete(titan, "Who?")
+    assert (got.outcome, got.attempts) == (Outcome.OK, 3)
+    assert 1010 <= clock.now < 1011
+    clock.pauses.clear()
+    assert client.complete(pico, "Who?").outcome == Outcome.OK
+    assert clock.pauses == []
+
+
+def test_a_slow_answer_is_asked_for_again_and_both_are_paid(serve, pool_config):
+    """After twenty quick answers one never comes: the second request's does, at once."""
+    released = threading.Event()
+    silence = lambda connection: released.wait(60)  # noqa: E731
+    scripted = serve(lambda n, b: silence if n == 20 else completion(f"{n}", prompt_tokens=3, completion_tokens=5))
+    client, card = _client(pool_config(scripted.base_url, hedge=True, request_timeout=60.0, deadline=60.0))
+    try:
+        for _ in range(20):
+            got = client.complete(card, "Who?")
+            assert (got.attempts, got.wasted_completion_tokens) == (1, 0)
+        got = client.complete(card, "Who?")
+    finally:
+        released.set()
+        client.close()
+    assert (got.outcome, got.text, got.attempts) == (Outcome.OK, "21", 2)
+    assert (got.wasted_prompt_tokens, got.wasted_completion_tokens) == (3, 5)
+
+
+def test_a_hedge_takes_the_good_answer_of_the_two(serve, pool_config):
+    released = threading.Event()
+
+    def late(connection):
+        assert released.wait(60)
+        body = completion("late")[2]
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+    def script(number, body):
+        if number == 21:
+            released.set()
+            return 503, {}, b""
+        return late if number == 20 else completion("ok")
+
+    client, card = _client(pool_config(serve(script).base_url, hedge=True, request_timeout=60.0, deadline=60.0))
+    texts = [client.complete(card, "Who?").text for _ in range(21)]
+    assert texts == ["ok"] * 20 + ["late"]
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {}, b'{"choices": [{"message": {"content": null, "refusal": "I cannot help."}}]}'),
+        (200, {}, b'{"choices": [{"message": {"content": "Well"}, "finish_reason": "content_filter"}]}'),
+        (400, {}, b'{"error": {"code": "content_filter", "message": "filtered"}}'),
+    ],
+)
+def test_a_refusal_to_answer_is_its_own_outcome_and_final(ask, answer):
+    got, scripted = ask(lambda n, b: answer)
+    assert (got.outcome, got.attempts) == (Outcome.REFUSED, 1)
+
+
+def test_tokens_of_unusable_answers_are_not_free(ask):
+    """Two answers without a text and with usage, then a good one: what was used beyond the answer is told."""
+    useless = json.dumps({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 11}}).encode()
+    got, _ = ask(lambda n, b: (200, {}, useless) if n < 2 else completion("ok"))
+    assert (got.outcome, got.prompt_tokens, got.completion_tokens) == (Outcome.OK, 3, 5)
+    assert (got.wasted_prompt_tokens, got.wasted_completion_tokens) == (14, 22)
+    failed, _ = ask(lambda n, b: (200, {}, useless), **ONCE)
+    assert (failed.outcome, failed.prompt_tokens, failed.completion_tokens) == (Outcome.UNAVAILABLE, 0, 0)
+    assert (failed.wasted_prompt_tokens, failed.wasted_completion_tokens) == (7, 11)
+
+
+def test_cached_tokens_and_the_served_model_are_told(ask):
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 8}}
+    body = {"model": "titan-70b-0925", "choices": [{"message": {"content": "ok"}}], "usage": usage}
+    got, _ = ask(lambda n, b: (200, {}, json.dumps(body).encode()))
+    assert (got.cached_tokens, got.served) == (8, "titan-70b-0925")
+
+
 def _with_key(config, monkeypatch):
     monkeypatch.setenv("MARKED_KEY", KEY)
     config.providers = (provider(name="p", base_url=config.providers[0].base_url, key_env="MARKED_KEY"),)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router_r1_jax.pool.ledger import Ledger, read_ledger
+from router_r1_jax.pool.ledger import Ledger, ledger_totals, read_ledger
 from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply
 
 replies = st.builds(
@@ -36,7 +36,8 @@ def test_a_line_holds_all_of_a_call_but_its_texts(tmp_path):
     assert line.pop("time") > 1.7e9
     assert line == {
         "step": 3, "split": "validation", "episode": "e1", "call": 2, "model": "Titan", "outcome": "ok",
-        "prompt_tokens": 11, "completion_tokens": 2, "charged": 5.7e-5, "spent": 0.0, "latency": 0.25, "attempts": 3,
+        "prompt_tokens": 11, "completion_tokens": 2,
+        "cached_tokens": 0, "charged": 5.7e-5, "spent": 0.0, "latency": 0.25, "attempts": 3,
         "hit": True, "error": "", "price_date": "2026-01-31",
     }  # fmt: skip
 
@@ -70,7 +71,7 @@ def test_a_restored_ledger_goes_on_as_if_never_interrupted(tmp_path):
         _add(whole, reply)
     for reply in calls[:6]:
         _add(first, reply)
-    second.restore(json.loads(json.dumps(first.state())))
+    second.restore(json.loads(json.dumps(first.state())), second.size)
     for reply in calls[6:]:
         _add(second, reply)
     assert second.state() == whole.state()
@@ -135,3 +136,54 @@ def test_a_full_disk_is_one_clear_line():
 def test_a_folder_in_its_place_is_one_clear_line(tmp_path):
     with pytest.raises(PoolError, match=r"cannot be written \(Is a directory\)"):
         Ledger(tmp_path)
+
+
+def test_totals_of_the_file_are_told_by_model_and_step(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    for step, model in ((1, "Titan"), (1, "Pico"), (2, "Titan"), (2, "")):
+        reply = Reply("", Outcome.OK, model, charged=0.25 * bool(model), spent=0.125 * bool(model))
+        ledger.add(reply, step=step, split="train", episode="e", call=0)
+    totals = ledger_totals(tmp_path / "ledger")
+    assert totals["steps"] == {
+        1: {"calls": 2, "charged": 0.5, "spent": 0.25}, 2: {"calls": 2, "charged": 0.25, "spent": 0.125},
+    }  # fmt: skip
+    assert totals["models"]["Titan"] == {"calls": 2, "charged": 0.5, "spent": 0.25}
+    assert totals["models"] == ledger.totals()["models"]
+
+
+events = st.lists(st.one_of(replies, st.just("checkpoint"), st.just("crash"), st.just("torn crash")), max_size=40)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=events)
+def test_file_and_run_tell_the_same_sums_however_often_it_crashes(tmp_path, events):
+    """A run that goes back to its last checkpoint: what it reports is what its ledger says, and all that it paid."""
+    path = tmp_path / "ledger"
+    path.unlink(missing_ok=True)
+    ledger = Ledger(path)
+    saved, kept, since, paid = (ledger.state(), ledger.size), [], [], []
+    for event in events:
+        if isinstance(event, Reply):
+            _add(ledger, event)
+            since.append(event)
+            paid.append(event)
+        elif event == "checkpoint":
+            saved, kept, since = json.loads(json.dumps((ledger.state(), ledger.size))), kept + since, []
+        else:
+            ledger.close()
+            if event == "torn crash":
+                with open(path, "ab") as file:
+                    file.write(b'{"time": 3, "step"')
+            ledger, since = Ledger(path), []
+            ledger.restore(*saved)
+    reported, written = ledger.totals(), ledger_totals(path)
+    assert {name: written[name] for name in ("calls", "charged", "spent")} == {
+        name: reported[name] for name in ("calls", "charged", "spent")
+    }
+    for model, sums in written["models"].items():
+        assert reported["models"][model] == sums
+    assert reported["calls"] == len(kept + since)
+    assert reported["charged"] == pytest.approx(sum(reply.charged for reply in kept + since), abs=1e-9)
+    assert reported["spent"] == pytest.approx(sum(reply.spent for reply in paid), abs=1e-9)
+    assert ledger.paid == reported["spent"]
+    ledger.close()

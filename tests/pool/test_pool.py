@@ -82,7 +82,13 @@ def test_the_routers_own_fault_is_answered_at_once_and_costs_nothing(
 def test_whose_fault_it_is():
     faults = {outcome: (policy_fault(outcome), provider_fault(outcome)) for outcome in Outcome}
     assert {o for o, (policy, _) in faults.items() if policy} == {"unknown_model", "malformed_route"}
-    assert {o for o, (_, prov) in faults.items() if prov} == {"timeout", "unavailable", "rate_limited", "bad_request"}
+    assert {o for o, (_, prov) in faults.items() if prov} == {
+        "timeout", "unavailable", "rate_limited", "bad_request", "over_budget",
+    }  # fmt: skip
+    assert set(faults) == {
+        "ok", "truncated", "empty", "refused", "rate_limited", "timeout", "unavailable", "bad_request", "over_budget",
+        "unknown_model", "malformed_route",
+    }  # fmt: skip
 
 
 def test_a_providers_fault_is_neither_charged_nor_passed_over(serve, pool_config, open_pool):
@@ -303,7 +309,9 @@ def test_closing_ends_calls_that_are_retried_and_records_no_fault_of_ours(serve,
         scripted.base_url, deadline=300.0, backoff=200.0, backoff_max=200.0, concurrency=2, tape="record"
     )
     pool, cards = open_pool(config)
-    futures = [pool.respond("Titan: a?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(6)]
+    futures = [
+        pool.respond(f"Titan: {i}?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(6)
+    ]
     while len(scripted.requests) < 2:
         time.sleep(0.005)
     pool.close()
@@ -338,3 +346,95 @@ def test_several_providers_keep_their_own_pace(serve, pool_config, open_pool):
     assert {future.result(timeout=60).text for future in held} == {"slow"}
     headers, body = fast.requests[0]
     assert (headers["X-Team"], body["top_p"]) == ("routing", 0.5)
+
+
+def test_a_budget_ends_the_run_and_counts_what_other_runs_of_the_workdir_paid(serve, pool_config, open_pool, tmp_path):
+    """A call costs 69 millionths of a dollar: the third finds the budget of 130 spent, also after a restart."""
+    scripted = serve(lambda n, b: completion("fine"))
+    pool, cards = open_pool(pool_config(scripted.base_url, budget=130e-6))
+    for call in range(2):
+        assert _ask(pool, cards, "Titan: a?", call=call).outcome == Outcome.OK
+    said = r"pool\.budget is 0\.00013 dollars and 0\.0001 are spent .*raise pool\.budget and run the same command"
+    with pytest.raises(PoolError, match=said):
+        _ask(pool, cards, "Titan: a?", call=2)
+    again, _ = open_pool(pool_config(scripted.base_url, budget=130e-6))
+    with pytest.raises(PoolError, match="pool.budget"):
+        _ask(again, cards, "Titan: a?", call=2)
+    assert len(scripted.requests) == 2
+    outcomes = [line["outcome"] for line in read_ledger(tmp_path / "ledger.jsonl")]
+    assert outcomes == ["ok", "ok", "over_budget", "over_budget"]
+    raised, _ = open_pool(pool_config(scripted.base_url, budget=1.0))
+    assert _ask(raised, cards, "Titan: a?", call=2).outcome == Outcome.OK
+
+
+def test_a_fault_is_charged_to_nobody_and_what_it_used_is_spent(serve, pool_config, open_pool):
+    useless = json.dumps({"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 20}}).encode()
+    config = pool_config(serve(lambda n, b: (200, {}, useless)).base_url, backoff=1000.0, backoff_max=1000.0)
+    pool, cards = open_pool(config)
+    reply = _ask(pool, cards, "Titan: Who?")
+    assert (reply.outcome, reply.raw_cost, reply.charged) == (Outcome.UNAVAILABLE, 0, 0)
+    assert reply.spent == pytest.approx(10 * 3e-6 + 20 * 12e-6)
+    assert pool.totals()["spent"] == pytest.approx(reply.spent)
+
+
+def test_a_refusal_is_told_to_the_router_and_charged(serve, pool_config, open_pool):
+    body = {"choices": [{"message": {"content": "", "refusal": "No."}}], "usage": {"completion_tokens": 4}}
+    pool, cards = open_pool(pool_config(serve(lambda n, b: (200, {}, json.dumps(body).encode())).base_url))
+    reply = _ask(pool, cards, "Titan: Who?")
+    assert (reply.outcome, reply.text) == (Outcome.REFUSED, "The model refused to answer.")
+    assert reply.charged == reply.spent > 0
+
+
+def test_rows_that_ask_the_same_at_the_same_moment_share_one_request(serve, pool_config, open_pool, tmp_path):
+    """The provider holds its answers until all rows have asked: two questions, eight times each, on sixteen threads."""
+    entered, released = threading.Semaphore(0), threading.Event()
+
+    def hold(number, body):
+        entered.release()
+        assert released.wait(60)
+        return completion(f"reply {number}")
+
+    scripted = serve(hold)
+    pool, cards = open_pool(pool_config(scripted.base_url, tape="record", concurrency=16))
+    ask = lambda i: pool.respond(  # noqa: E731
+        f"Titan: {i % 2}?", cards=cards, episode=str(i), call=0, step=0, split="train"
+    )
+    futures = [ask(i) for i in range(16)]
+    assert entered.acquire(timeout=60) and entered.acquire(timeout=60)
+    released.set()
+    replies = [future.result(timeout=60) for future in futures]
+    assert len(scripted.requests) == 2
+    for parity in range(2):
+        mine = replies[parity::2]
+        assert len({reply.text for reply in mine}) == 1
+        assert sorted(reply.hit for reply in mine) == [False] + [True] * 7
+        assert {reply.charged for reply in mine} == {mine[0].charged}
+        assert sum(reply.spent for reply in mine) == mine[0].charged
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 16
+
+
+def test_a_sampling_model_is_asked_by_each_row_and_so_is_any_without_a_tape(serve, pool_config, open_pool):
+    for fields in ({"tape": "record", "temperature": 1.0}, {"tape": "off"}):
+        scripted = serve(lambda n, b: completion("fine"))
+        pool, cards = open_pool(pool_config(scripted.base_url, **fields))
+        for i in range(3):
+            assert not _ask(pool, cards, "Titan: a?", str(i)).hit
+        assert len(scripted.requests) == 3
+
+
+def test_a_shared_fault_is_every_rows_own_and_repeated_in_replay(serve, pool_config, open_pool):
+    entered, released = threading.Event(), threading.Event()
+
+    def hold(number, body):
+        entered.set()
+        assert released.wait(60)
+        return 400, {}, b""
+
+    scripted = serve(hold)
+    pool, cards = open_pool(pool_config(scripted.base_url, tape="record"))
+    futures = [pool.respond("Titan: a?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(4)]
+    assert entered.wait(60)
+    released.set()
+    assert {future.result(timeout=60).outcome for future in futures} == {Outcome.BAD_REQUEST}
+    strict, _ = open_pool(pool_config(scripted.base_url, tape="strict"))
+    assert [_ask(strict, cards, "Titan: a?", str(i)).outcome for i in range(4)] == [Outcome.BAD_REQUEST] * 4

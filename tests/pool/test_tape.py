@@ -1,3 +1,4 @@
+import json
 import signal
 import sqlite3
 import subprocess
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError
-from router_r1_jax.pool.tape import Request, Tape, TapeMiss
+from router_r1_jax.pool.tape import Request, Tape, TapeMiss, main, stats
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 5, "temperature": 0.0}
 REPLY = Completion("Kessan \udc80.", Outcome.TRUNCATED, 11, 5, 0.25, 2)
@@ -166,3 +167,52 @@ def test_what_was_kept_outlives_kill_9(tmp_path):
     for i in range(len(kept)):
         body = {"model": "m", "messages": str(i), "temperature": 0.0}
         assert tape.find(Request("p", body, "x", 0)).text == f"{i} from a"
+
+
+def _record(path, *texts):
+    tape = Tape(path, "record")
+    for text in texts:
+        tape.keep(_request(messages=text), replace(REPLY, text=f"{text} on {path.stem}"))
+    tape.keep(_request(path.stem, messages="down"), FAULT)
+    tape.close()
+
+
+def test_stats_count_what_a_tape_holds(tmp_path, capsys):
+    _record(tmp_path / "a", "x", "y")
+    main(["stats", str(tmp_path / "a")])
+    assert json.loads(capsys.readouterr().out) == {
+        "replies": 2, "faults": 1, "prompt_tokens": 22, "completion_tokens": 10,
+        "outcomes": {"timeout": 1, "truncated": 2}, "models": {"m": 2},
+    }  # fmt: skip
+
+
+def test_export_prints_a_line_per_reply(tmp_path, capsys):
+    _record(tmp_path / "a", "x", "y")
+    main(["export", str(tmp_path / "a")])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["request"]["messages"]: line["text"] for line in lines} == {"x": "x on a", "y": "y on a"}
+    assert [line["key"] for line in lines] == sorted(line["key"] for line in lines)
+
+
+def test_merged_tapes_hold_all_and_the_first_reply_stays(tmp_path, capsys):
+    for name, texts in (("a", "xy"), ("b", "yz"), ("c", "zw")):
+        _record(tmp_path / name, *texts)
+    main(["merge", *(str(tmp_path / name) for name in ("a", "b", "c"))])
+    assert capsys.readouterr().out.startswith("2 replies added to")
+    strict = Tape(tmp_path / "a", "strict")
+    texts = [strict.find(_request(messages=text)).text for text in "xyzw"]
+    assert texts == ["x on a", "y on a", "z on b", "w on c"]
+    assert all(strict.find(_request(name, messages="down")).outcome == Outcome.TIMEOUT for name in "abc")
+    main(["merge", str(tmp_path / "new"), str(tmp_path / "a")])
+    assert stats(tmp_path / "new") == stats(tmp_path / "a")
+
+
+@pytest.mark.parametrize("command", [["stats"], ["export"], ["merge", "{new}"]])
+@pytest.mark.parametrize("kind", ["absent", "other"])
+def test_a_command_on_what_is_no_tape_is_one_line(tmp_path, command, kind):
+    path = tmp_path / "file"
+    if kind == "other":
+        path.write_text("something else entirely, and longer than the header of a database\n" * 20)
+    said = "does not exist; name a file" if kind == "absent" else "cannot be used"
+    with pytest.raises(SystemExit, match=f"^error: tape .*file {said}"):
+        main([part.format(new=tmp_path / "new") for part in command] + [str(path)])
