@@ -99,7 +99,8 @@ class Ledger:
             for offset, line in _lines(self._path):
                 if offset >= size and "model" in line:
                     self._sums.setdefault(line["model"], [0] * len(_SUMS))[2] += _parts(line["spent"])
-            self._write({"time": round(time.time(), 3), "back_to": size})
+            if self.size > size:  # else no call is made again
+                self._write({"time": round(time.time(), 3), "back_to": size})
 
     def close(self) -> None:
         """Close the file; `add` must not be called any more."""
