@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,11 @@ class Ledger:
         """Go on from what `state` returned when the file had `size` bytes; what was spent since stays spent."""
         with self._lock:
             self._sums = {model: list(sums) for model, sums in state.items()}
-            for offset, line in _lines(self._path):
-                if offset >= size and "model" in line:
+            calls = [(offset, line) for offset, line in _lines(self._path) if "model" in line]
+            for offset, line in calls:
+                if offset >= size:
                     self._sums.setdefault(line["model"], [0] * len(_SUMS))[2] += _parts(line["spent"])
-            if self.size > size:  # else no call is made again
+            if _made_again(calls, size):
                 self._write({"time": round(time.time(), 3), "back_to": size})
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ def ledger_totals(path: str | Path) -> dict[str, Any]:
     again: set[int] = set()  # offsets
     for offset, line in _lines(path):
         if "back_to" in line:
-            again |= {other for other, _ in entries if other >= line["back_to"]}
+            again |= _made_again(entries, line["back_to"])
         elif "model" in line:
             entries.append((offset, line))
     in_all, models, steps = [0] * len(_SUMS), {}, {}
@@ -149,6 +150,15 @@ def ledger_totals(path: str | Path) -> dict[str, Any]:
     return _in_dollars(in_all) | {
         name: {key: _in_dollars(sums) for key, sums in sorted(table.items())} for name, table in named.items()
     }
+
+
+def _made_again(calls: Sequence[tuple[int, dict[str, Any]]], size: int) -> set[int]:
+    """Offsets of the calls that a run makes again when it goes back to where the file had `size` bytes.
+
+    They belong to later steps; an evaluation of the step it goes back to stands behind too, and is not repeated.
+    """
+    reached = max((line["step"] for offset, line in calls if offset < size), default=0)
+    return {offset for offset, line in calls if offset >= size and line["step"] > reached}
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
