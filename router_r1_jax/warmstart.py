@@ -45,7 +45,11 @@ def recipe(config: ConfigDict) -> str:
         "world": {"version": str(synthetic.Synthetic.VERSION)} | config.data.world.to_dict(),
         "template": prompts.load_template(config.prompt.template),
         "max_calls": config.rollout.max_calls,
-        "models": [model.to_dict() for model in config.pool.models],
+        # Of what the simulated server does wrong, the first kept file knows one field; none of them is seen here.
+        "models": [
+            model.to_dict() | {"simulated": {"failure_rate": model.simulated.failure_rate}}
+            for model in config.pool.models
+        ],
         "rename": config.pool.rename,
         "warmstart": {name: value for name, value in config.warmstart.to_dict().items() if name != "file"},
     }

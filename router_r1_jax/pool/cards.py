@@ -12,6 +12,20 @@ from router_r1_jax.protocol import PLACEHOLDERS
 
 
 @dataclasses.dataclass(frozen=True)
+class Faults:
+    """What the simulated server does wrong for a model; `config.model_card` says what each means."""
+
+    failure_rate: float = 0.0
+    malformed_rate: float = 0.0
+    wrong_type_rate: float = 0.0
+    dropped_rate: float = 0.0
+    outage: tuple[int, int] = (0, 0)
+    slow_start: tuple[int, float] = (0, 0.0)
+    downgrade: tuple[int, str] = (0, "")
+    requests_per_minute: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Card:
     """One external model.
 
@@ -26,7 +40,7 @@ class Card:
       performance: topic -> score in [0, 1].
       description: free text for the prompt.
       aliases: further spellings of `name` that a call may use.
-      failure_rate: share of requests that the simulated server answers with HTTP 503.
+      simulated: what the simulated server does wrong for it.
     """
 
     key: str
@@ -39,7 +53,7 @@ class Card:
     performance: Mapping[str, float] = dataclasses.field(hash=False)
     description: str
     aliases: tuple[str, ...]
-    failure_rate: float
+    simulated: Faults = Faults()
 
 
 def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
@@ -85,7 +99,8 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         _check_number(f"{where}.latency", entry.latency, "a latency is seconds per call, >= 0")
     for topic, score in entry.performance.items():
         _check_number(f"{where}.performance.{topic}", score, "a score lies in [0, 1]", most=1.0)
-    _check_number(f"{where}.simulated.failure_rate", entry.simulated.failure_rate, "a share lies in [0, 1]", most=1.0)
+    for field in ("failure_rate", "malformed_rate", "wrong_type_rate", "dropped_rate"):
+        _check_number(f"{where}.simulated.{field}", entry.simulated[field], "a share lies in [0, 1]", most=1.0)
     return Card(
         key=entry.name,
         name=entry.name,
@@ -97,7 +112,7 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         performance={topic: float(score) for topic, score in entry.performance.items()},
         description=entry.description,
         aliases=tuple(entry.aliases),
-        failure_rate=float(entry.simulated.failure_rate),
+        simulated=Faults(**entry.simulated),
     )
 
 

@@ -16,7 +16,7 @@ def test_a_card_says_what_the_config_says(pool_config):
     assert (titan.key, titan.name, titan.provider, titan.model) == ("Titan", "Titan", "p", "titan-70b")
     assert (titan.price_in, titan.price_out, titan.latency, titan.aliases) == (3.0, 12.0, 0.5, ("Titan XL",))
     assert titan.performance == {"film": 0.9}
-    assert pico.failure_rate == 0.0
+    assert pico.simulated.failure_rate == 0.0
 
 
 def _third(**fields):
