@@ -3,11 +3,13 @@
     python -m router_r1_jax.train    --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
     python -m router_r1_jax.evaluate --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
 
-Hardware: 8 devices of 48 GB; the first one, which also runs the rollout, needs about 43 GB, as
+Hardware: 8 devices of 48 GB, each with a replica of the rollout; one needs about 39 GB, as
 
     python -m router_r1_jax.model.plan --config=configs/qwen25_3b_grpo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=48
 
-says. Not run yet: wall time and numbers unknown. With `--config.model.source=` it starts from random weights.
+says. On one device of 40 GB: `--config.model.dtype=bfloat16 --config.model.lora.rank=16` (30 GB; raise the learning
+rate, 1e-5 to 1e-4 is usual for LoRA). Not run yet: wall time and numbers unknown. With `--config.model.source=` it starts
+from random weights.
 `--config=configs/qwen25_3b_grpo.py:runlocal` runs the same settings with a random 2-layer model on a CPU.
 """
 

@@ -30,6 +30,7 @@ from router_r1_jax.report import (
     learning_curves,
     read_metrics,
     replace_file,
+    slots_over_time,
     write_report,
 )
 from router_r1_jax.reward import CostNormalizer
@@ -142,6 +143,8 @@ def write_pages(workdir: Path, results: dict[str, Any]) -> Path:
     learning_curves(metrics, workdir / "plots" / "learning_curves.png")
     calls_per_model(metrics, workdir / "plots" / "calls_per_model.png")
     em_against_cost(results, workdir / "plots" / "em_against_cost.png")
+    if (workdir / "rollout.json").exists():
+        slots_over_time(json.loads((workdir / "rollout.json").read_text()), workdir / "plots" / "slots_over_time.png")
     return write_report(workdir)
 
 

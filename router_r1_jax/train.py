@@ -245,6 +245,12 @@ def rollout_metrics(session: Session, answers: Answers, records: list[Record]) -
     }
 
 
+def rollout_trace(answers: Answers, step: int) -> dict[str, Any]:
+    """What each row did in a step's rollout, for the plot."""
+    s = answers.stats
+    return {"step": step, "seconds": s.seconds, "rows": s.rows, "idle_share": s.idle_share, "spans": s.spans}
+
+
 def main(config: ConfigDict, workdir: Path) -> None:
     """The run, from its first or its latest checkpoint to config.steps."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is handled like Ctrl-C
@@ -323,6 +329,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             last = run.step == config.steps
             if last or run.step % logging.episodes_every == 0:
                 episodes_file.write(records)
+                replace_file(workdir / "rollout.json", json.dumps(rollout_trace(answers, run.step)).encode())
             validated = None
             try:
                 if config.validation.questions and (last or run.step % config.validation.every == 0):

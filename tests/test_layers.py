@@ -20,7 +20,7 @@ ALLOWED = {
     "prompts": {"config", "pool", "protocol"},
     "model": {"mesh"},
     "learner": {"mesh", "model"},
-    "rollout": {"model", "protocol"},
+    "rollout": {"mesh", "model", "protocol"},
     "reward": {"protocol"},
     "pool": {"config", "protocol", "data"},  # data: the simulated models answer from the synthetic world
     "data": {"config", "pool", "prompts", "protocol"},  # pool: the cards

@@ -7,7 +7,7 @@ copy of the weights (its share, with rollout.tensor) beside its part of the trai
 
 - *update*: gradients, what the backward pass keeps (`model.remat`), and the working memory of one block or of the head;
 - *rollout*: the KV caches of all slots and the working memory of a step;
-- *push*: new weights on their way to the rollout, while the old ones are still there.
+- *push*: new weights on their way to the rollout, gathered on its device and then cut into layers.
 
 Parameters, optimizer, caches and batch are exact. Activations are closed forms: what jax keeps of a block, counted, and
 working memory whose factors were fitted to XLA's buffers for small float32 models on a CPU (`tests/model/test_plan.py`
@@ -42,7 +42,7 @@ GRADIENT_COPIES = 3  # the sum over micro-batches, one micro-batch's, and those 
 TAG_STATES = 32  # of the automaton over the closing tags, at most
 TAG_TOKENS = 32  # around a reply, as rollout.engine has it
 ROW_BUCKET, PREFIX_BUCKET = 32, 64  # to which rows and prefixes are padded
-CACHE_BUCKET = 128  # to which a cache at its longest is
+CACHE_BUCKET, SHORT_CACHE = 128, 256  # to which a cache at its longest is padded, and up to where none is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +136,9 @@ def gathered_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
 
 def cache_bytes(config: ModelConfig, shape: RolloutShape) -> int:
     """Bytes of the KV caches of all slots, at their longest, and of the shared prefix, on a device of the rollout."""
-    longest = shape.row_tokens
-    if longest > CACHE_BUCKET:
-        longest = -(-longest // CACHE_BUCKET) * CACHE_BUCKET
+    longest = (
+        -(-shape.row_tokens // CACHE_BUCKET) * CACHE_BUCKET if shape.row_tokens > SHORT_CACHE else shape.row_tokens
+    )
     positions = shape.slots * longest + shape.prefix_tokens
     kv_heads = _share(config, abstract_mesh(1, 1, shape.tensor, shape.tensor)).kv_heads
     return 2 * config.num_layers * positions * kv_heads * config.head_dim * _itemsize(config)
@@ -189,8 +189,8 @@ def plan(
             "KV caches": cache_bytes(config, rollout),
             "sampling at work": rollout_workspace_bytes(config, rollout),
         },
-        # On one device the learner's parameters are read where they lie.
-        "push": resident | {"weights on their way": whole * (1 if mesh.size == 1 else 2)},
+        # The rollout drops its old copy first. On one device the learner's parameters are read where they lie.
+        "push": resident | {"weights on their way": 0 if mesh.size == 1 else whole},
     }
 
 

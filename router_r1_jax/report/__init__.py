@@ -1,10 +1,10 @@
 """What a run leaves for people: metrics and episodes as JSON lines, plots, and one self-contained page."""
 
 from router_r1_jax.report.page import write_report
-from router_r1_jax.report.plots import calls_per_model, em_against_cost, learning_curves
+from router_r1_jax.report.plots import calls_per_model, em_against_cost, learning_curves, slots_over_time
 from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, read_episodes, read_metrics, replace_file
 
 __all__ = [
     "EpisodeWriter", "MetricsWriter", "calls_per_model", "em_against_cost", "learning_curves", "read_episodes",
-    "read_metrics", "replace_file", "write_report",
+    "read_metrics", "replace_file", "slots_over_time", "write_report",
 ]  # fmt: skip

@@ -25,6 +25,8 @@ _CAPTIONS = {
     "arrow leads from the warm start to the trained router. Bars are 95 % intervals.",
     "learning_curves": "Each metric over the training steps: raw values faint, running mean bold.",
     "calls_per_model": "Who is asked as training goes on.",
+    "slots_over_time": "What each row of the sampling loop did in one rollout: no row waits for another's reply, and a "
+    "free one takes the next question.",
 }  # in this order on the page; other pictures follow
 
 _SELECTS = (("policy", "policy"), ("split", "split"), ("hops", "hops"))

@@ -1,4 +1,5 @@
-"""The three pictures of a run: learning curves, calls per model over the steps, and exact match against cost."""
+"""The pictures of a run: learning curves, calls per model over the steps, exact match against cost, and the slots of a
+rollout over time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -188,6 +189,47 @@ def em_against_cost(results: Mapping[str, Any], path: str | Path) -> Path | None
     labels = {row["name"]: row["name"] + ("" if row["dollars_per_question"] else " · $0") for row in rows}
     bars = [(places[row["name"]][0], *row["em_ci"]) for row in rows if row.get("em_ci")]
     _place_labels(axes, places, labels, bars, bold=policies)
+    return _save(figure, path)
+
+
+_DOING = {"decode": (_BLUE, "decoding"), "feed": (_ORANGE, "reading"), "wait": ("#d9d9d9", "waiting for a reply")}
+
+
+def slots_over_time(trace: Mapping[str, Any], path: str | Path) -> Path | None:
+    """What each row of the sampling loop did in one rollout, a line per row.
+
+    Args:
+        trace: contents of rollout.json: `step`, `seconds`, `rows`, `idle_share`, `spans` of [row, kind, start, end].
+        path: PNG to write; its folder is made.
+
+    Returns:
+        The path, or None where there is nothing to draw.
+    """
+    if not trace.get("spans"):
+        return None
+    rows = trace["rows"]
+    figure = Figure(figsize=(9.2, 1.6 + min(6.0, 0.09 * rows + 1.0)), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for kind, (colour, label) in _DOING.items():
+        spans = [span for span in trace["spans"] if span[1] == kind]
+        busy = sum(end - start for _, _, start, end in spans) / (rows * trace["seconds"])
+        bottom, width, left = (
+            [row - 0.42 for row, *_ in spans],
+            [e - s for *_, s, e in spans],
+            [s for *_, s, _ in spans],
+        )
+        axes.barh(bottom, width, 0.84, left, align="edge", color=colour, linewidth=0, label=f"{label} {busy:.0%}")
+    _dress(axes, f"Rows of the rollout of step {trace['step']}", "row")
+    axes.grid(axis="y", visible=False)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set_xlim(0, trace["seconds"])
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.set_xlabel(
+        f"seconds; in {trace['idle_share']:.1%} of them no row could go on by itself", color=_MUTED, fontsize=9
+    )
+    legend = {"fontsize": 8, "frameon": False, "labelcolor": _INK, "ncols": 3, "loc": "lower right"}
+    axes.legend(bbox_to_anchor=(1.0, 1.0), **legend)
     return _save(figure, path)
 
 

@@ -30,6 +30,7 @@ from router_r1_jax.rollout.state import (
 from router_r1_jax.rollout.trace import Trace
 
 PATIENCE = 0.25
+READ_PER_TOKEN = 16  # characters of a reply that are read at first for each token of its budget
 
 STOP_TAGS = (close_tag("search"), close_tag("answer"))
 ROUTE, ANSWER = 1, 2  # accepting states of the automaton over STOP_TAGS
@@ -73,10 +74,20 @@ def route_text(turn: str) -> str:
 
 def reply_ids(tokenizer: PreTrainedTokenizerBase, text: str, budget: int) -> list[int]:
     """Token ids with which a reply enters the context; the reply is cut to `budget` tokens, its tags never are."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = _first_ids(tokenizer, text, budget)
     if len(ids) > budget:
         text = tokenizer.decode(ids[:budget]).strip()
     return tokenizer.encode(information_block(text), add_special_tokens=False)
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, budget: int) -> list[int]:
+    """Ids of the text, more than `budget` of them where it has as many; of a megabyte only a beginning is read."""
+    read = READ_PER_TOKEN * (budget + 1)
+    while True:
+        ids = tokenizer.encode(text[:read], add_special_tokens=False)
+        if read >= len(text) or len(ids) > budget + 1:  # the last token may end where the text was cut
+            return ids
+        read *= 4
 
 
 class Exchange:
@@ -143,12 +154,15 @@ class Exchange:
         episode, n, reason = self._at[row], int(out.length[i]), int(out.reason[i])
         turn = out.turn[i, :n].tolist()
         episode.sample(turn, out.logps[i, :n].tolist(), out.drawn_logps[i, :n].tolist())
-        self.trace.turn_ended(row, int(out.began[i]), waits=reason == ROUTE)
+        self.trace.turn_ended(row, int(out.began[i]))
         if reason != ROUTE:
             self._finish(row, _STOPS[reason])
         elif len(episode.replies) >= self._manners.max_calls:
             self._finish(row, "call_limit")
+        elif sum(episode.sampled) >= self._limits.episode_tokens:  # a reply that nothing may follow is not paid for
+            self._finish(row, "token_limit")
         else:
+            self.trace.waits(row)
             call = self._calls[row] = _Call(row, time.monotonic())
             text = self._tokenizer.decode(turn)
             future = self._respond(route_text(text), episode=episode.id, call=len(episode.replies))

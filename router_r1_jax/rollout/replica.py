@@ -48,8 +48,8 @@ from router_r1_jax.rollout.state import (
 )
 from router_r1_jax.rollout.step import Caches, Sampler, work
 
-# Cache lengths are multiples of it. XLA's CPU compiler sums over keys in the same order for all of them, so that the
-# length changes no bit of a result; a GPU does not promise that.
+# Cache lengths are multiples of it. From the shortest on XLA's CPU compiler sums over keys in the same order for all of
+# them, so that the length changes no bit of a result (128 does, by 7e-7); a GPU does not promise that.
 LENGTH_BUCKET = 128
 PREFIX_BUCKET = 64  # the shared prefix is padded to a multiple of it: few compilations
 SHORTEST_CACHE = 256
@@ -57,7 +57,7 @@ SHORTEST_CACHE = 256
 
 def cache_lengths(row_tokens: int) -> list[int]:
     """The lengths that a cache grows through, the last one with room for a whole row."""
-    if row_tokens <= LENGTH_BUCKET:
+    if row_tokens <= SHORTEST_CACHE:
         return [row_tokens]
     whole = -(-row_tokens // LENGTH_BUCKET) * LENGTH_BUCKET
     lengths = [SHORTEST_CACHE]

@@ -31,6 +31,7 @@ class RolloutStats:
 
     Attributes:
       seconds: the run's wall time.
+      rows: of all replicas.
       prefix_tokens: tokens that all prompts share; prefilled once per replica, in prefill_seconds.
       decode_seconds: of decode steps, estimated, as feed_seconds, by least squares over the times between exchanges.
       exchanges: callbacks; callback_bytes is what went through them, both ways.
@@ -44,6 +45,7 @@ class RolloutStats:
     """
 
     seconds: float
+    rows: int
     prefix_tokens: int
     prefill_seconds: float
     decode_steps: int
@@ -91,20 +93,19 @@ class Trace:
 
     def fed(self, row: int) -> None:
         """Tokens were handed to a row."""
-        now = time.monotonic()
-        if row in self._waiting_since:
-            self._waits.append(Span(row, "wait", self._waiting_since.pop(row), now))
-        self._fed_at[row] = now
+        self.freed(row)
+        self._fed_at[row] = time.monotonic()
 
-    def turn_ended(self, row: int, began: int, *, waits: bool) -> None:
-        """A row's turn, begun at step `began`, is over; it then waits for a reply, or is free."""
-        now = time.monotonic()
-        self._turns.append((row, self._fed_at[row], began, now))
-        if waits:
-            self._waiting_since[row] = now
+    def turn_ended(self, row: int, began: int) -> None:
+        """A row's turn, begun at step `began`, is over."""
+        self._turns.append((row, self._fed_at[row], began, time.monotonic()))
+
+    def waits(self, row: int) -> None:
+        """A row waits for a reply from now on."""
+        self._waiting_since[row] = time.monotonic()
 
     def freed(self, row: int) -> None:
-        """A waiting row waits no longer, and is fed nothing."""
+        """A row, if it was waiting, waits no longer."""
         if row in self._waiting_since:
             self._waits.append(Span(row, "wait", self._waiting_since.pop(row), time.monotonic()))
 
@@ -172,6 +173,7 @@ def summary(
     idle = sum(trace.idle_seconds for trace in traces)
     return RolloutStats(
         seconds=seconds,
+        rows=slots * len(traces),
         prefix_tokens=prefix_tokens,
         prefill_seconds=max(trace.prefill_seconds for trace in traces),
         decode_steps=counts["decode_steps"],

@@ -109,7 +109,7 @@ def test_shapes_are_those_of_learner_and_rollout():
     """model/ may not import them: what it repeats is held here."""
     assert (plan.ROW_BUCKET, plan.PREFIX_BUCKET) == (batch.LENGTH_BUCKET, batch.PREFIX_BUCKET)
     assert (plan.TAG_TOKENS, plan.PREFIX_BUCKET) == (engine.TAG_TOKENS, replica.PREFIX_BUCKET)
-    assert plan.CACHE_BUCKET == replica.LENGTH_BUCKET
+    assert (plan.CACHE_BUCKET, plan.SHORT_CACHE) == (replica.LENGTH_BUCKET, replica.SHORTEST_CACHE)
     assert len(build_automaton(STOP_TAGS, [b"a"]).next_state) <= plan.TAG_STATES
     config = configuration("configs/qwen25_3b_grpo.py")
     update, rollout = plan.shapes_of(config, prefix_tokens=700)

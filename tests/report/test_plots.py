@@ -168,3 +168,19 @@ def test_dollars_in_one_column_have_one_number_of_decimals():
 
 def test_percent():
     assert (percent(0.7345), percent(1), percent(None)) == ("73.5 %", "100.0 %", "–")
+
+
+def test_slots_show_each_span_where_it_lies(figures):
+    spans = [[0, "feed", 0.0, 1.0], [0, "decode", 1.0, 2.5], [0, "wait", 2.5, 4.0], [2, "decode", 0.5, 3.0]]
+    plots.slots_over_time({"step": 7, "seconds": 4.0, "rows": 3, "idle_share": 0.25, "spans": spans}, "unused.png")
+    (axes,) = figures[0].axes
+    bars = {(round(b.get_y() + 0.42), b.get_x(), b.get_x() + b.get_width()) for c in axes.containers for b in c}
+    assert bars == {(row, start, end) for row, _, start, end in spans}
+    assert axes.get_title(loc="left") == "Rows of the rollout of step 7" and "25.0%" in axes.get_xlabel()
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["decoding 33%", "reading 8%", "waiting for a reply 12%"]
+    assert axes.get_ylim() == (2.5, -0.5)  # row 0 on top
+
+
+def test_slots_without_a_span_draw_nothing(tmp_path):
+    assert plots.slots_over_time({}, tmp_path / "x.png") is None and not (tmp_path / "x.png").exists()

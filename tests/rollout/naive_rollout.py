@@ -28,9 +28,13 @@ class NaiveEpisode:
     token that should be another.
     """
 
-    def __init__(self, params, episode, *, prefix_length, temperature=1.0, seed=SEED, texts=reply_text):
+    def __init__(
+        self, params, episode, *, prefix_length, temperature=1.0, seed=SEED, texts=reply_text, kept=None, limit=99
+    ):
+        """`kept` says of probabilities [V] which may be drawn; `limit` is that of the episode's sampled tokens."""
         self._params, self._episode, self._texts = params, episode, texts
-        self._temperature, self._seed = temperature, seed
+        self._temperature, self._seed, self._kept, self._limit = temperature, seed, kept, limit
+        self.drawn_logps = []
         self._context = list(episode.prompt)
         self._prefix_length = prefix_length
         self.tokens, self.sampled, self.logps, self.replies = [], [], [], []
@@ -55,6 +59,8 @@ class NaiveEpisode:
                 self.stop = "answer"
             elif WORDS[turn[-1]] == "[END]":
                 self.stop = "end_of_text"
+            elif sum(self.sampled) == self._limit:
+                self.stop = "token_limit"
             elif len(turn) == LIMITS.turn_tokens:
                 self.stop = "turn_limit"
             elif self._own == LIMITS.row_tokens:
@@ -63,6 +69,9 @@ class NaiveEpisode:
     def _call(self, text):
         if len(self.replies) == MAX_CALLS:
             self.stop = "call_limit"
+            return
+        if sum(self.sampled) == self._limit:
+            self.stop = "token_limit"
             return
         before = text[: text.rindex("</search>")] if "</search>" in text else ""
         route = before[before.rindex("<search>") + len("<search>") :] if "<search>" in before else ""
@@ -86,7 +95,9 @@ class NaiveEpisode:
         if self._temperature == 0:
             assert token == np.argmax(logits), name
         else:
-            cdf = np.cumsum(np.exp(logps))
+            drawn = np.exp(logps) * (1 if self._kept is None else self._kept(np.exp(logps)))
+            self.drawn_logps.append(float(np.log(drawn[token] / drawn.sum())))
+            cdf = np.cumsum(drawn) / drawn.sum()
             near = np.min(np.abs(cdf - uniform)) < NEAR
             assert token == np.searchsorted(cdf, uniform, side="right") or near, name
         self._append([token], True, [float(logps[token])])

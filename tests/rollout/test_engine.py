@@ -13,11 +13,24 @@ import tiny_router
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_rollout import NaiveEpisode
-from tiny_router import LIMITS, MODEL, SEED, TOKENIZER, Latecomers, at_once, make_engine, make_prompts
+from tiny_router import (
+    LIMITS,
+    MAX_CALLS,
+    MODEL,
+    REPLY_TOKENS,
+    SEED,
+    TOKENIZER,
+    Latecomers,
+    Reply,
+    at_once,
+    make_engine,
+    make_prompts,
+)
 
 from router_r1_jax.config import base_config
 from router_r1_jax.model import Prefix, empty_cache
-from router_r1_jax.rollout import Prompt, make_limits
+from router_r1_jax.rollout import Manners, Prompt, make_limits
+from router_r1_jax.rollout.sampling import Cut
 from router_r1_jax.rollout.state import empty_rows
 from router_r1_jax.rollout.step import Sampler
 
@@ -32,7 +45,8 @@ def params():
 
 @pytest.fixture(scope="module")
 def engines():
-    return {driver: make_engine(driver) for driver in DRIVERS}
+    manners = Manners(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS, reply_seconds=0.5)  # of a dead thread's reply
+    return {driver: make_engine(driver, manners=manners) for driver in DRIVERS}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +93,36 @@ def test_episodes_are_those_of_the_naive_rollout(params, run, driver):
 def test_other_temperatures_and_greedy(params, run, temperature):
     episodes, stats = run("jit", temperature=temperature)
     check_against_naive(params, episodes, stats, temperature=temperature)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_cuts_are_those_of_the_textbook_and_both_log_probs_are_kept(params, run, driver):
+    def kept(p):
+        p = np.where(p >= np.sort(p)[-9], p, 0)
+        order = np.argsort(-p)
+        reached = np.cumsum(p[order]) / p.sum()
+        return p >= p[order[np.argmax(reached >= 0.8)]]
+
+    cut = Cut(jnp.int32(9), jnp.float32(0.8), jnp.float32(0))
+    episodes, stats = run(driver, cut=cut)
+    for episode in episodes:
+        naive = NaiveEpisode(params, episode, prefix_length=stats.prefix_tokens, kept=kept)
+        assert (episode.tokens, episode.stop) == (naive.tokens, naive.stop)
+        np.testing.assert_allclose(episode.logps, naive.logps, atol=1e-4, rtol=0)
+        drawn = [x for x, sampled in zip(episode.drawn_logps, episode.sampled, strict=True) if sampled]
+        np.testing.assert_allclose(drawn, naive.drawn_logps, atol=1e-4, rtol=0)
+        assert all(a <= b for a, b in zip(episode.logps, episode.drawn_logps, strict=True))
+
+
+def test_sampled_tokens_of_an_episode_are_limited(params):
+    """Over all turns: replies and questions do not count."""
+    engine = make_engine("jit", episode_tokens=9)
+    episodes, stats = engine.run(PROMPTS, at_once(), temperature=1.0, seed=SEED)
+    for episode in episodes:
+        naive = NaiveEpisode(params, episode, prefix_length=stats.prefix_tokens, limit=9)
+        assert (episode.tokens, episode.stop) == (naive.tokens, naive.stop)
+    assert stats.stops["token_limit"] > 3 and max(sum(e.sampled) for e in episodes) == 9
+    assert any(e.stop == "token_limit" and e.replies for e in episodes)
 
 
 def test_one_prompt_for_all_draws_apart_and_a_single_one_runs(params, run):
@@ -181,6 +225,69 @@ def test_a_reply_ends_no_turn_and_stays_in_its_budget(params, run, reply):
     episodes, stats = run("jit", respond=at_once(texts))
     assert stats.calls > 5
     check_against_naive(params, episodes, stats, texts=texts)
+
+
+def test_a_reply_of_a_megabyte_and_one_of_control_characters_are_cut_to_their_budget(run):
+    texts = {0: "w5 " * 350_000, 1: "".join(map(chr, range(1, 32))) * 1000, 2: ""}
+    episodes, stats = run("jit", respond=at_once(lambda route, episode, call: texts[call]))
+    assert stats.calls > 5
+    assert all(n <= REPLY_TOKENS + 2 for e in episodes for n in injected_lengths(e))
+
+
+def injected_lengths(episode):
+    """Lengths of the runs of injected tokens."""
+    words = "".join("x" if sampled else "." for sampled in episode.sampled)
+    return [len(run) for run in words.split("x") if run]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_replies_that_never_come_end_their_episodes_and_not_the_run(run, expected, driver):
+    """As where a thread of the pool has died. All other episodes are what they always are."""
+    dead = {prompt.episode for prompt in PROMPTS[::3]}
+
+    def respond(route, *, episode, call):
+        return Future() if episode in dead else at_once()(route, episode=episode, call=call)
+
+    episodes, stats = run(driver, respond=respond)
+    lost = [e for e in episodes if e.stop == "no_reply"]
+    assert lost and stats.stops["no_reply"] == len(lost)
+    for episode in episodes:
+        whole = expected[episode.id]
+        if episode.id in dead and whole.replies:
+            assert episode.stop == "no_reply" and whole.tokens[: len(episode.tokens)] == episode.tokens
+        else:
+            assert episode == whole
+
+
+@pytest.mark.slow
+def test_hundreds_of_calls_in_flight_and_thousands_in_a_run():
+    """256 rows, most of which wait at a time: nothing is lost and nothing asked twice."""
+    engine = make_engine("jit", slots=256, exchange_rows=64, feed_rows=64)
+    prompts = [Prompt(i, PROMPTS[i % len(PROMPTS)].tokens) for i in range(4000)]
+    pool = Latecomers((0.0, 0.01, 0.002), threads=256)
+    episodes, stats = engine.run(prompts, pool, temperature=1.0, seed=SEED)
+    asked = collections.Counter((episode, call) for _, episode, call in pool.calls)
+    assert set(asked.values()) == {1} and len(asked) == stats.calls == sum(len(e.replies) for e in episodes) >= 5000
+    held = threading.Event()
+    first = [p for p, e in zip(prompts, episodes, strict=True) if e.replies][:256]
+    waiting, lock = [], threading.Lock()
+
+    def respond(route, *, episode, call):
+        """Nobody is answered before all have asked."""
+        if held.is_set() or call:
+            return at_once()(route, episode=episode, call=call)
+        with lock:
+            waiting.append((future := Future(), Reply(tiny_router.reply_text(route, episode, call))))
+            if len(waiting) == 256:
+                held.set()
+                for other, reply in waiting:
+                    other.set_result(reply)
+        return future
+
+    again, stats = engine.run(first, respond, temperature=1.0, seed=SEED, prefix_tokens=stats.prefix_tokens)
+    assert stats.calls_in_flight == 256
+    by_id = {e.id: e for e in episodes}
+    assert all(e.tokens == by_id[e.id].tokens for e in again)
 
 
 class ProviderDownError(RuntimeError):

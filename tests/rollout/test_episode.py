@@ -14,6 +14,7 @@ def test_common_prefix_is_the_longest_that_leaves_each_a_token(prompts):
 
 def test_an_episode_keeps_tokens_log_probs_and_mask_in_step():
     episode = Episode(3, (1, 2))
-    episode.extend([5, 6], [-0.5, -0.25])
-    episode.extend([7], None)
-    assert (episode.tokens, episode.logps, episode.sampled) == ([5, 6, 7], [-0.5, -0.25, 0.0], [True, True, False])
+    episode.sample([5, 6], [-0.5, -0.25], [-0.25, 0.0])
+    episode.inject([7])
+    assert (episode.tokens, episode.sampled) == ([5, 6, 7], [True, True, False])
+    assert (episode.logps, episode.drawn_logps) == ([-0.5, -0.25, 0.0], [-0.25, 0.0, 0.0])

@@ -96,9 +96,9 @@ def reply_text(route: str, episode: int, call: int) -> str:
 class Latecomers:
     """A pool whose replies take the given times, in seconds, dealt out over the calls in the order they come in."""
 
-    def __init__(self, delays=(0.0,), texts=reply_text):
+    def __init__(self, delays=(0.0,), texts=reply_text, threads=8):
         self._delays, self._texts = list(delays), texts
-        self._threads = ThreadPoolExecutor(8)
+        self._threads = ThreadPoolExecutor(threads)
         self.calls: list[tuple[str, int, int]] = []
 
     def __call__(self, route: str, *, episode: int, call: int) -> Future:

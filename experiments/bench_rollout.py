@@ -1,0 +1,383 @@
+"""Rollouts with calls to slow models: our sampling loop against `transformers` generate with a barrier per turn.
+
+What it shows: episodes per second of the same work on the same weights. Every episode has a shared prefix of 1024
+tokens, a question of 32, three calls and a last turn; every turn samples 40 tokens, every reply brings 64 tokens and
+takes as long as a seeded log-normal draw says (median 0.4 s, one in twenty 3 s), from an HTTP server on the loopback.
+Turns end by their length, which the benchmark takes for a route tag (the fourth for an answer), so that random weights
+do the same work in each system:
+
+- `jit`, `host`: our engine with 64 slots, 512 episodes in groups of 8 per question;
+- `generate`: the way that published code goes: 64 episodes at a time, each turn read anew from its first token, all
+  episodes wait for the slowest call of the turn, ten threads make the calls.
+
+    python experiments/bench_rollout.py            L4 D256, several minutes
+    python experiments/bench_rollout.py --full     also L8 D512, and episodes per second over slots and over latency
+
+`step_vs_matmul` is the time of a decode step, all slots running at three quarters of their length, over that of its
+bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
+the worst value over the sizes that ran.
+
+RESULT
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from router_r1_jax.mesh import make_mesh
+from router_r1_jax.model import KV, ModelConfig, Params, Prefix, RouterLM, empty_cache, init_params, save_hf, unroll
+from router_r1_jax.rollout import Engine, Manners, Prompt, engine
+from router_r1_jax.rollout.exchange import ANSWER, ROUTE, Exchange
+from router_r1_jax.rollout.state import RUN, TURN_LIMIT, Limits, Outbox, empty_rows
+from router_r1_jax.rollout.step import Sampler, decode
+
+SIZES = {
+    "L4 D256": dict(num_layers=4, width=256, mlp=1024, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=4096),
+    "L8 D512": dict(num_layers=8, width=512, mlp=2048, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=32_768),
+}
+PREFIX, QUESTION, TURN, REPLY, CALLS, GROUP = 1024, 32, 40, 64, 3, 8
+OWN = QUESTION + (CALLS + 1) * TURN + CALLS * REPLY
+TAGS = ("<information>", "</information>", "[UNK]")
+
+
+class Latency(NamedTuple):
+    """Seconds of a reply: log-normal around the median, and `slow` once in twenty."""
+
+    median: float = 0.4
+    slow: float = 3.0
+
+    def of(self, episode: int, call: int) -> float:
+        """Of one call of one episode: the same in every system."""
+        draw = np.random.default_rng([7, episode, call])
+        return self.slow if draw.random() < 0.05 else float(self.median * np.exp(0.35 * draw.standard_normal()))
+
+
+# The models that are called
+
+
+class _Replies(BaseHTTPRequestHandler):
+    """POST /, with {"seconds": s}: answers with 62 words after s seconds."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(json.loads(body)["seconds"])
+        text = " ".join(f"w{i}" for i in range(REPLY - 2)).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 512  # as many connections as there may be calls at a time
+    daemon_threads = True
+
+
+def _serve(port: Any) -> None:
+    with _Server(("127.0.0.1", 0), _Replies) as server:
+        port.send(server.server_address[1])
+        server.serve_forever()
+
+
+@contextmanager
+def reply_server() -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_serve, args=[there], daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{here.recv()}/"
+    finally:
+        process.terminate()
+
+
+def ask(address: str, seconds: float) -> str:
+    """One reply."""
+    body = json.dumps({"seconds": seconds}).encode()
+    with urllib.request.urlopen(urllib.request.Request(address, body), timeout=60) as reply:
+        return reply.read().decode()
+
+
+# Ours
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Words w0, w1, ... and the information tags; no token holds a part of a stop tag."""
+    words = [*TAGS, *(f"w{i}" for i in range(vocab_size - len(TAGS)))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+class ForcedExchange(Exchange):
+    """Takes the end of a turn by length for a route tag, and that of the fourth turn for an answer."""
+
+    def _exchange(self, out: Outbox) -> Any:
+        reasons = [
+            reason if reason != TURN_LIMIT else ANSWER if len(self._at[int(row)].replies) == CALLS else ROUTE
+            for row, reason in zip(out.row, out.reason, strict=True)
+        ]
+        return super()._exchange(out._replace(reason=np.array(reasons, np.int32)))
+
+
+class Reply(NamedTuple):
+    """What the engine needs of a reply."""
+
+    text: str
+
+
+def make_limits(slots: int) -> Limits:
+    fed = max(QUESTION, REPLY + 1)
+    room = engine.CALLBACK_BYTES // (4 * max(fed, TURN))
+    return Limits(
+        slots=slots, row_tokens=OWN, turn_tokens=TURN, episode_tokens=OWN, feed_tokens=fed, chunk=REPLY + 1,
+        feed_rows=min(8, slots), exchange_rows=min(slots, room), poll_every=8,
+    )  # fmt: skip
+
+
+def make_prompts(config: ModelConfig, episodes: int) -> list[Prompt]:
+    """Groups of 8 ask the same question."""
+    rng = np.random.default_rng(1)
+    first = len(TAGS)
+    prefix = rng.integers(first, config.vocab_size, PREFIX).tolist()
+    questions = rng.integers(first, config.vocab_size, (-(-episodes // GROUP), QUESTION))
+    questions[:, 0] = first + np.arange(len(questions)) % (config.vocab_size - first)  # the shared part ends before it
+    return [Prompt(i, (*prefix, *questions[i // GROUP].tolist())) for i in range(episodes)]
+
+
+def our_rollout(
+    config: ModelConfig, params: Params, address: str, *, driver: str, slots: int, episodes: int, latency: Latency
+) -> dict[str, Any]:
+    """Figures of one run; a short one before it has compiled everything."""
+    manners = Manners(max_calls=CALLS, reply_tokens=REPLY)
+    runner = Engine(config, make_limits(slots), make_tokenizer(config.vocab_size), manners, driver=driver)
+    runner.push(params)
+    with ThreadPoolExecutor(slots) as threads:
+
+        def respond(route: str, *, episode: int, call: int) -> Future:
+            return threads.submit(lambda: Reply(ask(address, latency.of(episode, call))))
+
+        prompts = make_prompts(config, episodes)
+        draws = {"temperature": 1.0, "seed": 0, "prefix_tokens": PREFIX}
+        runner.run(prompts[: 2 * GROUP], respond, **draws)
+        found, stats = runner.run(prompts, respond, **draws)
+    for episode in found:
+        assert (episode.stop, len(episode.replies), len(episode.tokens)) == ("answer", CALLS, OWN - QUESTION)
+        assert sum(episode.sampled) == (CALLS + 1) * TURN
+    return {
+        "episodes_per_s": episodes / stats.seconds,
+        "idle_share": stats.idle_share,
+        "slots_used": stats.slots_used,
+        "decode_share": stats.decode_seconds / stats.seconds,
+        "feed_share": stats.feed_seconds / stats.seconds,
+        "decode_step_ms": 1e3 * stats.decode_seconds / stats.decode_steps,
+        "calls_in_flight": stats.calls_in_flight,
+        "latency_p50": stats.latency_p50,
+    }
+
+
+# The published way
+
+
+def generate_rollout(
+    config: ModelConfig, params: Params, address: str, *, episodes: int, latency: Latency, threads: int = 10
+) -> dict[str, Any]:
+    """`transformers` on torch: all episodes in one batch, a barrier per turn, everything read anew each turn."""
+    import tempfile
+
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count())
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(Path(folder) / "model", config, params)
+        model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+    tokenizer = make_tokenizer(config.vocab_size)
+    contexts = torch.tensor([p.tokens for p in make_prompts(config, episodes)])
+    settings = {
+        "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "min_new_tokens": TURN, "max_new_tokens": TURN,
+        "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    calling = 0.0
+
+    def turn(contexts: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.generate(contexts, attention_mask=torch.ones_like(contexts), **settings)
+
+    turn(contexts[:2, :64])
+    started = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:
+        for call in range(CALLS + 1):
+            contexts = turn(contexts)
+            assert contexts.shape == (episodes, PREFIX + QUESTION + (call + 1) * TURN + call * REPLY)
+            if call < CALLS:
+                asked = time.monotonic()
+                replies = list(pool.map(lambda e, c=call: ask(address, latency.of(e, c)), range(episodes)))
+                ids = [tokenizer.encode(f"{TAGS[0]} {r} {TAGS[1]}", add_special_tokens=False) for r in replies]
+                contexts = torch.cat([contexts, torch.tensor(ids)], dim=1)
+                calling += time.monotonic() - asked
+            print(f"  generate: turn {call + 1} of {CALLS + 1} after {time.monotonic() - started:.0f} s", flush=True)
+    seconds = time.monotonic() - started
+    return {"episodes_per_s": episodes / seconds, "calling_share": calling / seconds}
+
+
+# A decode step and its products
+
+
+def median_seconds(call: Callable[[], Any], repeats: int = 30) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def step_against_products(config: ModelConfig, params: Params, slots: int) -> dict[str, float]:
+    """Milliseconds of a decode step with all slots running, and of its bare matrix products."""
+    c, limits = config, make_limits(slots)
+    flat = unroll(params, c.num_layers)
+    rng = np.random.default_rng(0)
+    kv = KV(*(jnp.asarray(rng.normal(size=(PREFIX, c.num_kv_heads, c.head_dim)), c.dtype) for _ in range(2)))
+    prefix = Prefix((kv,) * c.num_layers, jnp.int32(PREFIX))
+    table = jnp.zeros((16, c.vocab_size), jnp.uint8)
+    sampler = Sampler(table, jnp.int32(2), jnp.int32(-1), jnp.float32(1), jax.random.key(0), None)
+    rows = empty_rows(limits).replace(
+        status=jnp.full(slots, RUN), position=jnp.full(slots, 3 * OWN // 4), episode=jnp.arange(slots, dtype=jnp.uint32)
+    )
+    step = jax.jit(functools.partial(decode, RouterLM(c, unrolled=True), limits), donate_argnums=3)
+    caches = [empty_cache(c, slots, OWN)]
+
+    def run_step() -> None:
+        caches[0], found = step(flat, prefix, sampler, caches[0], rows)
+        jax.block_until_ready(found)
+
+    @jax.jit
+    def products(flat: Params, x: jax.Array, caches: tuple[KV, ...]) -> jax.Array:
+        """The same products in the same order of axes, without norms, rotary positions, softmax and sampling."""
+        G, total = c.num_heads // c.num_kv_heads, jnp.float32(0)
+        for i in range(c.num_layers):
+            layer = flat[f"layer_{i}"]
+            q, k, v = (x @ layer["attention"][n]["kernel"].reshape(c.width, -1) for n in "qkv")
+            q = q.reshape(slots, c.num_kv_heads, G, c.head_dim)
+            own = jnp.einsum("BKGH,BSKH->BKGS", q, caches[i].k)
+            before = jnp.einsum("BKGH,PKH->BKGP", q, prefix.kv[i].k)
+            out = jnp.einsum("BKGS,BSKH->BKGH", own, caches[i].v) + jnp.einsum("BKGP,PKH->BKGH", before, prefix.kv[i].v)
+            x = out.reshape(slots, -1) @ layer["attention"]["o"]["kernel"].reshape(-1, c.width)
+            gate, up = (x @ layer["mlp"][n]["kernel"] for n in ("gate", "up"))
+            x = (gate + up) @ layer["mlp"]["down"]["kernel"]
+            total += k[0, 0] + v[0, 0]
+        return jnp.sum(x @ flat["embed"].T) + total
+
+    x = jnp.asarray(rng.normal(size=(slots, c.width)), c.dtype)
+    ours = median_seconds(run_step)
+    bare = median_seconds(lambda: jax.block_until_ready(products(flat, x, caches[0])))
+    return {"decode_step_ms": 1e3 * ours, "products_ms": 1e3 * bare, "step_vs_matmul": ours / bare}
+
+
+# The whole
+
+
+def compare(name: str, address: str, latency: Latency) -> dict[str, Any]:
+    """All systems at one size."""
+    config = ModelConfig(**SIZES[name], family="qwen3", remat="none")
+    params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
+    result: dict[str, Any] = {"step": step_against_products(config, params, 64)}
+    print(f"{name}: step {result['step']}", flush=True)
+    for driver in ("jit", "host"):
+        result[driver] = our_rollout(config, params, address, driver=driver, slots=64, episodes=512, latency=latency)
+        print(f"{name}: {driver} {result[driver]}", flush=True)
+    result["generate"] = generate_rollout(config, params, address, episodes=64, latency=latency)
+    print(f"{name}: generate {result['generate']}", flush=True)
+    ours = result["jit"]["episodes_per_s"]
+    return result | {
+        "ratio_vs_generate": ours / result["generate"]["episodes_per_s"],
+        "ratio_jit_vs_host": ours / result["host"]["episodes_per_s"],
+        "idle_share": result["jit"]["idle_share"],
+        "step_vs_matmul": result["step"]["step_vs_matmul"],
+    }
+
+
+def scaling(address: str) -> dict[str, list[dict[str, float]]]:
+    """Episodes per second of the first size, over slots and over the median latency."""
+    config = ModelConfig(**SIZES["L4 D256"], family="qwen3", remat="none")
+    params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
+    run = functools.partial(our_rollout, config, params, address, driver="jit")
+    table: dict[str, list[dict[str, float]]] = {"slots": [], "latency": []}
+    for slots in (1, 4, 16, 64, 256):
+        found = run(slots=slots, episodes=min(512, 16 * slots), latency=Latency())
+        table["slots"].append({"slots": slots, **found})
+        print(f"slots {slots}: {found}", flush=True)
+    for median in (0.0, 0.25, 0.5, 1.0, 2.0):
+        found = run(slots=64, episodes=256, latency=Latency(median, 7.5 * median))
+        table["latency"].append({"median": median, **found})
+        print(f"median {median} s: {found}", flush=True)
+    return table
+
+
+def draw(table: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Both tables as one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.6), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, key, x, label in ((left, "slots", "slots", "slots"), (right, "latency", "median", "median latency, s")):
+        axes.plot([row[x] for row in table[key]], [row["episodes_per_s"] for row in table[key]], "o-", color="#0072B2")
+        axes.set(xlabel=label, ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e4e4e4", linewidth=0.7)
+    left.set_xscale("log", base=2)
+    left.set_title("Episodes per second", loc="left", fontsize=10, fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="also the larger size, and the tables")
+    args = parser.parse_args()
+    engine.Exchange = ForcedExchange
+    machine = {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+    sizes, table = {}, None
+    with reply_server() as address:
+        for name in list(SIZES)[: 1 + args.full]:
+            sizes[name] = compare(name, address, Latency())
+        if args.full:
+            table = scaling(address)
+            draw(table, Path(__file__).parent / "results" / "rollout_scaling.png")
+    keys = {"ratio_vs_generate": min, "ratio_jit_vs_host": min, "idle_share": max, "step_vs_matmul": max}
+    worst = {key: of(size[key] for size in sizes.values()) for key, of in keys.items()}
+    for system in ("jit", "host", "generate"):
+        worst[f"episodes_per_s_{system}"] = min(size[system]["episodes_per_s"] for size in sizes.values())
+    print(json.dumps(worst | {"sizes": sizes, "scaling": table, "machine": machine}))
+
+
+if __name__ == "__main__":
+    main()
