@@ -22,6 +22,7 @@ def model_card(**fields: object) -> ConfigDict:
 
     Prices are dollars per million tokens, latency is seconds (None: nobody measured it, and the prompt states none),
     performance maps a topic to a score in [0, 1].
+    price_changes are (step, price_in, price_out), each valid from that training step on, for prompt and charge alike.
     `simulated` is read by the simulated server only. Shares of requests: failure_rate (HTTP 503), malformed_rate (half
     a JSON body), wrong_type_rate (a page of HTML), dropped_rate (the connection is cut). By number of request to the
     model, from 0: outage (first, end) is answered with HTTP 503; slow_start (requests, seconds) makes the first ones
@@ -35,6 +36,7 @@ def model_card(**fields: object) -> ConfigDict:
             model="",
             price_in=0.0,
             price_out=0.0,
+            price_changes=(),
             latency=config_dict.placeholder(float),
             performance=ConfigDict(),
             description="",

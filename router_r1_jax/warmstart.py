@@ -45,9 +45,10 @@ def recipe(config: ConfigDict) -> str:
         "world": {"version": str(synthetic.Synthetic.VERSION)} | config.data.world.to_dict(),
         "template": prompts.load_template(config.prompt.template),
         "max_calls": config.rollout.max_calls,
-        # Of what the simulated server does wrong, the first kept file knows one field; none of them is seen here.
+        # Neither later prices nor what the simulated server does wrong is seen here; kept files know one such field.
         "models": [
-            model.to_dict() | {"simulated": {"failure_rate": model.simulated.failure_rate}}
+            {name: value for name, value in model.to_dict().items() if name != "price_changes"}
+            | {"simulated": {"failure_rate": model.simulated.failure_rate}}
             for model in config.pool.models
         ],
         "rename": config.pool.rename,
