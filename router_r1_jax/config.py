@@ -22,7 +22,12 @@ def model_card(**fields: object) -> ConfigDict:
 
     Prices are dollars per million tokens, latency is seconds (None: nobody measured it, and the prompt states none),
     performance maps a topic to a score in [0, 1].
-    `simulated` is read by the simulated server only (`failure_rate`: share of requests answered with HTTP 503).
+    price_changes are (step, price_in, price_out), each valid from that training step on, for prompt and charge alike.
+    `simulated` is read by the simulated server only. Shares of requests: failure_rate (HTTP 503), malformed_rate (half
+    a JSON body), wrong_type_rate (a page of HTML), dropped_rate (the connection is cut). By number of request to the
+    model, from 0: outage (first, end) is answered with HTTP 503; slow_start (requests, seconds) makes the first ones
+    later; downgrade (first, model id) answers from there on with the skill of another model, and does not say so.
+    requests_per_minute answers more with HTTP 429 and Retry-After.
     """
     card = ConfigDict(
         dict(
@@ -31,15 +36,28 @@ def model_card(**fields: object) -> ConfigDict:
             model="",
             price_in=0.0,
             price_out=0.0,
+            price_changes=(),
             latency=config_dict.placeholder(float),
             performance=ConfigDict(),
             description="",
             aliases=(),
-            simulated=ConfigDict(dict(failure_rate=0.0)),
+            simulated=ConfigDict(
+                dict(
+                    failure_rate=0.0,
+                    malformed_rate=0.0,
+                    wrong_type_rate=0.0,
+                    dropped_rate=0.0,
+                    outage=(0, 0),
+                    slow_start=(0, 0.0),
+                    downgrade=(0, ""),
+                    requests_per_minute=0,
+                )
+            ),
         )
     ).lock()
     with card.unlocked():
         card.performance.update(fields.pop("performance", {}))
+    card.simulated.update(fields.pop("simulated", {}))
     card.update(fields)
     return card
 

@@ -16,7 +16,7 @@ from router_r1_jax import prompts
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.model import ModelConfig, Params
-from router_r1_jax.pool.cards import Card, roster
+from router_r1_jax.pool.cards import Card, at_step, roster
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.rollout import Engine, Episode, Manners, Prompt, RolloutStats, make_cut, make_limits
@@ -112,7 +112,7 @@ class Router:
 
         `seed` decides the roster and every draw. Raises PoolError where most calls failed at their provider.
         """
-        cards = self.roster(*seed)
+        cards = at_step(self.roster(*seed), step)
         repeated = [question for question in questions for _ in range(group)]
         ids = {question.id: self.prompt_ids(question, cards) for question in questions}
         asked = [Prompt(i, ids[question.id]) for i, question in enumerate(repeated)]

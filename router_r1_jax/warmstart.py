@@ -45,7 +45,12 @@ def recipe(config: ConfigDict) -> str:
         "world": {"version": str(synthetic.Synthetic.VERSION)} | config.data.world.to_dict(),
         "template": prompts.load_template(config.prompt.template),
         "max_calls": config.rollout.max_calls,
-        "models": [model.to_dict() for model in config.pool.models],
+        # Neither later prices nor what the simulated server does wrong is seen here; kept files know one such field.
+        "models": [
+            {name: value for name, value in model.to_dict().items() if name != "price_changes"}
+            | {"simulated": {"failure_rate": model.simulated.failure_rate}}
+            for model in config.pool.models
+        ],
         "rename": config.pool.rename,
         "warmstart": {name: value for name, value in config.warmstart.to_dict().items() if name != "file"},
     }

@@ -12,6 +12,20 @@ from router_r1_jax.protocol import PLACEHOLDERS
 
 
 @dataclasses.dataclass(frozen=True)
+class Faults:
+    """What the simulated server does wrong for a model; `config.model_card` says what each means."""
+
+    failure_rate: float = 0.0
+    malformed_rate: float = 0.0
+    wrong_type_rate: float = 0.0
+    dropped_rate: float = 0.0
+    outage: tuple[int, int] = (0, 0)
+    slow_start: tuple[int, float] = (0, 0.0)
+    downgrade: tuple[int, str] = (0, "")
+    requests_per_minute: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Card:
     """One external model.
 
@@ -26,7 +40,8 @@ class Card:
       performance: topic -> score in [0, 1].
       description: free text for the prompt.
       aliases: further spellings of `name` that a call may use.
-      failure_rate: share of requests that the simulated server answers with HTTP 503.
+      price_changes: (training step, price_in, price_out), valid from that step on.
+      simulated: what the simulated server does wrong for it.
     """
 
     key: str
@@ -39,7 +54,8 @@ class Card:
     performance: Mapping[str, float] = dataclasses.field(hash=False)
     description: str
     aliases: tuple[str, ...]
-    failure_rate: float
+    simulated: Faults = Faults()
+    price_changes: tuple[tuple[int, float, float], ...] = ()
 
 
 def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
@@ -68,6 +84,19 @@ def roster(cards: Sequence[Card], rng: np.random.Generator, *, shuffle: bool, re
     return tuple(shown)
 
 
+def at_step(cards: Sequence[Card], step: int) -> tuple[Card, ...]:
+    """The cards with the prices that are valid at a training step."""
+
+    def priced(card: Card) -> Card:
+        past = [change for change in card.price_changes if change[0] <= step]
+        if not past:
+            return card
+        _, price_in, price_out = max(past, key=lambda change: change[0])
+        return dataclasses.replace(card, price_in=price_in, price_out=price_out)
+
+    return tuple(map(priced, cards))
+
+
 def route_names(cards: Sequence[Card]) -> dict[str, str]:
     """Every spelling that a call may use -> the shown name: the mapping that `protocol.parse_route` takes."""
     return {spelling: card.name for card in cards for spelling in (card.name, *card.aliases)}
@@ -81,11 +110,15 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         raise ConfigError(f"{where}.model is ''; write the id under which provider {entry.provider!r} knows the model")
     for field in ("price_in", "price_out"):
         _check_number(f"{where}.{field}", entry[field], "a price is dollars per million tokens, >= 0")
+    for j, change in enumerate(entry.price_changes):
+        if len(change) != 3 or not all(math.isfinite(value) and value >= 0 for value in change):
+            raise ConfigError(f"{where}.price_changes[{j}] is {change}; write (step, price_in, price_out), each >= 0")
     if entry.latency is not None:
         _check_number(f"{where}.latency", entry.latency, "a latency is seconds per call, >= 0")
     for topic, score in entry.performance.items():
         _check_number(f"{where}.performance.{topic}", score, "a score lies in [0, 1]", most=1.0)
-    _check_number(f"{where}.simulated.failure_rate", entry.simulated.failure_rate, "a share lies in [0, 1]", most=1.0)
+    for field in ("failure_rate", "malformed_rate", "wrong_type_rate", "dropped_rate"):
+        _check_number(f"{where}.simulated.{field}", entry.simulated[field], "a share lies in [0, 1]", most=1.0)
     return Card(
         key=entry.name,
         name=entry.name,
@@ -97,7 +130,8 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         performance={topic: float(score) for topic, score in entry.performance.items()},
         description=entry.description,
         aliases=tuple(entry.aliases),
-        failure_rate=float(entry.simulated.failure_rate),
+        simulated=Faults(**entry.simulated),
+        price_changes=tuple((int(step), float(p_in), float(p_out)) for step, p_in, p_out in entry.price_changes),
     )
 
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.world import World
-from router_r1_jax.pool.cards import Card
+from router_r1_jax.pool.cards import Card, Faults
 from router_r1_jax.pool.outcomes import PoolError
 from router_r1_jax.pool.simulated import SimulatedModels
 
@@ -34,11 +34,15 @@ _MAX_HEADERS = 100
 
 
 class _RequestError(Exception):
-    """A request that cannot be answered: HTTP status and message."""
+    """A request that cannot be answered: HTTP status and message, and perhaps when to come again."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, retry_after: float = 0.0) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_after = status, retry_after
+
+
+class _Broken(Exception):  # noqa: N818  nothing of ours is wrong
+    """An answer that is to be broken: "malformed", "wrong_type" or "dropped"."""
 
 
 class SimulatedServer(socketserver.ThreadingTCPServer):
@@ -64,13 +68,21 @@ class _Handler(socketserver.StreamRequestHandler):
         """Answer requests until the client closes, or until one cannot be read to its end."""
         try:
             while line := self.rfile.readline(65537):
-                keep = False
+                keep, after = False, 0.0
                 try:
                     method, path, body, keep = self._read_request(line)
                     status, answer = self._answer(method, path, body)
                 except _RequestError as error:
                     status, answer = error.status, {"error": {"message": str(error), "type": "invalid_request_error"}}
-                self._write(status, answer, keep)
+                    after = error.retry_after
+                except _Broken as broken:
+                    if str(broken) == "dropped":
+                        return
+                    page = str(broken) == "wrong_type"
+                    body, kind = (b"<html></html>", "text/html") if page else (b'{"choices": [{', "application/json")
+                    self._send(200, body, keep, kind=kind)
+                    continue
+                self._send(status, json.dumps(answer).encode(), keep, retry_after=after)
                 if not keep:
                     return
         except ConnectionError:
@@ -122,10 +134,16 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def _complete(self, model: str, query: str, max_tokens: int | None) -> tuple[int, dict[str, Any]]:
         models = self.server.models
-        time.sleep(models.latency(model))
-        if models.fails(model, query):
+        number = models.next_request(model)
+        if wait := models.retry_after(model, time.monotonic()):
+            raise _RequestError(429, "too many requests to the simulated model", retry_after=wait)
+        time.sleep(models.latency(model, number))
+        fault = models.fault(model, query, number)
+        if fault == "failure":
             return _error(503, "the simulated model is overloaded")
-        answer = models.answer(model, query, max_tokens)
+        if fault:
+            raise _Broken(fault)
+        answer = models.answer(model, query, max_tokens, number)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": answer.text},
@@ -139,11 +157,14 @@ class _Handler(socketserver.StreamRequestHandler):
         head = {"id": "simulated", "object": "chat.completion", "created": int(time.time()), "model": model}
         return 200, {**head, "choices": [choice], "usage": usage}
 
-    def _write(self, status: int, answer: dict[str, Any], keep: bool) -> None:
-        body = json.dumps(answer).encode()
+    def _send(
+        self, status: int, body: bytes, keep: bool, *, kind: str = "application/json", retry_after: float = 0.0
+    ) -> None:
         close = "" if keep else "Connection: close\r\n"
+        if retry_after:
+            close += f"Retry-After: {retry_after:.3f}\r\n"
         head = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n{close}"
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\n{close}"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         self.wfile.write(head.encode() + body)
@@ -218,7 +239,10 @@ def main() -> None:
     """Serve what standard input's first line specifies, until standard input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which may still need us for its last step
     spec = json.loads(sys.stdin.readline())
-    cards = [Card(**{**card, "aliases": tuple(card["aliases"])}) for card in spec["cards"]]
+    cards = [
+        Card(**{**card, "aliases": tuple(card["aliases"]), "simulated": Faults(**card["simulated"])})
+        for card in spec["cards"]
+    ]
     try:
         server = SimulatedServer(SimulatedModels(World(spec["world"]), cards), spec["port"])
     except (ConfigError, OSError) as error:

@@ -13,6 +13,7 @@ import json
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Tape:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Autocommit: one statement is one transaction, which is all that is needed here.
             self._db = sqlite3.connect(self._path, _LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
+            _use_wal(self._db)
             self._db.execute(
                 "PRAGMA synchronous=NORMAL"
             )  # survives a killed process; a power cut may cost the last calls
@@ -148,6 +149,19 @@ class Tape:
 
     def _error(self, error: Exception) -> PoolError:
         return _unusable(self._path, error)
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log. SQLite does not wait for processes that do the same at the same moment."""
+    give_up = time.monotonic() + _LOCK_TIMEOUT
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
 
 
 def _unusable(path: Path, error: Exception) -> PoolError:

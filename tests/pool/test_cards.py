@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_r1_jax.config import ConfigError, base_config, model_card, provider
-from router_r1_jax.pool.cards import cards_from_config, roster, route_names
+from router_r1_jax.pool.cards import at_step, cards_from_config, roster, route_names
 from router_r1_jax.protocol import RouteCall, parse_route
 
 
@@ -16,7 +16,7 @@ def test_a_card_says_what_the_config_says(pool_config):
     assert (titan.key, titan.name, titan.provider, titan.model) == ("Titan", "Titan", "p", "titan-70b")
     assert (titan.price_in, titan.price_out, titan.latency, titan.aliases) == (3.0, 12.0, 0.5, ("Titan XL",))
     assert titan.performance == {"film": 0.9}
-    assert pico.failure_rate == 0.0
+    assert pico.simulated.failure_rate == 0.0
 
 
 def _third(**fields):
@@ -35,6 +35,8 @@ def _third(**fields):
         ({"latency": math.inf}, r"pool\.models\[2\]\.latency is inf"),
         ({"performance": {"film": 1.5}}, r"pool\.models\[2\]\.performance\.film is 1\.5; a score lies in \[0, 1\]"),
         ({"failure_rate": 2.0}, r"pool\.models\[2\]\.simulated\.failure_rate is 2\.0; a share"),
+        ({"price_changes": ((3, -1.0, 2.0),)}, r"pool\.models\[2\]\.price_changes\[0\] is \(3, -1\.0, 2\.0\); write"),
+        ({"price_changes": ((3, 1.0),)}, r"pool\.models\[2\]\.price_changes\[0\]"),
         ({"name": ""}, r"pool\.models\[2\]\.name is ''; give"),
         ({"name": "A: b"}, r"pool\.models\[2\]\.name is 'A: b'; a name holds no colon"),
         ({"name": "<a>"}, r"pool\.models\[2\]\.name"),
@@ -117,3 +119,13 @@ def test_every_spelling_finds_the_name_that_is_shown():
     for card in cards:
         for spelling in (card.name, card.name.upper(), *card.aliases):
             assert parse_route(f" {spelling} : who: me?", names) == RouteCall(card.name, "who: me?")
+
+
+def test_a_price_changes_at_its_step_and_nothing_else_does(pool_config):
+    config = pool_config()
+    config.models[0].price_changes = ((10, 1.0, 2.0), (5, 4.0, 6.0))
+    cards = cards_from_config(config)
+    prices = [(card.price_in, card.price_out) for step in (0, 4, 5, 9, 10, 99) for card in at_step(cards, step)[:1]]
+    assert prices == [(3.0, 12.0)] * 2 + [(4.0, 6.0)] * 2 + [(1.0, 2.0)] * 2
+    assert at_step(cards, 99)[1] == cards[1]
+    assert dataclasses.replace(at_step(cards, 99)[0], price_in=3.0, price_out=12.0) == cards[0]

@@ -20,7 +20,7 @@ from router_r1_jax.reward.format import check_format
 from router_r1_jax.rollout.automaton import build_automaton, token_bytes
 from router_r1_jax.rollout.exchange import STOP_TAGS, reply_ids, route_text
 
-CARD = Card("Titan", "Titan", "p", "titan", 1.0, 1.0, None, {}, "", (), 0.0)
+CARD = Card("Titan", "Titan", "p", "titan", 1.0, 1.0, None, {}, "", ())
 BUDGET = 24
 SPECIAL = [
     "<|im_start|>",

@@ -13,8 +13,10 @@ import requests
 from router_r1_jax.config import base_config, model_card, provider
 from router_r1_jax.data.world import World, query_text
 from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.pool.client import Client
 from router_r1_jax.pool.outcomes import Outcome, PoolError
 from router_r1_jax.pool.pool import Pool
+from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.pool.server import start_server
 
 WORLD = dict(seed=3, films=8, songs=8, clubs=8, persons=10, cities=8, countries=5, rivers=5)
@@ -173,7 +175,7 @@ _PARENT = """
 import json, sys, time
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.pool.server import start_server
-server = start_server(json.loads(sys.argv[1]), [Card("a", "a", "p", "a", 1.0, 1.0, 0.0, {}, "", (), 0.0)])
+server = start_server(json.loads(sys.argv[1]), [Card("a", "a", "p", "a", 1.0, 1.0, 0.0, {}, "", ())])
 print(server.port, flush=True)
 time.sleep(600)
 """
@@ -209,3 +211,59 @@ def test_a_server_that_cannot_start_says_why(server):
 def test_the_servers_process_loads_no_accelerator_library():
     code = "import sys, router_r1_jax.pool.server; print({'jax', 'tensorflow', 'requests'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def _faulty(faults, count, **fields):
+    """Outcomes of calls, one after the other, to a model that the server serves with these faults."""
+    config = _config()
+    config.models[0].simulated.update(faults)
+    cards = cards_from_config(config)
+    with start_server(WORLD, cards) as faulty:
+        config.providers[0].base_url = faulty.base_url
+        config.update(fields)
+        client = Client(config, providers_from_config(config))
+        try:
+            return [client.complete(cards[0], f"{i}?") for i in range(count)]
+        finally:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    ("faults", "error"),
+    [
+        ({"malformed_rate": 1.0}, "not a chat completion"),
+        ({"wrong_type_rate": 1.0}, "not a chat completion"),
+        ({"dropped_rate": 1.0}, ""),
+        ({"outage": (0, 3)}, "HTTP 503"),
+    ],
+)
+def test_each_kind_of_fault_is_met_as_unavailable(faults, error):
+    for got in _faulty(faults, 3, backoff=1000.0, backoff_max=1000.0):
+        assert (got.outcome, got.attempts) == (Outcome.UNAVAILABLE, 1)
+        assert error in got.error
+
+
+def test_all_faults_at_once_are_retried_to_an_answer():
+    rates = dict(failure_rate=0.1, malformed_rate=0.1, wrong_type_rate=0.1, dropped_rate=0.1, outage=(20, 30))
+    got = _faulty(rates, 60)
+    assert {each.outcome for each in got} == {Outcome.OK}
+    assert sum(each.attempts for each in got) > 75
+
+
+def test_a_rate_limited_model_says_when_to_come_again():
+    first, second = _faulty({"requests_per_minute": 10}, 2, deadline=3.0)
+    assert (first.outcome, second.outcome, second.attempts) == (Outcome.OK, Outcome.RATE_LIMITED, 1)
+
+
+def test_a_downgraded_model_answers_at_another_ones_skill_under_its_own_name():
+    config = _config()
+    config.models[0].simulated.downgrade = (1, "aria")
+    world = World(WORLD)
+    fact = next(fact for fact in world.facts if fact.relation == "director")
+    body = {"model": "reel", "messages": [{"role": "user", "content": query_text(fact.relation, fact.subject)}]}
+    with start_server(WORLD, cards_from_config(config)) as downgraded:
+        answers = [_post(downgraded, body).json() for _ in range(3)]
+    query = body["messages"][0]["content"]
+    said = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert said == [world.reply(query, {"film": skill}) for skill in (1.0, 0.0, 0.0)]
+    assert {answer["model"] for answer in answers} == {"reel"}

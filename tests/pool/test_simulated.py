@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from router_r1_jax.config import ConfigError
-from router_r1_jax.pool.cards import Card
+from router_r1_jax.pool.cards import Card, Faults
 from router_r1_jax.pool.simulated import SimulatedModels, count_tokens
 
 
@@ -17,7 +17,9 @@ class Parrot:
 
 
 def _card(name, *, film=0.5, failure_rate=0.0, latency=0.0):
-    return Card(name, name, "p", f"{name}-id", 1.0, 2.0, latency, {"film": film}, "", (), failure_rate)
+    return Card(
+        name, name, "p", f"{name}-id", 1.0, 2.0, latency, {"film": film}, "", (), Faults(failure_rate=failure_rate)
+    )
 
 
 def test_each_model_answers_with_its_own_skill():
@@ -46,15 +48,15 @@ def test_the_declared_share_of_requests_fails_and_the_same_ones_each_time():
         models = SimulatedModels(
             Parrot(), [_card("a", failure_rate=0.1), _card("never"), _card("ever", failure_rate=1.0)]
         )
-        assert not any(models.fails("never-id", "q") for _ in range(100))
-        assert all(models.fails("ever-id", "q") for _ in range(100))
-        return [models.fails("a-id", f"question {i}") for i in range(5000) for _ in range(2)]
+        assert not any(models.fault("never-id", "q") for _ in range(100))
+        assert all("failure" == models.fault("ever-id", "q") for _ in range(100))
+        return [models.fault("a-id", f"question {i}") for i in range(5000) for _ in range(2)]
 
-    fails = draw()
+    fails = [bool(kind) for kind in draw()]
     assert abs(sum(fails) - 1000) < 5 * math.sqrt(900)  # 5 standard deviations
     both = sum(first and second for first, second in zip(fails[::2], fails[1::2], strict=True))
     assert 20 < both < 90  # a question that failed is not lost: its second try is a draw of its own
-    assert draw() == fails
+    assert [bool(kind) for kind in draw()] == fails
 
 
 def test_latency_varies_around_the_cards():
@@ -68,3 +70,9 @@ def test_latency_varies_around_the_cards():
 def test_two_models_of_one_id_cannot_be_told_apart():
     with pytest.raises(ConfigError, match="two simulated models of model id 'a-id'; give each its own"):
         SimulatedModels(Parrot(), [_card("a"), _card("b"), _card("a")])
+
+
+def test_the_first_requests_are_slow_where_a_slow_start_is_scripted():
+    slow = Card("a", "a", "p", "a", 1.0, 1.0, 0.0, {}, "", (), Faults(slow_start=(2, 1.5)))
+    models = SimulatedModels(Parrot(), [slow])
+    assert [models.latency("a", models.next_request("a")) for _ in range(4)] == [1.5, 1.5, 0.0, 0.0]
