@@ -205,7 +205,7 @@ class Run:
         self.iterator.restore(saved.run["data"])
         self.normalizer.restore(saved.run["cost_window"])
         self.first_window = saved.run["first_cost_window"]
-        self.session.pool.restore(saved.run["pool"])
+        self.session.pool.restore(saved.run["pool"], step)
         self.advance(TrainState(saved.params, saved.train["opt_state"], saved.train["step"]), step)
         self.saved_step = step
 

@@ -2,7 +2,8 @@
 
 The file is only ever appended to: what was paid stays written, also where a run goes back to a checkpoint and makes
 calls again. The sums belong to the run and go with its checkpoint. Where a run goes back, a line says to which size of
-the file: calls behind it are made again, so they are neither counted nor charged any more, but they stay spent.
+the file and which step: calls of later steps behind it are made again, so they are neither counted nor charged any
+more, but they stay spent.
 """
 
 import json
@@ -92,16 +93,16 @@ class Ledger:
         """Bytes of the file; a checkpoint keeps it, to tell later which calls it knew."""
         return os.fstat(self._file.fileno()).st_size
 
-    def restore(self, state: dict[str, list[int]], size: int) -> None:
-        """Go on from what `state` returned when the file had `size` bytes; what was spent since stays spent."""
+    def restore(self, state: dict[str, list[int]], size: int, step: int) -> None:
+        """Go on from what `state` returned after `step`, when the file had `size` bytes; what was spent stays spent."""
         with self._lock:
             self._sums = {model: list(sums) for model, sums in state.items()}
             calls = [(offset, line) for offset, line in _lines(self._path) if "model" in line]
             for offset, line in calls:
                 if offset >= size:
                     self._sums.setdefault(line["model"], [0] * len(_SUMS))[2] += _parts(line["spent"])
-            if _made_again(calls, size):
-                self._write({"time": round(time.time(), 3), "back_to": size})
+            if _made_again(calls, size, step):
+                self._write({"time": round(time.time(), 3), "back_to": size, "step": step})
 
     def close(self) -> None:
         """Close the file; `add` must not be called any more."""
@@ -136,7 +137,7 @@ def ledger_totals(path: str | Path) -> dict[str, Any]:
     again: set[int] = set()  # offsets
     for offset, line in _lines(path):
         if "back_to" in line:
-            again |= _made_again(entries, line["back_to"])
+            again |= _made_again(entries, line["back_to"], line["step"])
         elif "model" in line:
             entries.append((offset, line))
     in_all, models, steps = [0] * len(_SUMS), {}, {}
@@ -152,13 +153,12 @@ def ledger_totals(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _made_again(calls: Sequence[tuple[int, dict[str, Any]]], size: int) -> set[int]:
-    """Offsets of the calls that a run makes again when it goes back to where the file had `size` bytes.
+def _made_again(calls: Sequence[tuple[int, dict[str, Any]]], size: int, step: int) -> set[int]:
+    """Offsets of the calls that a run makes again when it goes back to `step`, where the file had `size` bytes.
 
-    They belong to later steps; an evaluation of the step it goes back to stands behind too, and is not repeated.
+    They belong to later steps; an evaluation of a step that is kept stands behind too, and is not repeated.
     """
-    reached = max((line["step"] for offset, line in calls if offset < size), default=0)
-    return {offset for offset, line in calls if offset >= size and line["step"] > reached}
+    return {offset for offset, line in calls if offset >= size and line["step"] > step}
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

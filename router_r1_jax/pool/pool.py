@@ -93,9 +93,9 @@ class Pool:
         """What a checkpoint needs, as JSON: the ledger's sums and size."""
         return {"ledger": self._ledger.state(), "ledger_size": self._ledger.size}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self._ledger.restore(state["ledger"], state["ledger_size"])
+    def restore(self, state: dict[str, Any], step: int) -> None:
+        """Go on from what `state` returned after `step`."""
+        self._ledger.restore(state["ledger"], state["ledger_size"], step)
 
     def close(self) -> None:
         """Drop calls that have not begun, let running ones end without another attempt, and close the files."""

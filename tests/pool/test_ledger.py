@@ -24,8 +24,8 @@ replies = st.builds(
 )
 
 
-def _add(ledger, reply, call=0):
-    ledger.add(reply, step=3, split="train", episode="e1", call=call)
+def _add(ledger, reply, call=0, step=3):
+    ledger.add(reply, step=step, split="train", episode="e1", call=call)
 
 
 def test_a_line_holds_all_of_a_call_but_its_texts(tmp_path):
@@ -71,7 +71,7 @@ def test_a_restored_ledger_goes_on_as_if_never_interrupted(tmp_path):
         _add(whole, reply)
     for reply in calls[:6]:
         _add(first, reply)
-    second.restore(json.loads(json.dumps(first.state())), second.size)
+    second.restore(json.loads(json.dumps(first.state())), second.size, 3)
     for reply in calls[6:]:
         _add(second, reply)
     assert second.state() == whole.state()
@@ -151,6 +151,20 @@ def test_totals_of_the_file_are_told_by_model_and_step(tmp_path):
     assert totals["models"] == ledger.totals()["models"]
 
 
+def test_an_evaluation_behind_the_checkpoint_a_run_goes_back_to_is_not_made_again(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    _add(ledger, Reply("", Outcome.OK, "Titan", charged=1.0, spent=1.0), step=2)
+    state, size = ledger.state(), ledger.size
+    ledger.add(Reply("", Outcome.OK, "Titan", charged=2.0, spent=2.0), step=2, split="test", episode="e", call=0)
+    before = ledger.size
+    ledger.restore(state, size, 2)
+    assert ledger.size == before  # nothing is made again, so nothing is said
+    _add(ledger, Reply("", Outcome.OK, "Titan", charged=4.0, spent=4.0), step=3)
+    ledger.restore(state, size, 2)
+    totals = ledger_totals(tmp_path / "ledger")
+    assert (totals["calls"], totals["charged"], totals["spent"]) == (2, 3.0, 7.0)
+
+
 events = st.lists(st.one_of(replies, st.just("checkpoint"), st.just("crash"), st.just("torn crash")), max_size=40)
 
 
@@ -161,21 +175,22 @@ def test_file_and_run_tell_the_same_sums_however_often_it_crashes(tmp_path, even
     path = tmp_path / "ledger"
     path.unlink(missing_ok=True)
     ledger = Ledger(path)
-    saved, kept, since, paid = (ledger.state(), ledger.size), [], [], []
+    saved, kept, since, paid, step = (ledger.state(), ledger.size), [], [], [], 0
     for event in events:
         if isinstance(event, Reply):
-            _add(ledger, event)
+            _add(ledger, event, step=step + 1)
             since.append(event)
             paid.append(event)
         elif event == "checkpoint":
             saved, kept, since = json.loads(json.dumps((ledger.state(), ledger.size))), kept + since, []
+            step += 1
         else:
             ledger.close()
             if event == "torn crash":
                 with open(path, "ab") as file:
                     file.write(b'{"time": 3, "step"')
             ledger, since = Ledger(path), []
-            ledger.restore(*saved)
+            ledger.restore(*saved, step)
     reported, written = ledger.totals(), ledger_totals(path)
     assert {name: written[name] for name in ("calls", "charged", "spent")} == {
         name: reported[name] for name in ("calls", "charged", "spent")

@@ -296,7 +296,7 @@ def test_sums_go_on_from_a_checkpoint(serve, pool_config, open_pool):
     for call in range(4):
         _ask(whole, cards, "Titan: a?", call=call)
         if call == 1:
-            resumed.restore(json.loads(json.dumps(whole.state())))
+            resumed.restore(json.loads(json.dumps(whole.state())), 1)
         if call > 1:
             _ask(resumed, cards, "Titan: a?", call=call)
     assert resumed.state() == whole.state()
