@@ -149,13 +149,9 @@ def base_config() -> ConfigDict:
     c.pool.request_timeout = 20.0  # of one HTTP request, at a provider that declares no other
     c.pool.backoff = 0.2  # first pause between retries; doubles, with jitter, up to backoff_max
     c.pool.backoff_max = 5.0
-    c.pool.breaker = ConfigDict(
-        dict(failures=50, pause=1.0, pause_max=60.0)
-    )  # see pool.limits.Breaker; 0 failures: off
+    c.pool.breaker = ConfigDict(dict(failures=50, pause=1.0, pause_max=10.0))  # pool.limits.Breaker; 0 failures: off
     c.pool.hedge = False  # ask a second time after the p95 of the model's latencies; the sooner answer counts
-    c.pool.budget = (
-        0.0  # dollars really paid, by the ledger; what is in flight is still paid, then the run stops. 0: none
-    )
+    c.pool.budget = 0.0  # dollars really paid, calls in flight still are; then the run stops; 0: none
     c.pool.fault_weight = 0.0  # in the loss, of an episode whose provider failed; 0: it also leaves its group's mean
     c.pool.max_tokens = 512  # asked of the external model
     c.pool.temperature = 0.0

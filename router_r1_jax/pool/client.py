@@ -27,6 +27,7 @@ class _Model:
     def __init__(self, breaker: ConfigDict) -> None:
         self.breaker = Breaker(breaker.failures, breaker.pause, breaker.pause_max)
         self.latencies = Latencies()
+        self.trouble = ""  # what its last fault said
 
 
 class Client:
@@ -108,10 +109,11 @@ class Client:
 
     def _try(self, card: Card, query: str, give_up: float) -> Attempt:
         """One request, sent when the model's breaker and the provider's limits let it through."""
-        provider, breaker = self._providers[card.provider], self._models[card.key].breaker
+        provider, model = self._providers[card.provider], self._models[card.key]
+        breaker = model.breaker
         while delay := breaker.delay(now := time.monotonic()):
             if now + delay >= give_up or self._closed.wait(min(delay, self._backoff)):
-                return _unsent(Outcome.UNAVAILABLE, "the model failed too often (pool.breaker)")
+                return _unsent(Outcome.UNAVAILABLE, f"the model failed too often (pool.breaker): {model.trouble}")
         limits, tokens = self._limits[provider.name], provider.tokens_at_most(query)
         pause = limits.take(tokens, now)
         if pause and (now + pause >= give_up or self._closed.wait(pause)):
@@ -120,6 +122,7 @@ class Client:
         body = json.dumps(provider.body(card.model, query)).encode()
         attempt = self._hedged(card, body, tokens, give_up) if self._spare else self._send(card, body, tokens, give_up)
         if attempt.outcome in (Outcome.TIMEOUT, Outcome.UNAVAILABLE):
+            model.trouble = attempt.error
             breaker.failed(time.monotonic())
         else:
             breaker.succeeded()
