@@ -42,11 +42,14 @@ class HeldBack:
 
 
 def run(replicas, tensor, prompts=PROMPTS, devices=None, **kwargs):
-    """Episodes and stats. More calls wait at a time than all replicas but one have rows, where there are prompts."""
+    """Episodes and stats. Where there are prompts enough, more calls wait at a time than all replicas but one have rows.
+
+    Not for tensor-parallel ones: fake devices share few threads, and one that waits can starve another's all-reduce.
+    """
     devices = (devices or jax.devices())[: replicas * tensor]
     engine = make_engine("jit", devices=devices, tensor=tensor)
     together = (replicas - 1) * LIMITS.slots + 1
-    pool = HeldBack(together) if together < len(prompts) / 2 else Latecomers(DELAYS)
+    pool = HeldBack(together) if tensor == 1 and together < len(prompts) / 2 else Latecomers(DELAYS)
     return engine.run(prompts, pool, temperature=1.0, seed=SEED, **kwargs)
 
 
