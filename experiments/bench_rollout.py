@@ -17,7 +17,8 @@ do the same work in each system:
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
 the worst value over the sizes that ran.
 
-RESULT
+Not measured yet: it has run at toy sizes only, which say nothing. Tunix' sampler, the fourth system that it is meant to
+compare, is not in it, nor is a GPU part.
 """
 
 import argparse

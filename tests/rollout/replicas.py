@@ -42,7 +42,7 @@ class HeldBack:
 
 
 def run(replicas, tensor, prompts=PROMPTS, devices=None, **kwargs):
-    """Episodes and stats. Where there are prompts enough, more calls wait at a time than all replicas but one have rows.
+    """Episodes and stats. With prompts enough, more calls wait at a time than all replicas but one have rows.
 
     Not for tensor-parallel ones: fake devices share few threads, and one that waits can starve another's all-reduce.
     """
