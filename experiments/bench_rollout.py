@@ -17,11 +17,11 @@ do the same work in each system:
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
 the worst value over the sizes that ran.
 
-Result, 25 November 2026, 2 cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0 (a few short tests ran beside the first
-minute): L4 D256: 5.26 episodes per second jitted, 5.15 host-driven, 0.71 by generate: ratio 7.5, below the aim of 10; no
-time idle (0.0). Decode steps of 43 ms take 74 % of our time, feeding 24 %. `step_vs_matmul` came out as 0.57: as they are
-written here the bare products are slower than the step that contains them, so this figure says nothing yet. L8 D512,
-the tables, a GPU and Tunix' sampler, the fourth system that is to be compared, have not been run.
+Result, 25 November 2026, 2 cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0 (a few short tests ran beside the
+first minute): L4 D256: 5.26 episodes per second jitted, 5.15 host-driven, 0.71 by generate: ratio 7.5, below the aim of
+10; no time idle (0.0). Decode steps of 43 ms take 74 % of our time, feeding 24 %. `step_vs_matmul` came out as 0.57: as
+they are written here the bare products are slower than the step that contains them, so this figure says nothing yet.
+L8 D512, the tables, a GPU and Tunix' sampler, the fourth system that is to be compared, have not been run.
 """
 
 import argparse
