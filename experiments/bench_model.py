@@ -14,31 +14,24 @@ implementation; figures are model FLOP utilisation (the recomputation is not cou
 
 The last line is one JSON object; its top-level keys hold the worst value over the sizes that ran.
 
-Result, 25 November 2026, 2 otherwise idle cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0, transformers 5.23.0,
-five repeats: L4 D256 1.32 forward, 0.82 with the gradient, which misses the aim of 1.3; on one of the cores 1.21 and
-0.83. Logits differ by 1e-6 of the largest. The backward pass alone takes 2.2 forward passes where blocks are
-rematerialised (3.15 s in all, with 0.8 s of recomputation, on one core) and as long in all where they are not (3.7 s):
-what a scan over layers keeps is written to fresh memory. L8 D512 and the GPU part have not been run.
+Result, 25 November 2026, 2 otherwise idle cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0, transformers 5.23.0:
+L4 D256 1.36 forward, 0.83 with the gradient, which misses the aim of 1.3 (2.43 s against 2.01 s). Logits differ by 1e-6
+of the largest. Forward runs at 89 GFLOP/s, forward and backward at 56. L8 D512 and the GPU part have not been run.
 """
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import describe_machine, in_turns, load_torch
 
 from router_r1_jax.learner.logprobs import token_logprobs
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import ModelConfig, Params, RouterLM, count_params, init_params, save_hf
+from router_r1_jax.model import ModelConfig, Params, RouterLM, count_params, init_params
 
 ROWS, LENGTH = 8, 512
 LOGIT_CHUNK = 64  # as in config.py
@@ -55,7 +48,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense 
 
 
 def mean_loss(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """Cross-entropy in nats, averaged over the positions that something predicts."""
+    """Cross-entropy in nats of tokens [B, T + 1], averaged over all but the first, T of which are read."""
     logps, _ = token_logprobs(config, params, None, tokens, chunk=LOGIT_CHUNK, temperature=1.0)
     return -jnp.mean(logps[:, 1:])
 
@@ -65,20 +58,6 @@ def flops(config: ModelConfig, params: Params) -> float:
     weights = count_params(params) - (0 if config.tie_embeddings else config.vocab_size * config.width)
     seen = config.num_layers * config.num_heads * config.head_dim * (LENGTH + 1) / 2
     return ROWS * LENGTH * (2 * weights + 4 * seen)
-
-
-def measured(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; all of them run once unmeasured."""
-    for call in calls.values():
-        call()
-    times = [{name: measured(call) for name, call in calls.items()} for _ in range(repeats)]
-    return {name: statistics.median(t[name] for t in times) for name in calls}
 
 
 def our_calls(config: ModelConfig, params: Params, tokens: np.ndarray) -> dict[str, Callable[[], Any]]:
@@ -96,7 +75,7 @@ def torch_calls(model: Any, tokens: np.ndarray) -> dict[str, Callable[[], Any]]:
     ids = torch.tensor(tokens, dtype=torch.long)
 
     def loss() -> torch.Tensor:
-        logits = model(ids, use_cache=False).logits[:, :-1]
+        logits = model(ids[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
     def forward() -> torch.Tensor:
@@ -110,19 +89,6 @@ def torch_calls(model: Any, tokens: np.ndarray) -> dict[str, Callable[[], Any]]:
         return value
 
     return {"forward": forward, "backward": backward}
-
-
-def load_torch(config: ModelConfig, params: Params) -> Any:
-    """The transformers model with these parameters."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder) / "model", config, params)
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            Path(folder) / "model", dtype=torch.float32, attn_implementation="sdpa"
-        ).train()
 
 
 def check_equal(config: ModelConfig, params: Params, model: Any, tokens: np.ndarray) -> float:
@@ -142,8 +108,8 @@ def compare_on_cpu(name: str, repeats: int) -> dict[str, Any]:
     """Figures of one size."""
     config = ModelConfig(**SIZES[name])
     params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
-    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(ROWS, LENGTH), dtype=np.int32)
-    model = load_torch(config, params)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(ROWS, LENGTH + 1), dtype=np.int32)
+    model = load_torch(config, params).train()
     result = {"logit_error": check_equal(config, params, model, tokens)}
     ours, theirs = our_calls(config, params, tokens), torch_calls(model, tokens)
     result["loss"], result["torch_loss"] = float(ours["forward"]()), float(theirs["forward"]())
@@ -170,7 +136,7 @@ def utilisation_on_gpu(repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for attention in ("einsum", "xla", "cudnn"):
         config = ModelConfig(**QWEN25_3B, attention=attention)
         params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
-        tokens = np.random.default_rng(0).integers(config.vocab_size, size=(ROWS, LENGTH), dtype=np.int32)
+        tokens = np.random.default_rng(0).integers(config.vocab_size, size=(ROWS, LENGTH + 1), dtype=np.int32)
         seconds = in_turns(our_calls(config, params, tokens), repeats)
         result = {f"{part}_seconds": round(value, 4) for part, value in seconds.items()}
         for part, passes in (("forward", 1), ("backward", 3)):
@@ -179,23 +145,6 @@ def utilisation_on_gpu(repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
             if peak:
                 result[f"{part}_mfu"] = round(rate / peak, 3)
         yield f"Qwen2.5-3B {attention}", result
-
-
-def describe_machine() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "device": jax.devices()[0].device_kind,
-        "processor": next(
-            (line.partition(": ")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")), platform.processor(),
-        ) if Path("/proc/cpuinfo").exists() else platform.processor(),
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }  # fmt: skip
 
 
 def main() -> None:

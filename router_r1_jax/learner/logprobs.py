@@ -28,12 +28,13 @@ def token_logprobs(
     """Log-prob and entropy [B, T] (nats, float32) of each of tokens [B, T] given all before it.
 
     Logits are divided by `temperature` (that of the sampler), so that ratios compare like with like. Index 0, which
-    only the prefix predicts, is 0: a row begins with its question, and no loss falls there.
+    only the prefix predicts, is 0: a row begins with its question, and no loss falls there. The last token predicts
+    nothing and is not read.
     """
     model = RouterLM(config)
-    hidden, _ = model.apply({"params": params}, tokens, prefix=prefix, method=RouterLM.hidden)
+    hidden, _ = model.apply({"params": params}, tokens[:, :-1], prefix=prefix, method=RouterLM.hidden)
     B, T, D = hidden.shape
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    targets = tokens[:, 1:]
     n = -(-T // chunk)
     pad = n * chunk - T
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, n, chunk, D).swapaxes(0, 1)
@@ -50,7 +51,7 @@ def token_logprobs(
     logps, entropy = jax.lax.map(lambda xs: head(*xs), (hidden, targets))
 
     def align(x: jax.Array) -> jax.Array:
-        x = x.swapaxes(0, 1).reshape(B, n * chunk)[:, : T - 1]
+        x = x.swapaxes(0, 1).reshape(B, n * chunk)[:, :T]
         return jnp.pad(x, ((0, 0), (1, 0)))
 
     return align(logps), align(entropy)

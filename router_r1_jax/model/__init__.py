@@ -1,6 +1,6 @@
 """The router model: RouterLM, its configuration, its parameters."""
 
-from router_r1_jax.model.attention import KV, check_attention
+from router_r1_jax.model.attention import KV, Cache, check_attention
 from router_r1_jax.model.config import LoRA, ModelConfig, RopeScaling, from_arch, lora_from
 from router_r1_jax.model.hf import load_hf, load_hf_config, save_hf
 from router_r1_jax.model.hf_config import WeightsError
@@ -10,7 +10,8 @@ from router_r1_jax.model.presets import preset, preset_arch
 from router_r1_jax.model.transformer import Params, Prefix, RouterLM, empty_cache, unroll
 
 __all__ = [
-    "KV", "LoRA", "ModelConfig", "Params", "Prefix", "RopeScaling", "RouterLM", "WeightsError", "abstract_params",
-    "add_adapters", "check_attention", "count_params", "empty_cache", "from_arch", "init_params", "join", "load_hf",
-    "load_hf_config", "lora_from", "merge_adapters", "preset", "preset_arch", "save_hf", "split_trainable", "unroll",
+    "KV", "Cache", "LoRA", "ModelConfig", "Params", "Prefix", "RopeScaling", "RouterLM", "WeightsError",
+    "abstract_params", "add_adapters", "check_attention", "count_params", "empty_cache", "from_arch", "init_params",
+    "join", "load_hf", "load_hf_config", "lora_from", "merge_adapters", "preset", "preset_arch", "save_hf",
+    "split_trainable", "unroll",
 ]  # fmt: skip

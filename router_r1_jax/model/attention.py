@@ -8,23 +8,71 @@ copied per row. A row's own keys are either those of this very call (training: S
 writes to (decoding: T = 1, feeding: T = chunk).
 """
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from router_r1_jax.model.config import AttentionName, ModelConfig, RopeScaling
 
+SCORE_ROWS = 1024  # queries, heads of a group counted apart, whose scores are held at a time where gradients follow
 QUERY_BLOCK = 128  # fewest queries of a block of causal attention: the scores of smaller ones gain nothing
 MOST_BLOCKS = 8  # of one call: the last doublings of their number save little work and compile as long
 
 
 @flax.struct.dataclass
 class KV:
-    """Keys and values of one layer: [B, S, K, H] for rows, [P, K, H] for a prefix; stacked layers lead with L."""
+    """Keys and values of one layer as tokens bring them: [B, S, K, H] for rows, [P, K, H] for a prefix.
+
+    Stacked layers lead with L.
+    """
 
     k: jax.Array
     v: jax.Array
+
+    def laid_out(self) -> "Cache":
+        """As a decode step reads them."""
+        return Cache(jnp.moveaxis(self.k, -3, -1), jnp.moveaxis(self.v, -3, -2))
+
+
+@flax.struct.dataclass
+class Cache:
+    """One layer's keys [B, K, H, S] and values [B, K, S, H]; those of a prefix lack B.
+
+    So the two products of a decode step read them. In any other order XLA's CPU compiler copies the whole cache before
+    each product: with 64 rows of 384 positions scores took four times and outputs three times as long.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def length(self) -> int:
+        """S, positions that there is room for."""
+        return self.v.shape[-2]
+
+    def until(self, length: int) -> "Cache":
+        """Its first positions."""
+        return Cache(self.k[..., :length], self.v[..., :length, :])
+
+    def grown(self, length: int) -> "Cache":
+        """With room for `length` positions, at least as many as now."""
+        more, none = (0, length - self.length), (0, 0)
+        return Cache(jnp.pad(self.k, (none, none, none, more)), jnp.pad(self.v, (none, none, more, none)))
+
+    def as_tokens(self) -> KV:
+        """As tokens bring them."""
+        return KV(jnp.moveaxis(self.k, -1, -3), jnp.moveaxis(self.v, -2, -3))
+
+    def laid_out(self) -> "Cache":
+        """Itself, which is laid out."""
+        return self
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -54,17 +102,19 @@ def apply_rope(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.A
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def write_cache(cache: KV, new: KV, positions: jax.Array, rows: jax.Array | None) -> KV:
+def write_cache(cache: Cache, new: KV, positions: jax.Array, rows: jax.Array | None) -> Cache:
     """Write keys and values of tokens [R, T] at their rows and positions, in place under donation or in a loop.
 
     A position of S or more, and a row of B or more, writes nothing: that is how padding is fed.
     """
-    rows = jnp.arange(positions.shape[0]) if rows is None else rows
-    index = (rows[:, None], positions)
-    return KV(cache.k.at[index].set(new.k, mode="drop"), cache.v.at[index].set(new.v, mode="drop"))
+    rows = (jnp.arange(positions.shape[0]) if rows is None else rows)[:, None]
+    return Cache(
+        cache.k.at[rows, :, :, positions].set(new.k, mode="drop"),
+        cache.v.at[rows, :, positions].set(new.v, mode="drop"),
+    )
 
 
-def read_cache(cache: KV, rows: jax.Array | None) -> KV:
+def read_cache(cache: Cache, rows: jax.Array | None) -> Cache:
     """The cache of the given rows, or the whole of it (no copy) where `rows` is None."""
     if rows is None:
         return cache
@@ -82,10 +132,10 @@ def check_attention(config: ModelConfig) -> None:
 
 def attend(
     q: jax.Array,
-    own: KV,
+    own: KV | Cache,
     positions: jax.Array,
     key_positions: jax.Array,
-    prefix: KV | None,
+    prefix: KV | Cache | None,
     prefix_length: jax.Array,
     *,
     causal: bool,
@@ -97,31 +147,57 @@ def attend(
     whose own position, `key_positions` [B or 1, S], is t or less. `causal` says that queries and keys are the same
     tokens in the order of their positions, so that half of the products need not be made.
 
-    One query per row (decoding) reads the keys where they lie, whatever `implementation` says: joining a prefix to
-    each row's cache would copy the cache at every step.
+    One query per row on a cache (decoding) reads the keys where they lie, whatever `implementation` says: joining a
+    prefix to each row's cache would copy the cache at every step.
     """
-    if q.shape[1] == 1:
-        return _attend_one(q, own, positions, key_positions, prefix, prefix_length)
-    keys = own if prefix is None else _join(prefix, own)
-    P = keys.k.shape[1] - own.k.shape[1]
-    visible = key_positions[:, None, :] <= positions[:, :, None]  # [B or 1, T, S]
-    if P:
-        before = jnp.broadcast_to(jnp.arange(P) < prefix_length, (*visible.shape[:2], P))
-        visible = jnp.concatenate([before, visible], axis=-1)
-    if implementation == "einsum":
-        return _attend_in_blocks(q, keys, visible, P, causal)
-    if causal and prefix is None:
-        return jax.nn.dot_product_attention(q, keys.k, keys.v, is_causal=True, implementation=implementation)
-    return jax.nn.dot_product_attention(q, keys.k, keys.v, mask=visible[:, None], implementation=implementation)
+    decoding = q.shape[1] == 1 and isinstance(own, Cache)
+    if implementation != "einsum" and not decoding:
+        alone = causal and prefix is None
+        mask = None if alone else _visible(positions, key_positions, prefix, prefix_length)
+        return _attend_by_jax(q, own, prefix, mask, implementation)
+    B, T, N, H = q.shape
+    at_once = isinstance(own, Cache)  # no gradient follows, and a loop over rows would copy their caches
+    own, prefix = own.laid_out(), None if prefix is None else prefix.laid_out()
+    K = own.k.shape[1]
+    q = (q * (H**-0.5)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    positions, key_positions = (jnp.broadcast_to(x, (B, x.shape[1])) for x in (positions, key_positions))
+    outs = []
+    for start, end in query_blocks(T) if causal else [(0, T)]:
+        S = end if causal else own.length
+        block = _Rows(q[..., start:end, :], own.until(S), positions[:, start:end], key_positions[:, :S])
+        loops = 1 if at_once else _loops(block.q.shape)
+        outs.append(_attend_block(loops, block, prefix, prefix_length))
+    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _join(prefix: KV, own: KV) -> KV:
-    """Keys and values [B, P + S, K, H]: small beside the scores, whose concatenation took three times as long."""
+def _visible(
+    positions: jax.Array, key_positions: jax.Array, prefix: KV | Cache | None, prefix_length: jax.Array
+) -> jax.Array:
+    """Which of prefix and own keys a query sees, [B or 1, T, P + S] bool."""
+    visible = key_positions[:, None, :] <= positions[:, :, None]
+    if prefix is None:
+        return visible
+    P = prefix.laid_out().length
+    before = jnp.broadcast_to(jnp.arange(P) < prefix_length, (*visible.shape[:2], P))
+    return jnp.concatenate([before, visible], axis=-1)
 
-    def join(before: jax.Array, after: jax.Array) -> jax.Array:
-        return jnp.concatenate([jnp.broadcast_to(before, (after.shape[0], *before.shape)), after], axis=1)
 
-    return jax.tree.map(join, prefix, own)
+def _attend_by_jax(
+    q: jax.Array, own: KV | Cache, prefix: KV | Cache | None, mask: jax.Array | None, implementation: AttentionName
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, the prefix joined to every row's keys; causal where there is no mask."""
+    own, prefix = (x.as_tokens() if isinstance(x, Cache) else x for x in (own, prefix))
+    if prefix is not None:
+        B = q.shape[0]
+        own = jax.tree.map(
+            lambda before, after: jnp.concatenate([jnp.broadcast_to(before, (B, *before.shape)), after], axis=1),
+            prefix,
+            own,
+        )
+    mask = None if mask is None else mask[:, None]
+    return jax.nn.dot_product_attention(
+        q, own.k, own.v, mask=mask, is_causal=mask is None, implementation=implementation
+    )
 
 
 def query_blocks(T: int) -> list[tuple[int, int]]:
@@ -130,54 +206,167 @@ def query_blocks(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
-def _attend_in_blocks(q: jax.Array, keys: KV, visible: jax.Array, P: int, causal: bool) -> jax.Array:
-    """Attention in einsums, over blocks of queries where a block's last query bounds the keys that it needs.
+@flax.struct.dataclass
+class _Rows:
+    """Scaled queries [B, K, G, T, H] of some rows, their own keys, and both's own positions [B, T] and [B, S]."""
 
-    Rows and kv heads lead in every operand: XLA's CPU compiler otherwise transposes scores before and after a product.
-    """
-    B, T, N, H = q.shape
-    K = keys.k.shape[2]
-    q = (q * (H**-0.5)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = keys.k.swapaxes(1, 2), keys.v.swapaxes(1, 2)
-    outs = []
-    for start, end in query_blocks(T) if causal else [(0, T)]:
-        S = P + end if causal else k.shape[2]
-        outs.append(_attend_block(q[..., start:end, :], k[:, :, :S], v[:, :, :S], visible[:, start:end, :S]))
-    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    q: jax.Array
+    own: Cache
+    positions: jax.Array
+    key_positions: jax.Array
 
 
-def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Scaled queries [B, K, G, T, H], keys and values [B, K, S, H], visible [B or 1, T, S] -> like the queries.
+# Softmax attention in einsums with its gradient by hand: backward computes the weights anew from the logarithm of their
+# sum, as FlashAttention does, so scores exist for SCORE_ROWS queries at a time and none are kept (on a CPU they stay in
+# its cache, where the products with 1024 keys took a third of the time). Prefix and own keys stay two blocks: products
+# with own keys lead with rows, one product with the prefix serves all rows, and nothing is joined.
+
+
+def _loops(shape: tuple[int, ...]) -> int:
+    """Into how many parts the rows of queries [B, K, G, T, H] are cut; each device of the mesh has as many in each."""
+    B, _, G, T, _ = shape
+    mesh = jax.sharding.get_abstract_mesh()
+    shares = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
+    if B % shares:  # such rows are not split over devices either
+        return 1
+    return B // shares // rows_at_once(B // shares, G * T)
+
+
+def rows_at_once(rows: int, queries: int) -> int:
+    """The largest divisor of `rows` whose queries (per row and kv head) are SCORE_ROWS or less; at least 1."""
+    most = max(SCORE_ROWS // queries, 1)
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
+
+
+def _over_rows(loops: int, function: Callable[[Any], Any], rows: Any) -> Any:
+    """`function` of trees of [B, ...], `loops` parts one after the other."""
+    return function(rows) if loops == 1 else _uncut(jax.lax.map(function, _cut(loops, rows)))
+
+
+def _cut(loops: int, tree: Any) -> Any:
+    """[B, ...] -> [loops, B / loops, ...], strided: each part takes rows of every device's share."""
+    return jax.tree.map(lambda x: x.reshape(-1, loops, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def _uncut(tree: Any) -> Any:
+    """`_cut` undone."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_block(loops: int, rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> jax.Array:
+    """Attention output, like the queries [B, K, G, T, H]; `loops` parts of the rows one after the other."""
+    return _attend_forward(loops, rows, prefix, prefix_length)[0]
+
+
+def _attend_forward(loops: int, rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tuple[jax.Array, Any]:
+    out, log_sum = _over_rows(loops, lambda some: _softmax_product(some, prefix, prefix_length), rows)
+    out, log_sum = checkpoint_name(out, "attention"), checkpoint_name(log_sum, "attention")
+    return out, (rows, prefix, prefix_length, out, log_sum)
+
+
+def _softmax_product(rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output like the queries, and the logarithm of the sum of weights [B, K, G T], float32 at least.
 
     Dividing the output by the sum of the weights, not each weight, saves passes over [.., T, S].
     """
-    B, K, G, T, H = q.shape
-    rows = (B, K, G * T, H)
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q.reshape(rows), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores.reshape(B, K, G, T, -1), -jnp.inf).reshape(scores.shape)
-    # The shift by the largest score cancels, so no gradient goes through it.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
-    return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype).reshape(q.shape)
+    q, own = _by_row(rows.q), rows.own
+    scores, shared = _scores(rows, prefix, prefix_length)
+    top = jnp.max(scores, axis=-1)
+    if prefix is not None:
+        top = jnp.maximum(top, _from_heads(jnp.max(shared, axis=-1), len(q)))
+    weights = jnp.exp(scores - top[..., None])
+    out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(q.dtype), own.v, preferred_element_type=weights.dtype)
+    total = jnp.sum(weights, axis=-1)
+    if prefix is not None:
+        weights = jnp.exp(shared - _to_heads(top)[..., None])
+        more = jnp.einsum("KRP,KPH->KRH", weights.astype(q.dtype), prefix.v, preferred_element_type=weights.dtype)
+        out, total = out + _from_heads(more, len(q)), total + _from_heads(jnp.sum(weights, axis=-1), len(q))
+    return (out / total[..., None]).astype(q.dtype).reshape(rows.q.shape), top + jnp.log(total)
 
 
-def _attend_one(
-    q: jax.Array, own: KV, positions: jax.Array, key_positions: jax.Array, prefix: KV | None, prefix_length: jax.Array
-) -> jax.Array:
-    """`attend` for T = 1, with the prefix and the row's own keys as two blocks."""
-    B, T, N, H = q.shape
-    K = own.k.shape[2]
-    q = q.reshape(B, T, K, N // K, H) * (H**-0.5)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, own.k, preferred_element_type=jnp.float32)
-    visible = key_positions[:, None, None, None, :] <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
-    scores = jnp.where(visible, scores, -jnp.inf)
+def _scores(rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Scores of own keys [B, K, G T, S] and of the prefix [K, B G T, P], -inf where a key is not seen."""
+    (B, K, G, T, _), q = rows.q.shape, _by_row(rows.q)
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    visible = (rows.key_positions[:, None, :] <= rows.positions[:, :, None])[:, None, None]
+    scores = jnp.einsum("BKRH,BKHS->BKRS", q, rows.own.k, preferred_element_type=accumulate)
+    scores = jnp.where(visible, scores.reshape(B, K, G, T, -1), -jnp.inf).reshape(scores.shape)
     if prefix is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, own.v).reshape(B, T, N, H)
-    P = prefix.k.shape[0]
-    before = jnp.einsum("BTKGH,PKH->BKGTP", q, prefix.k, preferred_element_type=jnp.float32)
-    before = jnp.where(jnp.arange(P) < prefix_length, before, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([before, scores], axis=-1), axis=-1).astype(q.dtype)
-    out = jnp.einsum("BKGTP,PKH->BTKGH", weights[..., :P], prefix.v)
-    out += jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., P:], own.v)
-    return out.reshape(B, T, N, H)
+        return scores, None
+    shared = jnp.einsum("KRH,KHP->KRP", _to_heads(q), prefix.k, preferred_element_type=accumulate)
+    return scores, jnp.where(jnp.arange(prefix.length) < prefix_length, shared, -jnp.inf)
+
+
+def _attend_backward(loops: int, saved: Any, cotangent: jax.Array) -> tuple[_Rows, Cache | None, None]:
+    rows, prefix, prefix_length, out, log_sum = saved
+    accumulate = log_sum.dtype
+    # Of weight p and its cotangent dp, the score's is p (dp - sum over keys of p dp), and that sum is <out, cotangent>.
+    inner = jnp.sum(out.astype(accumulate) * cotangent, axis=-1).reshape(log_sum.shape)
+    # The four products read keys and values along the other axis than forward.
+    turned = None if prefix is None else Cache(*(x.swapaxes(-1, -2) for x in (prefix.k, prefix.v)))
+
+    def some(carry: Cache | None, part: Any) -> tuple[Cache | None, tuple[jax.Array, Cache]]:
+        rows, g, log_sum, inner = part
+        q, g, dtype = _by_row(rows.q), _by_row(g), rows.q.dtype
+        scores, shared = _scores(rows, prefix, prefix_length)
+        own_turned = Cache(rows.own.k.swapaxes(-1, -2), rows.own.v.swapaxes(-1, -2))
+
+        def cotangents(
+            rows_axis: str, scores: jax.Array, q: jax.Array, g: jax.Array, log_sum: jax.Array, inner: jax.Array,
+            turned: Cache,
+        ) -> tuple[jax.Array, Cache]:  # fmt: skip
+            def product(spec: str, *operands: jax.Array) -> jax.Array:
+                return jnp.einsum(spec.replace("B", rows_axis), *operands, preferred_element_type=accumulate)
+
+            weights = jnp.exp(scores - log_sum[..., None])
+            of_scores = (weights * (product("BKRH,BKHS->BKRS", g, turned.v) - inner[..., None])).astype(dtype)
+            of_q = product("BKRS,BKSH->BKRH", of_scores, turned.k)
+            of_k = product("BKRS,BKRH->BKHS", of_scores, q)
+            # Laid out with keys last, as of_k: otherwise XLA's CPU compiler takes twice as long.
+            of_v = product("BKRS,BKRH->BKHS", weights.astype(dtype), g)
+            return of_q, Cache(of_k, of_v)
+
+        of_q, of_own = cotangents("B", scores, q, g, log_sum, inner, own_turned)
+        if prefix is not None:
+            heads = map(_to_heads, (q, g, log_sum, inner))
+            more, of_prefix = cotangents("", shared, *heads, turned)
+            of_q += _from_heads(more, len(q))
+            carry = jax.tree.map(jnp.add, carry, of_prefix)
+        return carry, (of_q.reshape(rows.q.shape).astype(dtype), Cache(of_own.k, of_own.v.swapaxes(-1, -2)))
+
+    zero = None
+    if prefix is not None:
+        zero = Cache(jnp.zeros(prefix.k.shape, accumulate), jnp.zeros(turned.v.shape, accumulate))
+    parts = (rows, cotangent, log_sum, inner)
+    if loops == 1:
+        of_prefix, (of_q, of_own) = some(zero, parts)
+    else:
+        of_prefix, out = jax.lax.scan(some, zero, _cut(loops, parts))
+        of_q, of_own = _uncut(out)
+    of_own = jax.tree.map(lambda x, like: x.astype(like.dtype), of_own, rows.own)
+    if prefix is not None:
+        of_prefix = Cache(of_prefix.k, of_prefix.v.swapaxes(-1, -2))
+        of_prefix = jax.tree.map(lambda x, like: x.astype(like.dtype), of_prefix, prefix)
+    return _Rows(of_q, of_own, None, None), of_prefix, None
+
+
+_attend_block.defvjp(_attend_forward, _attend_backward)
+
+
+def _by_row(x: jax.Array) -> jax.Array:
+    """[B, K, G, T, H] -> [B, K, G T, H]."""
+    B, K, _, _, H = x.shape
+    return x.reshape(B, K, -1, H)
+
+
+def _to_heads(x: jax.Array) -> jax.Array:
+    """[B, K, R, ...] -> [K, B R, ...]."""
+    B, K, R, *rest = x.shape
+    return x.swapaxes(0, 1).reshape(K, B * R, *rest)
+
+
+def _from_heads(x: jax.Array, B: int) -> jax.Array:
+    """[K, B R, ...] -> [B, K, R, ...]."""
+    K, R, *rest = x.shape
+    return x.reshape(K, B, R // B, *rest).swapaxes(0, 1)

@@ -11,8 +11,9 @@ copy of the weights (its share, with rollout.tensor) beside its part of the trai
 
 Parameters, optimizer, caches and batch are exact. Activations are closed forms: what jax keeps of a block, counted, and
 working memory whose factors were fitted to XLA's buffers for small float32 models on a CPU (`tests/model/test_plan.py`
-holds the sum to 15 % there). Attention that never forms its scores needs less, and so does LoRA of some projections
-only (about a quarter less, measured): nothing is kept for the gradients of the others.
+holds the sum to 15 % there). They are those of attention "einsum": "xla" needs more, since it forms all scores of a
+block, and keeps them where `model.remat` is none. LoRA of some projections only needs less (about a quarter, measured):
+nothing is kept for the gradients of the others.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import config_flags
 
 from router_r1_jax.mesh import abstract_mesh
-from router_r1_jax.model.attention import query_blocks
+from router_r1_jax.model.attention import query_blocks, rows_at_once
 from router_r1_jax.model.config import ModelConfig, from_arch, lora_from
 from router_r1_jax.model.hf_config import config_from_hf
 from router_r1_jax.model.init import abstract_params, count_params
@@ -41,7 +42,7 @@ GB = 10**9  # a device of "16 GB" has 16 GiB: the 7 % between them are for the r
 GRADIENT_COPIES = 3  # the sum over micro-batches, one micro-batch's, and those that come back through the prefix
 TAG_STATES = 32  # of the automaton over the closing tags, at most
 TAG_TOKENS = 32  # around a reply, as rollout.engine has it
-ROW_BUCKET, PREFIX_BUCKET = 32, 64  # to which rows and prefixes are padded
+ROW_BUCKET, PREFIX_BUCKET = 32, 64  # what is read of rows and prefixes is padded to multiples of them
 CACHE_BUCKET, SHORT_CACHE = 128, 256  # to which a cache at its longest is padded, and up to where none is
 
 
@@ -103,8 +104,8 @@ def saved_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shape: UpdateSha
     those of a micro-batch.
     """
     share, T, P = _share(config, mesh), shape.row_tokens, shape.prefix_tokens
-    of_rows = shape.micro_batch // _row_shares(mesh) * T * _saved_per_token(config, share, P + _mean_keys(T))
-    of_prefix = P * _saved_per_token(config, share, _mean_keys(P))
+    of_rows = shape.micro_batch // _row_shares(mesh) * T * _saved_per_token(config, share)
+    of_prefix = P * _saved_per_token(config, share)
     prefix_kv = 3 * 2 * P * share.kv_heads * config.head_dim * _itemsize(config)
     return config.num_layers * (of_rows + of_prefix + prefix_kv)
 
@@ -119,8 +120,10 @@ def update_workspace_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shape
     share, e = _share(config, mesh), _itemsize(config)
     rows = shape.micro_batch // _row_shares(mesh)
     feed_forward = 4 if config.remat != "full" else 9 if config.lora else 6
-    scores = 4 * share.heads * query_blocks(shape.row_tokens)[0][1] * (shape.row_tokens + shape.prefix_tokens)
-    block = rows * (3.5 * scores + e * shape.row_tokens * (feed_forward * share.mlp + 6 * config.width))
+    queries = query_blocks(shape.row_tokens)[0][1]
+    together = rows_at_once(rows, queries * config.num_heads // config.num_kv_heads)
+    scores = 4 * together * share.heads * queries * (shape.row_tokens + shape.prefix_tokens)
+    block = 3.5 * scores + rows * e * shape.row_tokens * (feed_forward * share.mlp + 6 * config.width)
     head = rows * (2 * 4 * shape.logit_chunk * share.vocab + 2 * e * shape.row_tokens * config.width)
     return int(max(block, head)) + gathered_bytes(config, mesh)
 
@@ -149,10 +152,10 @@ def rollout_workspace_bytes(config: ModelConfig, shape: RolloutShape) -> int:
     c, e = config, _itemsize(config)
     keys = shape.row_tokens + shape.prefix_tokens
     state = 4 * shape.slots * (shape.feed_tokens + 2 * shape.turn_tokens) + TAG_STATES * c.vocab_size
-    layer = 2 * shape.row_tokens * c.num_kv_heads * c.head_dim * e  # of a row: XLA lays a layer's cache out anew
-    decode = shape.slots * max(layer + 8 * c.num_heads * keys, 2 * 4 * c.vocab_size)
+    layer = 2 * shape.row_tokens * c.num_kv_heads * c.head_dim * e  # of a row that is fed
+    decode = shape.slots * max(8 * c.num_heads * keys, 2 * 4 * c.vocab_size)
     tokens = shape.feed_rows * shape.chunk
-    feed = tokens * (5.5 * c.num_heads * keys + e * (2 * c.mlp + c.width)) + shape.feed_rows * layer
+    feed = tokens * (3 * c.num_heads * keys + e * (2 * c.mlp + c.width)) + shape.feed_rows * layer
     return state + int(max(decode, feed))
 
 
@@ -202,11 +205,6 @@ def _row_shares(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _mean_keys(T: int) -> int:
-    """Keys per query of causal attention over T tokens, on average: a block of queries takes those up to its end."""
-    return sum((end - start) * end for start, end in query_blocks(T)) // T
-
-
 class _Share(NamedTuple):
     """What one device of a `tensor` group computes; what does not divide is computed whole."""
 
@@ -222,16 +220,16 @@ def _share(config: ModelConfig, mesh: Mesh | AbstractMesh) -> _Share:
     return _Share(*(n if n % tensor else n // tensor for n in whole))
 
 
-def _saved_per_token(config: ModelConfig, share: _Share, keys: int) -> int:
-    """Bytes that jax keeps of one block for a token that attends to `keys` positions; norms and scores are float32."""
+def _saved_per_token(config: ModelConfig, share: _Share) -> int:
+    """Bytes that jax keeps of one block for a token; norms and the sums of attention's weights are float32."""
     c, e = config, _itemsize(config)
     q, kv = share.heads * c.head_dim, share.kv_heads * c.head_dim
     if c.remat == "full":
         return e * c.width
     if c.remat == "dots":
-        return e * (2 * c.width + q + 2 * kv + 2 * share.mlp)
+        return e * (2 * c.width + 2 * q + 2 * kv + 2 * share.mlp) + 4 * share.heads
     norms = (4 * e + 2 * 4) * c.width + ((e + 4) * (q + kv) if c.qk_norm else 0)
-    return norms + (e + 4) * share.heads * keys + e * (2 * (q + kv) + 6 * share.mlp)
+    return norms + 4 * share.heads + e * (2 * (q + kv) + 6 * share.mlp)
 
 
 # The main
@@ -260,7 +258,7 @@ def shapes_of(config: Any, prefix_tokens: int) -> tuple[UpdateShape, RolloutShap
     """The sizes that a run's configuration asks for, every row at its longest."""
     r, c = config.rollout, config.learner
     prefix = -(-max(prefix_tokens, 1) // PREFIX_BUCKET) * PREFIX_BUCKET
-    longest = -(-r.max_tokens // ROW_BUCKET) * ROW_BUCKET
+    longest = -(-(r.max_tokens - 1) // ROW_BUCKET) * ROW_BUCKET  # what the model reads of a row
     rows = r.questions * r.group // c.minibatches
     update = UpdateShape(rows, c.micro_batch, longest, prefix, c.logit_chunk)
     feed_tokens = max(r.reply_tokens + TAG_TOKENS, config.prompt.question_tokens)

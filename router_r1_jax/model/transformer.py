@@ -16,20 +16,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from router_r1_jax.model.attention import KV, apply_rope, attend, read_cache, write_cache
+from router_r1_jax.model.attention import KV, Cache, apply_rope, attend, read_cache, write_cache
 from router_r1_jax.model.config import LoRA, ModelConfig
 
 Params = dict[str, Any]
 
 # What a rematerialised block keeps beside its input.
-_REMAT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("projection")}
+_REMAT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("projection", "attention")}
 
 
 @flax.struct.dataclass
 class Prefix:
     """Keys and values of the tokens that all rows share, and how many of the P positions are real (int32 scalar).
 
-    `kv` is one KV with leading L (stacked) or a tuple of L (unrolled).
+    `kv` is one KV with leading L (stacked) or a tuple of L (unrolled): KVs, or for decoding Caches.
     """
 
     kv: Any
@@ -49,7 +49,8 @@ def _init(*axes: str | None) -> nn.initializers.Initializer:
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [M, I] @ w [I, O] -> [M, O], with a gradient of w that XLA's CPU compiler computes fast.
 
-    Left to itself it reads x along its long axis: for I < O the product took twice as long as with x laid out anew.
+    That product contracts M, the long axis, along which one operand must be laid out. The compiler takes x as it lies
+    or copies it, whatever its size; here the narrower one of x and the cotangent is copied.
     """
     return x @ w
 
@@ -62,7 +63,9 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[
     x, w = saved
 
     def laid_out_anew(x: jax.Array, g: jax.Array) -> jax.Array:
-        return jax.lax.optimization_barrier(x.T) @ g
+        if x.shape[1] <= g.shape[1]:
+            return jax.lax.optimization_barrier(x.T) @ g
+        return (jax.lax.optimization_barrier(g.T) @ x).T
 
     return g @ w.T, jax.lax.platform_dependent(x, g, cpu=laid_out_anew, default=lambda x, g: x.T @ g)
 
@@ -145,11 +148,11 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array | None,
-        prefix: KV | None,
+        prefix: KV | Cache | None,
         prefix_length: jax.Array,
-        cache: KV | None,
+        cache: Cache | None,
         rows: jax.Array | None,
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[jax.Array, KV | Cache]:
         """x [B, T, D] -> ([B, T, D], the cache after writing, or without a cache this call's own KV [B, T, K, H])."""
         c = self.config
         D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
@@ -170,7 +173,7 @@ class Attention(nn.Module):
             seen = own
         else:
             seen = write_cache(cache, own, positions, rows)
-            slots = jnp.arange(cache.k.shape[1])[None]
+            slots = jnp.arange(cache.length)[None]
             keys = read_cache(seen, rows)
             out = attend(q, keys, positions, slots, prefix, prefix_length, causal=False, implementation=c.attention)
         return Projection(c, (N, H), (D,), ("heads", None, "embed"), name="o")(out), seen
@@ -199,13 +202,13 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        prefix: KV | None,
-        cache: KV | None,
+        prefix: KV | Cache | None,
+        cache: Cache | None,
         positions: jax.Array | None,
         prefix_length: jax.Array,
         rows: jax.Array | None,
-    ) -> tuple[jax.Array, KV]:
-        """x [B, T, D] -> ([B, T, D], KV); argument order suits `nn.scan` (scanned ones first)."""
+    ) -> tuple[jax.Array, KV | Cache]:
+        """x [B, T, D] -> ([B, T, D], as Attention); argument order suits `nn.scan` (scanned ones first)."""
         c = self.config
         normed = RMSNorm(c, name="attention_norm")(x)
         out, kv = Attention(c, name="attention")(normed, positions, prefix, prefix_length, cache, rows)
@@ -247,7 +250,7 @@ class RouterLM(nn.Module):
         *,
         positions: jax.Array | None = None,
         prefix: Prefix | None = None,
-        cache: tuple[KV, ...] | None = None,
+        cache: tuple[Cache, ...] | None = None,
         rows: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Hidden states before the head.
@@ -256,7 +259,7 @@ class RouterLM(nn.Module):
           tokens: [B, T] int32.
           positions: [B, T] int32 own positions, counted from the end of the prefix; 0 .. T-1 by default.
           prefix: what all rows see before their own position 0.
-          cache: one KV [B, S, K, H] per layer (unrolled layout only); written at `positions`, then attended to.
+          cache: one Cache per layer (unrolled layout only); written at `positions`, then attended to.
           rows: [R] rows of the cache that `tokens` [R, T] belong to; all of them by default.
 
         Returns:
@@ -299,7 +302,10 @@ def unroll(params: Params, num_layers: int) -> Params:
     return rest | layers
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int) -> tuple[KV, ...]:
-    """Zeroed caches, one KV [B, S, K, H] per layer."""
-    shape = (rows, length, config.num_kv_heads, config.head_dim)
-    return tuple(KV(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))
+def empty_cache(config: ModelConfig, rows: int, length: int) -> tuple[Cache, ...]:
+    """Zeroed caches of B rows and S positions, one per layer."""
+    B, S, K, H = rows, length, config.num_kv_heads, config.head_dim
+    return tuple(
+        Cache(jnp.zeros((B, K, H, S), config.dtype), jnp.zeros((B, K, S, H), config.dtype))
+        for _ in range(config.num_layers)
+    )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from router_r1_jax.learner import Batch, Learner, PolicyLoss, abstract_state, make_optimizer
 from router_r1_jax.mesh import RULES, make_mesh
-from router_r1_jax.model import KV, ModelConfig, Prefix, RouterLM, abstract_params, empty_cache, unroll
+from router_r1_jax.model import ModelConfig, Prefix, RouterLM, abstract_params, empty_cache, unroll
 from router_r1_jax.model.plan import TAG_STATES, UpdateShape
 from router_r1_jax.rollout.state import Limits, empty_rows
 from router_r1_jax.rollout.step import Sampler, work
@@ -58,20 +58,14 @@ def compiled_step(config, shape):
     """(arguments, all) of the step that both drivers of the rollout run, compiled as the engine compiles it."""
     c = config
     limits = Limits(
-        shape.slots,
-        shape.row_tokens,
-        shape.turn_tokens,
-        shape.row_tokens,
-        shape.feed_tokens,
-        shape.chunk,
-        shape.feed_rows,
-        shape.slots,
-        8,
-    )
+        slots=shape.slots, row_tokens=shape.row_tokens, turn_tokens=shape.turn_tokens, episode_tokens=shape.row_tokens,
+        feed_tokens=shape.feed_tokens, chunk=shape.chunk, feed_rows=shape.feed_rows, feed_wait=8,
+        exchange_rows=shape.slots, poll_every=8,
+    )  # fmt: skip
     stacked = abstract_params(c, make_mesh(1, 1, 1, jax.devices()[:1]))
     params = jax.eval_shape(lambda p: unroll(p, c.num_layers), stacked)
-    kv = Shape((shape.prefix_tokens, c.num_kv_heads, c.head_dim), c.dtype)
-    prefix = Prefix((KV(kv, kv),) * c.num_layers, Shape((), jnp.int32))
+    shared = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], empty_cache(c, 1, shape.prefix_tokens)))
+    prefix = Prefix(shared, Shape((), jnp.int32))
     number, key = Shape((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
     sampler = Sampler(
         Shape((TAG_STATES, c.vocab_size), jnp.uint8), number, number, Shape((), jnp.float32), key, None

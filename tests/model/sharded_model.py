@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from router_r1_jax.mesh import RULES, make_mesh, rows_sharding
-from router_r1_jax.model import RouterLM, abstract_params, load_hf, save_hf
+from router_r1_jax.model import RouterLM, abstract_params, attention, load_hf, save_hf
 
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
 ROWS, LENGTH = 16, 12
+attention.SCORE_ROWS = 1  # each device takes its rows one after the other
 
 
 def logits_and_gradients(config, params, tokens, mesh):

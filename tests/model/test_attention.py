@@ -10,13 +10,13 @@ import pytest
 from tiny_models import forward, random_tokens, relative_error
 
 from router_r1_jax.config import ConfigError, base_config
-from router_r1_jax.model import KV, ModelConfig, attention, check_attention
+from router_r1_jax.model import KV, Cache, ModelConfig, attention, check_attention
 from router_r1_jax.model.attention import attend
 from router_r1_jax.session import _load_model
 
 B, T, S, P, LENGTH, H = 3, 7, 12, 5, 3, 4
 HEADS = [(4, 4), (4, 2), (4, 1)]  # queries, keys
-USES = ["causal", "causal in blocks", "any order", "chunk", "decode"]
+USES = ["causal", "causal in blocks", "causal in parts", "any order", "any order in parts", "chunk", "decode"]
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -41,6 +41,8 @@ def make_case(use, heads, prefixed):
 
 def run(arrays, positions, key_positions, causal, implementation):
     q, own, prefix = arrays
+    if not causal and positions.shape != key_positions.shape:  # a cache
+        own = Cache(own.k.transpose(0, 2, 3, 1), own.v.swapaxes(1, 2))
     length = jnp.int32(0 if prefix is None else LENGTH)
     return attend(
         q, own, positions, key_positions, prefix, length, causal=causal, implementation=implementation
@@ -68,7 +70,9 @@ def by_loop(arrays, positions, key_positions, causal):
 @pytest.mark.parametrize("use", USES)
 def test_implementations_are_the_loop_and_have_one_gradient(monkeypatch, use, heads, prefixed):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 3 if use == "causal in blocks" else 128)
-    arrays, *rest = case = make_case(use.removesuffix(" in blocks"), heads, prefixed)
+    if use.endswith("in parts"):  # a row at a time
+        monkeypatch.setattr(attention, "SCORE_ROWS", 1)
+    arrays, *rest = case = make_case(use.removesuffix(" in blocks").removesuffix(" in parts"), heads, prefixed)
     direction = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
 
     def values_and_gradients(implementation):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, VOCAB, forward, random_tokens, relative_error
 
-from router_r1_jax.model import KV, Prefix, RouterLM, empty_cache, unroll
+from router_r1_jax.model import Prefix, RouterLM, empty_cache, unroll
 
 B, C, S = 3, 4, 16  # rows, tokens of a call, slots of a row's cache
 P, PREFIX = 8, 5  # positions of the prefix's block, and how many of them are real
@@ -152,7 +152,7 @@ def test_positions_alone_decide_what_is_seen(tiny):
 def test_a_slot_taken_over_shows_nothing_of_its_old_row(tiny, truth):
     """A refilled slot keeps its old keys behind the new row's position; they must never be seen."""
     config, _, params, _, tokens = tiny
-    dirty = tuple(KV(jnp.full_like(kv.k, 50.0), jnp.full_like(kv.v, 50.0)) for kv in empty_cache(config, B, S))
+    dirty = jax.tree.map(lambda x: jnp.full_like(x, 50.0), empty_cache(config, B, S))
     positions = np.broadcast_to(np.arange(C, dtype=np.int32), (B, C))
     logits, _ = decode(config, params, tokens[:, :C], positions, dirty)
     assert relative_error(logits, truth[False][:, :C]) < 1e-4
