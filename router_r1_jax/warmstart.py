@@ -26,7 +26,7 @@ from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
-from router_r1_jax.learner import Batch, Learner, Row, init_state, make_batch, make_optimizer, supervised_loss
+from router_r1_jax.learner import Batch, Learner, Row, SupervisedLoss, init_state, make_batch, make_optimizer
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import roster
 from router_r1_jax.report.writer import MetricsWriter
@@ -45,9 +45,9 @@ def recipe(config: ConfigDict) -> str:
         "world": {"version": str(synthetic.Synthetic.VERSION)} | config.data.world.to_dict(),
         "template": prompts.load_template(config.prompt.template),
         "max_calls": config.rollout.max_calls,
-        # Neither later prices nor what the simulated server does wrong is seen here; kept files know one such field.
+        # Later prices, those of cached tokens and what the server does wrong are not seen here, but for one such field.
         "models": [
-            {name: value for name, value in model.to_dict().items() if name != "price_changes"}
+            {name: value for name, value in model.to_dict().items() if name not in ("price_changes", "price_cached")}
             | {"simulated": {"failure_rate": model.simulated.failure_rate}}
             for model in config.pool.models
         ],
@@ -99,7 +99,7 @@ def train_warm_start(session: Session, report: Report) -> Params:
         learning_rate=w.learning_rate, warmup=w.warmup, total=w.steps, decay=True, weight_decay=0.0, max_grad_norm=1.0
     )
     learner = Learner(
-        session.model.base, optimizer, supervised_loss, session.mesh, session.abstract_base,
+        session.model.base, optimizer, SupervisedLoss(), session.mesh, session.abstract_base,
         micro_batch=w.batch, chunk=session.config.learner.logit_chunk,
     )  # fmt: skip
     state = init_state(optimizer, session.initial_params(w.seed), session.abstract_base, session.mesh)

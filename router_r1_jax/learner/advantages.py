@@ -1,15 +1,25 @@
-"""Group-relative advantages, in NumPy: each episode against the others that answered the same question."""
+"""Advantages, in NumPy: each episode against the others that answered the same question, or against all."""
+
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
 # A group whose rewards spread less than this carries no signal; dividing by its spread would only blow up rounding.
 SAME = 1e-8
 
+AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
+
 
 def group_advantages(
-    rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None
+    rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None, *, kind: AdvantageName = "grpo"
 ) -> tuple[np.ndarray, int]:
-    """GRPO's advantages (DeepSeekMath, section 4.1.2): reward minus the group's mean, over its standard deviation.
+    """Rewards above a baseline.
+
+    - "grpo": minus the group's mean, over its standard deviation (DeepSeekMath, section 4.1.2);
+    - "dr_grpo": minus the group's mean (Dr. GRPO, section 3.2);
+    - "rloo": minus the mean of the group's other episodes (Ahmadian et al. 2024, section 3.3);
+    - "reinforce": minus the mean of all episodes, whatever their group.
 
     Args:
       rewards: [B] float.
@@ -18,7 +28,7 @@ def group_advantages(
         group's mean and standard deviation.
 
     Returns:
-      advantages [B] float32, and the number of groups without a spread, whose advantages are 0.
+      advantages [B] float32, and the number of groups without a spread, whose advantages are 0 but for "reinforce".
     """
     weights = np.ones(len(rewards)) if weights is None else np.asarray(weights, float)
     advantages = np.zeros(len(rewards), np.float32)
@@ -29,5 +39,39 @@ def group_advantages(
         if spread < SAME:
             without_spread += 1
             continue
-        advantages[members] = weights[members] * (rewards[members] - rewards[members].mean()) / spread
+        apart = rewards[members] - rewards[members].mean()
+        scale = {"grpo": 1 / spread, "dr_grpo": 1.0, "rloo": len(members) / (len(members) - 1), "reinforce": 0.0}[kind]
+        advantages[members] = weights[members] * apart * scale
+    if kind == "reinforce" and weights.any():
+        advantages = (weights * (rewards - rewards[weights > 0].mean())).astype(np.float32)
     return advantages, without_spread
+
+
+def component_advantages(
+    components: Mapping[str, np.ndarray],
+    shares: Mapping[str, float],
+    groups: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    kind: AdvantageName = "grpo",
+) -> tuple[np.ndarray, int]:
+    """Advantages of several rewards, each compared within its group by itself, then added with their shares.
+
+    A component with few and small differences, such as a cost among right answers, would vanish beside another in the
+    standard deviation of their sum.
+
+    Args:
+      components: name -> rewards [B].
+      shares: name -> factor of its advantages; components without one are left out.
+      groups, weights, kind: as for `group_advantages`.
+
+    Returns:
+      advantages [B] float32, and the number of groups without a spread in any component that has a share.
+    """
+    total = np.zeros(len(groups), np.float32)
+    alive: set[int] = set()
+    for name, share in shares.items():
+        advantages, _ = group_advantages(components[name], groups, weights, kind=kind)
+        total += np.float32(share) * advantages
+        alive |= set(np.unique(groups[advantages != 0]).tolist()) if share else set()
+    return total, len(np.unique(groups)) - len(alive)

@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import numpy as np
 
-LENGTH_BUCKET = 32  # rows are padded to a multiple of it: few compilations
+LENGTH_BUCKET = 32  # the model reads a multiple of it, which is all of a row but the last token: few compilations
 PREFIX_BUCKET = 64
 
 
@@ -43,7 +43,7 @@ def _padded_length(n: int, bucket: int) -> int:
 
 def make_batch(prefix: Sequence[int], rows: Sequence[Row]) -> Batch:
     """Pad rows into one Batch of NumPy arrays; `reference_logps` is zero until it is computed."""
-    T = _padded_length(max(len(r.prompt) + len(r.tokens) for r in rows), LENGTH_BUCKET)
+    T = _padded_length(max(len(r.prompt) + len(r.tokens) for r in rows) - 1, LENGTH_BUCKET) + 1
     B = len(rows)
     tokens = np.zeros((B, T), np.int32)
     mask, logps = np.zeros((B, T), np.float32), np.zeros((B, T), np.float32)

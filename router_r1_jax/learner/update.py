@@ -12,7 +12,6 @@ That is the exact gradient of the whole batch at the price of one prefix instead
 With LoRA (`model.lora`) gradients and optimizer state exist for the adapters only.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -24,11 +23,9 @@ from jax.sharding import Mesh
 
 from router_r1_jax.learner.batch import Batch
 from router_r1_jax.learner.logprobs import prefix_kv, token_logprobs
-from router_r1_jax.learner.loss import Sums
+from router_r1_jax.learner.loss import Loss, Sums, count_tokens
 from router_r1_jax.mesh import RULES, replicated, rows_sharding
 from router_r1_jax.model import ModelConfig, Params, Prefix, join, split_trainable
-
-Loss = Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, Sums]]
 
 
 @flax.struct.dataclass
@@ -87,11 +84,11 @@ def abstract_state(optimizer: optax.GradientTransformation, abstract: Params, me
 def batch_gradients(
     config: ModelConfig, loss: Loss, params: Params, batch: Batch, *, micro_batch: int, chunk: int, temperature: float
 ) -> tuple[Params, Sums]:
-    """Gradient of the mean loss over the batch's masked tokens, and the mean metrics (see the module docstring).
+    """Gradient of the loss, and its metrics: "loss" and means over the masked tokens (see the module docstring).
 
     The gradient has the tree of what is trained, the first of `split_trainable(params)`.
     """
-    tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
+    divisor, tokens = loss.divisor(batch.mask), count_tokens(batch.mask)
     trainable, frozen = split_trainable(params)
     kv, back = jax.vjp(lambda part: prefix_kv(config, join(part, frozen), batch.prefix), trainable)
     rows = ("tokens", "mask", "logps", "reference_logps", "advantages")
@@ -106,7 +103,8 @@ def batch_gradients(
         params, prefix = join(trainable, frozen), Prefix(kv, batch.prefix_length)
         logps, entropy = token_logprobs(config, params, prefix, part.tokens, chunk=chunk, temperature=temperature)
         total, sums = loss(logps, entropy, part)
-        return total / tokens, sums
+        mean = total / divisor
+        return mean, {"loss": mean} | {name: x / tokens for name, x in sums.items()}
 
     def accumulate(carry: Any, fields: dict[str, jax.Array]) -> tuple[Any, Sums]:
         grads, sums = jax.grad(micro_loss, argnums=(0, 1), has_aux=True)(trainable, kv, batch.replace(**fields))
@@ -115,7 +113,7 @@ def batch_gradients(
     zeros = jax.tree.map(jnp.zeros_like, (trainable, kv))
     (grads, kv_grads), sums = jax.lax.scan(accumulate, zeros, micro)
     (through_prefix,) = back(kv_grads)
-    return jax.tree.map(jnp.add, grads, through_prefix), {name: jnp.sum(x) / tokens for name, x in sums.items()}
+    return jax.tree.map(jnp.add, grads, through_prefix), {name: jnp.sum(x) for name, x in sums.items()}
 
 
 class Learner:

@@ -10,10 +10,11 @@ from tiny_learner import LOSS, make_config, make_params, make_rows_batch, with_o
 
 from router_r1_jax.learner import Learner, abstract_state, init_state, make_optimizer
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import LoRA, abstract_params, add_adapters, split_trainable
+from router_r1_jax.model import LoRA, abstract_params, add_adapters, attention, split_trainable
 
 CONFIG = make_config()
 LORA = make_config(lora=LoRA(rank=4, alpha=8.0))
+attention.SCORE_ROWS = 1  # each device takes its rows one after the other
 SIZES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
 
 

@@ -22,7 +22,7 @@ def test_rows_come_back_out(lengths, prefix_length):
     assert not batch.prefix[prefix_length:].any()
     assert len(batch.prefix) % 64 == 0 and 0 < len(batch.prefix) < prefix_length + 64 + (prefix_length == 0)
     longest = max(p + n for p, n in lengths)
-    assert batch.tokens.shape[1] % 32 == 0 and longest <= batch.tokens.shape[1] < max(longest, 1) + 32
+    assert batch.tokens.shape[1] % 32 == 1 and longest <= batch.tokens.shape[1] < max(longest, 2) + 32
     for i, row in enumerate(rows):
         p, n = lengths[i]
         assert batch.tokens[i].tolist() == [*row.prompt, *row.tokens] + [0] * (batch.tokens.shape[1] - p - n)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_r1_jax.learner import PolicyLoss, Row, make_batch, supervised_loss
+from router_r1_jax.learner import PolicyLoss, Row, SupervisedLoss, make_batch
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, kl_coef=0.05)
 
@@ -30,37 +30,75 @@ def make_case(seed, spread=0.4):
     return batch, (old + rng.normal(size=shape) * spread).astype(np.float32), rng.random(shape).astype(np.float32)
 
 
+def kl_and_slope(kind, apart):
+    """The estimate for apart = ref - new, and its derivative to new."""
+    return {
+        "k1": (-apart, 1.0),
+        "k2": (apart * apart / 2, -apart),
+        "k3": (math.exp(apart) - apart - 1, 1 - math.exp(apart)),
+    }[kind]
+
+
 def loop(loss, logps, entropy, batch):
-    """Sums over tokens of the GRPO objective, one token at a time, with its gradient to the log-probs."""
-    sums = dict.fromkeys(["loss", "kl", "entropy", "clip_share", "logp_diff_mean"], 0.0)
-    gradient = np.zeros(batch.tokens.shape)
-    for i, t in zip(*np.nonzero(batch.mask), strict=True):
-        new, old, ref = (float(x[i, t]) for x in (logps, batch.logps, batch.reference_logps))
-        advantage, ratio = float(batch.advantages[i]), math.exp(new - old)
-        clipped = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
-        cut = ratio * advantage > clipped * advantage
-        kl = math.exp(ref - new) - (ref - new) - 1
-        sums["loss"] += loss.kl_coef * kl - (clipped if cut else ratio) * advantage
-        sums["kl"] += kl
-        sums["entropy"] += float(entropy[i, t])
-        sums["clip_share"] += cut
-        sums["logp_diff_mean"] += abs(new - old)
-        gradient[i, t] = loss.kl_coef * (1 - math.exp(ref - new)) - (0.0 if cut else ratio * advantage)
-    return sums, gradient
+    """The loss' value, metric sums, and gradient to the log-probs, one token at a time, rows after one another."""
+    sums = dict.fromkeys(["kl", "entropy", "clip_share", "logp_diff_mean"], 0.0)
+    value, gradient = 0.0, np.zeros(batch.tokens.shape)
+    places = [np.flatnonzero(row) for row in batch.mask]
+    rows = sum(len(of_row) > 0 for of_row in places)
+    total = {"token": sum(map(len, places)), "sequence": rows, "constant": rows * loss.length}[loss.mean_over]
+    for i, of_row in enumerate(places):
+        advantage, n = float(batch.advantages[i]), len(of_row)
+        share = 1 / max(total, 1) / (n if loss.mean_over == "sequence" and n else 1)
+        moved = {t: float(logps[i, t]) - float(batch.logps[i, t]) for t in of_row}
+        mean = sum(moved.values()) / max(n, 1)
+        for t in of_row:
+            ratio = math.exp(moved[t] if loss.ratio == "token" else mean)
+            clipped = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
+            cut = ratio * advantage > clipped * advantage
+            surrogate = min(ratio * advantage, clipped * advantage)
+            bound = loss.dual_clip and advantage < 0 and surrogate < loss.dual_clip * advantage
+            if bound:
+                surrogate = loss.dual_clip * advantage
+            kl, slope = kl_and_slope(loss.kl, float(batch.reference_logps[i, t]) - float(logps[i, t]))
+            value += share * (loss.kl_coef * kl - surrogate)
+            gradient[i, t] += share * loss.kl_coef * slope
+            pull = 0.0 if cut or bound else share * ratio * advantage
+            if loss.ratio == "token":
+                gradient[i, t] -= pull
+            else:
+                gradient[i, of_row] -= pull / n
+            sums["kl"] += kl
+            sums["entropy"] += float(entropy[i, t])
+            sums["clip_share"] += cut
+            sums["logp_diff_mean"] += abs(moved[t])
+    return value, sums, gradient
 
 
+VARIANTS = [
+    LOSS,
+    PolicyLoss(0.2, 0.2, 0.04, mean_over="sequence"),
+    PolicyLoss(0.2, 0.2, 0.0, mean_over="constant", length=50),
+    PolicyLoss(0.05, 0.1, 0.01, ratio="sequence", mean_over="sequence", kl="k2"),
+    PolicyLoss(0.2, 0.28, 0.02, dual_clip=1.2, kl="k1"),
+    PolicyLoss(1.0, 1e9, 0.0),
+]
+
+
+@pytest.mark.parametrize("policy_loss", VARIANTS, ids=["token", "rows alike", "constant", "gspo", "dual clip", "free"])
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.05, 0.4, 2.0]))
-def test_sums_and_gradient_are_those_of_a_loop(seed, spread):
+@given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.0, 0.05, 0.4, 2.0]))
+def test_sums_and_gradient_are_those_of_a_loop(policy_loss, seed, spread):
     batch, logps, entropy = make_case(seed, spread)
-    (loss, sums), gradient = jax.value_and_grad(lambda x: LOSS(x, entropy, batch), has_aux=True)(logps)
-    expected, expected_gradient = loop(LOSS, logps, entropy, batch)
-    assert float(loss) == float(sums["loss"])
+    divisor = float(policy_loss.divisor(batch.mask))
+    of = jax.value_and_grad(lambda x: policy_loss(x, entropy, batch), has_aux=True)
+    (loss, sums), gradient = of(logps)
+    expected_loss, expected, expected_gradient = loop(policy_loss, logps, entropy, batch)
+    np.testing.assert_allclose(float(loss) / divisor, expected_loss, rtol=1e-6, atol=1e-6)
     scale = max(batch.mask.sum(), 1.0)
     assert set(sums) == set(expected)
     for name in expected:
         np.testing.assert_allclose(float(sums[name]) / scale, expected[name] / scale, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient * divisor, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("hostile", [np.inf, -np.inf, np.nan, 1e30])
@@ -101,8 +139,7 @@ def test_asymmetric_clipping_cuts_at_its_own_bounds():
 
 def test_supervised_loss_is_cross_entropy_on_the_mask():
     batch, logps, entropy = make_case(2)
-    loss, sums = supervised_loss(logps, entropy, batch)
+    loss, sums = SupervisedLoss()(logps, entropy, batch)
     inside = batch.mask > 0
     np.testing.assert_allclose(float(loss), -logps.astype(np.float64)[inside].sum(), rtol=1e-6)
-    assert float(loss) == float(sums["loss"])
     np.testing.assert_allclose(float(sums["entropy"]), entropy.astype(np.float64)[inside].sum(), rtol=1e-6)

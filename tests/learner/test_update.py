@@ -24,7 +24,7 @@ from tiny_learner import (
     with_old_policies,
 )
 
-from router_r1_jax.learner import Learner, init_state, make_optimizer, supervised_loss
+from router_r1_jax.learner import Learner, PolicyLoss, SupervisedLoss, init_state, make_optimizer
 from router_r1_jax.learner.update import batch_gradients
 from router_r1_jax.mesh import AXES, make_mesh
 from router_r1_jax.model import LoRA, abstract_params, add_adapters, split_trainable
@@ -46,7 +46,8 @@ def plain_gradients(config, loss, params, batch, temperature):
     def mean_loss(params, batch):
         logps, entropy = full_logprobs(config, params, batch, P, temperature)
         total, sums = loss(logps, entropy, batch)
-        return total / batch.mask.sum(), {name: x / batch.mask.sum() for name, x in sums.items()}
+        mean = total / loss.divisor(batch.mask)
+        return mean, {"loss": mean} | {name: x / batch.mask.sum() for name, x in sums.items()}
 
     return jax.jit(jax.grad(mean_loss, has_aux=True), compiler_options=QUICK_COMPILE)(params, batch)
 
@@ -100,9 +101,11 @@ def test_remat_changes_memory_and_no_gradient(all_float64):
     ("changes", "prefix", "micro_batch", "loss"),
     [
         ({"family": "qwen2", "tie_embeddings": False}, 70, 3, LOSS),
-        ({"family": "llama", "remat": "none"}, 0, 6, supervised_loss),
+        ({"family": "llama", "remat": "none"}, 0, 6, SupervisedLoss()),
+        ({}, 20, 2, PolicyLoss(0.01, 0.02, 0.1, ratio="sequence", mean_over="sequence", kl="k2")),
+        ({}, 20, 3, PolicyLoss(0.1, 0.2, 0.1, mean_over="constant", length=40, dual_clip=1.5, kl="k1")),
     ],
-    ids=["qwen2 behind a long prefix", "llama without a prefix"],
+    ids=["qwen2 behind a long prefix", "llama without a prefix", "rows alike", "constant length"],
 )
 def test_families_in_float32(changes, prefix, micro_batch, loss):
     config = make_config(**changes)
@@ -111,7 +114,8 @@ def test_families_in_float32(changes, prefix, micro_batch, loss):
     expected = plain_gradients(config, loss, params, batch, 1.0)
     found = shared_gradients(config, loss, params, batch, 1.0, micro_batch, chunk=64)
     if prefix:  # a bias on keys shifts all scores of a query alike: its gradient is rounding
-        found[0]["layers"]["attention"]["k"].pop("bias"), expected[0]["layers"]["attention"]["k"].pop("bias")
+        for grads in (found[0], expected[0]):
+            grads["layers"]["attention"]["k"].pop("bias", None)
     check_close(found[0], expected[0], 1e-4)
     check_close(found[1], expected[1], 1e-4)
 
