@@ -6,33 +6,34 @@ takes as long as a seeded log-normal draw says (median 0.4 s, one in twenty 3 s)
 Turns end by their length, which the benchmark takes for a route tag (the fourth for an answer), so that random weights
 do the same work in each system:
 
-- `jit`, `host`: our engine with 64 slots, 512 episodes in groups of 8 per question;
+- `jit`, `host`: our engine with 64 slots, 512 episodes in groups of 8 per question; on a CPU a replica per core, which
+  share the slots, since XLA computes a decode step's attention on one core;
 - `generate`: the way that published code goes: 64 episodes at a time, each turn read anew from its first token, all
-  episodes wait for the slowest call of the turn, ten threads make the calls.
+  episodes wait for the slowest call of the turn, ten threads make the calls;
+- `tunix`: the same loop over the sampler of `google-tunix`, where that is installed (it is no dependency of ours);
+  its compile time is taken off.
 
-    python experiments/bench_rollout.py            L4 D256, several minutes
+    python experiments/bench_rollout.py            L4 D256, eleven minutes with Tunix
     python experiments/bench_rollout.py --full     also L8 D512, and episodes per second over slots and over latency
 
 `step_vs_matmul` is the time of a decode step, all slots running at three quarters of their length, over that of its
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
 the worst value over the sizes that ran.
 
-Result, 25 November 2026, 2 cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0 (a few short tests ran beside the
-first minute): L4 D256: 5.26 episodes per second jitted, 5.15 host-driven, 0.71 by generate: ratio 7.5, below the aim of
-10; no time idle (0.0). Decode steps of 43 ms take 74 % of our time, feeding 24 %. `step_vs_matmul` came out as 0.57: as
-they are written here the bare products are slower than the step that contains them, so this figure says nothing yet.
-L8 D512, the tables, a GPU and Tunix' sampler, the fourth system that is to be compared, have not been run.
+Result, 25 November 2026, 2 cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0, google-tunix 0.1.7, L4 D256:
+episodes per second 5.51 jitted, 4.85 host-driven, 0.42 by generate, 0.34 by Tunix: ratios 13.2 and 16.3 (aims 10, 10),
+jitted against host-driven 1.14; idle share 0.0006 (aim 0.05); `step_vs_matmul` 1.16 (aim 3). An earlier run gave .70
+for generate on the same machine, so its speed moves; within one run all systems share it.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
-import platform
-import statistics
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,11 +44,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import describe_machine, in_turns, load_torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import KV, ModelConfig, Params, Prefix, RouterLM, empty_cache, init_params, save_hf, unroll
+from router_r1_jax.model import (
+    KV,
+    Cache,
+    ModelConfig,
+    Params,
+    Prefix,
+    RouterLM,
+    empty_cache,
+    init_params,
+    unroll,
+)
 from router_r1_jax.rollout import Engine, Manners, Prompt, engine
 from router_r1_jax.rollout.exchange import ANSWER, ROUTE, Exchange
 from router_r1_jax.rollout.state import RUN, TURN_LIMIT, Limits, Outbox, empty_rows
@@ -154,11 +166,12 @@ class Reply(NamedTuple):
 
 
 def make_limits(slots: int) -> Limits:
+    """A chunk of 33 holds a question, and two a reply; looks for replies cost little beside steps of many ms."""
     fed = max(QUESTION, REPLY + 1)
     room = engine.CALLBACK_BYTES // (4 * max(fed, TURN))
     return Limits(
-        slots=slots, row_tokens=OWN, turn_tokens=TURN, episode_tokens=OWN, feed_tokens=fed, chunk=REPLY + 1,
-        feed_rows=min(8, slots), exchange_rows=min(slots, room), poll_every=8,
+        slots=slots, row_tokens=OWN, turn_tokens=TURN, episode_tokens=OWN, feed_tokens=fed, chunk=33,
+        feed_rows=min(8, slots), feed_wait=8, exchange_rows=min(slots, room), poll_every=2,
     )  # fmt: skip
 
 
@@ -177,7 +190,9 @@ def our_rollout(
 ) -> dict[str, Any]:
     """Figures of one run; a short one before it has compiled everything."""
     manners = Manners(max_calls=CALLS, reply_tokens=REPLY)
-    runner = Engine(config, make_limits(slots), make_tokenizer(config.vocab_size), manners, driver=driver)
+    devices = jax.local_devices()[:slots]
+    limits = make_limits(slots // len(devices))
+    runner = Engine(config, limits, make_tokenizer(config.vocab_size), manners, driver=driver, devices=devices)
     runner.push(params)
     with ThreadPoolExecutor(slots) as threads:
 
@@ -203,62 +218,104 @@ def our_rollout(
     }
 
 
-# The published way
+# The published way: all episodes in one batch, a barrier per turn, everything read anew each turn
+
+Turn = Callable[[np.ndarray], np.ndarray]  # [B, T] ids -> [B, TURN] ids sampled behind them
 
 
-def generate_rollout(
-    config: ModelConfig, params: Params, address: str, *, episodes: int, latency: Latency, threads: int = 10
-) -> dict[str, Any]:
-    """`transformers` on torch: all episodes in one batch, a barrier per turn, everything read anew each turn."""
-    import tempfile
-
+def generate_turns(config: ModelConfig, params: Params) -> Turn:
+    """`generate` of `transformers` on torch."""
     import torch
-    import transformers
 
-    torch.set_num_threads(os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(Path(folder) / "model", config, params)
-        model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
-    tokenizer = make_tokenizer(config.vocab_size)
-    contexts = torch.tensor([p.tokens for p in make_prompts(config, episodes)])
+    model = load_torch(config, params).eval()
     settings = {
         "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "min_new_tokens": TURN, "max_new_tokens": TURN,
         "pad_token_id": 0, "eos_token_id": None,
     }  # fmt: skip
-    calling = 0.0
 
-    def turn(contexts: torch.Tensor) -> torch.Tensor:
+    def turn(contexts: np.ndarray) -> np.ndarray:
+        ids = torch.tensor(contexts)
         with torch.no_grad():
-            return model.generate(contexts, attention_mask=torch.ones_like(contexts), **settings)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, ids.shape[1] :].numpy()
 
-    turn(contexts[:2, :64])
-    started = time.monotonic()
+    turn(np.ones((2, 64), np.int64))
+    return turn
+
+
+class _Ids:
+    """The tokenizer that Tunix asks for: texts are ids with blanks between them."""
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        return [int(token) for token in text.split()]
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        return " ".join(map(str, ids))
+
+    bos_id = pad_id = eos_id = staticmethod(lambda: 0)
+
+
+def tunix_turns(config: ModelConfig) -> Turn:
+    """The `Sampler` of Tunix, with random weights of the same shapes and a cache that just holds an episode."""
+    from flax import nnx
+    from tunix.generate.sampler import CacheConfig, Sampler
+    from tunix.models.qwen3 import model as qwen3
+
+    c = config
+    model = qwen3.Qwen3(
+        qwen3.ModelConfig(
+            num_layers=c.num_layers, vocab_size=c.vocab_size, embed_dim=c.width, hidden_dim=c.mlp,
+            num_heads=c.num_heads, head_dim=c.head_dim, num_kv_heads=c.num_kv_heads, rope_theta=int(c.rope_theta),
+            norm_eps=c.rms_eps, use_tied_embedding=c.tie_embeddings,
+        ),
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    sampler = Sampler(model, _Ids(), CacheConfig(PREFIX + OWN, c.num_layers, c.num_kv_heads, c.head_dim))
+
+    def turn(contexts: np.ndarray) -> np.ndarray:
+        texts = [" ".join(map(str, ids)) for ids in contexts]
+        # No id is the end of a text, so that every turn has its whole length.
+        settings = {"temperature": 1.0, "top_p": 1.0, "eos_tokens": [c.vocab_size + 1], "seed": contexts.shape[1]}
+        out = sampler(texts, max_generation_steps=TURN, max_prompt_length=contexts.shape[1], **settings)
+        return np.stack(out.tokens)
+
+    return turn
+
+
+class _Compiling:
+    """Seconds that JAX has spent on tracing and compiling since this was made."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += seconds
+
+
+def barrier_rollout(
+    name: str, turn: Turn, config: ModelConfig, address: str, *, episodes: int, latency: Latency, threads: int = 10
+) -> dict[str, Any]:
+    """Figures of a rollout in which all episodes wait for the slowest call of each turn. Compilation is not counted."""
+    tokenizer = make_tokenizer(config.vocab_size)
+    contexts = np.array([p.tokens for p in make_prompts(config, episodes)])
+    calling, compiling, started = 0.0, _Compiling(), time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
         for call in range(CALLS + 1):
-            contexts = turn(contexts)
+            contexts = np.concatenate([contexts, turn(contexts)], axis=1)
             assert contexts.shape == (episodes, PREFIX + QUESTION + (call + 1) * TURN + call * REPLY)
             if call < CALLS:
                 asked = time.monotonic()
                 replies = list(pool.map(lambda e, c=call: ask(address, latency.of(e, c)), range(episodes)))
                 ids = [tokenizer.encode(f"{TAGS[0]} {r} {TAGS[1]}", add_special_tokens=False) for r in replies]
-                contexts = torch.cat([contexts, torch.tensor(ids)], dim=1)
+                contexts = np.concatenate([contexts, ids], axis=1)
                 calling += time.monotonic() - asked
-            print(f"  generate: turn {call + 1} of {CALLS + 1} after {time.monotonic() - started:.0f} s", flush=True)
-    seconds = time.monotonic() - started
-    return {"episodes_per_s": episodes / seconds, "calling_share": calling / seconds}
+            print(f"  {name}: turn {call + 1} of {CALLS + 1} after {time.monotonic() - started:.0f} s", flush=True)
+    seconds = time.monotonic() - started - compiling.seconds
+    return {"episodes_per_s": episodes / seconds, "calling_share": calling / seconds, "compiling_s": compiling.seconds}
 
 
 # A decode step and its products
-
-
-def median_seconds(call: Callable[[], Any], repeats: int = 30) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def step_against_products(config: ModelConfig, params: Params, slots: int) -> dict[str, float]:
@@ -266,7 +323,7 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
     c, limits = config, make_limits(slots)
     flat = unroll(params, c.num_layers)
     rng = np.random.default_rng(0)
-    kv = KV(*(jnp.asarray(rng.normal(size=(PREFIX, c.num_kv_heads, c.head_dim)), c.dtype) for _ in range(2)))
+    kv = KV(*(jnp.asarray(rng.normal(size=(PREFIX, c.num_kv_heads, c.head_dim)), c.dtype) for _ in range(2))).laid_out()
     prefix = Prefix((kv,) * c.num_layers, jnp.int32(PREFIX))
     table = jnp.zeros((16, c.vocab_size), jnp.uint8)
     sampler = Sampler(table, jnp.int32(2), jnp.int32(-1), jnp.float32(1), jax.random.key(0), None)
@@ -281,16 +338,18 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
         jax.block_until_ready(found)
 
     @jax.jit
-    def products(flat: Params, x: jax.Array, caches: tuple[KV, ...]) -> jax.Array:
+    def products(flat: Params, x: jax.Array, caches: tuple[Cache, ...]) -> jax.Array:
         """The same products in the same order of axes, without norms, rotary positions, softmax and sampling."""
         G, total = c.num_heads // c.num_kv_heads, jnp.float32(0)
         for i in range(c.num_layers):
             layer = flat[f"layer_{i}"]
             q, k, v = (x @ layer["attention"][n]["kernel"].reshape(c.width, -1) for n in "qkv")
             q = q.reshape(slots, c.num_kv_heads, G, c.head_dim)
-            own = jnp.einsum("BKGH,BSKH->BKGS", q, caches[i].k)
-            before = jnp.einsum("BKGH,PKH->BKGP", q, prefix.kv[i].k)
-            out = jnp.einsum("BKGS,BSKH->BKGH", own, caches[i].v) + jnp.einsum("BKGP,PKH->BKGH", before, prefix.kv[i].v)
+            own = jnp.einsum("BKGH,BKHS->BKGS", q, caches[i].k)
+            heads = q.swapaxes(0, 1).reshape(c.num_kv_heads, slots * G, c.head_dim)
+            before = jnp.einsum("KRH,KHP->KRP", heads, prefix.kv[i].k)
+            shared = jnp.einsum("KRP,KPH->KRH", before, prefix.kv[i].v).reshape(c.num_kv_heads, slots, G, c.head_dim)
+            out = jnp.einsum("BKGS,BKSH->BKGH", own, caches[i].v) + shared.swapaxes(0, 1)
             x = out.reshape(slots, -1) @ layer["attention"]["o"]["kernel"].reshape(-1, c.width)
             gate, up = (x @ layer["mlp"][n]["kernel"] for n in ("gate", "up"))
             x = (gate + up) @ layer["mlp"]["down"]["kernel"]
@@ -298,9 +357,11 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
         return jnp.sum(x @ flat["embed"].T) + total
 
     x = jnp.asarray(rng.normal(size=(slots, c.width)), c.dtype)
-    ours = median_seconds(run_step)
-    bare = median_seconds(lambda: jax.block_until_ready(products(flat, x, caches[0])))
-    return {"decode_step_ms": 1e3 * ours, "products_ms": 1e3 * bare, "step_vs_matmul": ours / bare}
+    calls = {"step": run_step, "products": lambda: jax.block_until_ready(products(flat, x, caches[0]))}
+    seconds = in_turns(calls, repeats=30)
+    return {f"{name}_ms": 1e3 * value for name, value in seconds.items()} | {
+        "step_vs_matmul": seconds["step"] / seconds["products"]
+    }
 
 
 # The whole
@@ -315,11 +376,17 @@ def compare(name: str, address: str, latency: Latency) -> dict[str, Any]:
     for driver in ("jit", "host"):
         result[driver] = our_rollout(config, params, address, driver=driver, slots=64, episodes=512, latency=latency)
         print(f"{name}: {driver} {result[driver]}", flush=True)
-    result["generate"] = generate_rollout(config, params, address, episodes=64, latency=latency)
-    print(f"{name}: generate {result['generate']}", flush=True)
+    turns = {"generate": generate_turns(config, params)}
+    if importlib.util.find_spec("tunix"):
+        turns["tunix"] = tunix_turns(config)
+    else:
+        print("tunix is not installed (pip install google-tunix): left out")
+    for system, turn in turns.items():
+        result[system] = barrier_rollout(system, turn, config, address, episodes=64, latency=latency)
+        print(f"{name}: {system} {result[system]}", flush=True)
     ours = result["jit"]["episodes_per_s"]
     return result | {
-        "ratio_vs_generate": ours / result["generate"]["episodes_per_s"],
+        **{f"ratio_vs_{system}": ours / result[system]["episodes_per_s"] for system in turns},
         "ratio_jit_vs_host": ours / result["host"]["episodes_per_s"],
         "idle_share": result["jit"]["idle_share"],
         "step_vs_matmul": result["step"]["step_vs_matmul"],
@@ -365,10 +432,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="also the larger size, and the tables")
     args = parser.parse_args()
     engine.Exchange = ForcedExchange
-    machine = {
-        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }  # fmt: skip
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # read on a CPU only
+    machine = describe_machine()
     sizes, table = {}, None
     with reply_server() as address:
         for name in list(SIZES)[: 1 + args.full]:
@@ -376,10 +441,12 @@ def main() -> None:
         if args.full:
             table = scaling(address)
             draw(table, Path(__file__).parent / "results" / "rollout_scaling.png")
-    keys = {"ratio_vs_generate": min, "ratio_jit_vs_host": min, "idle_share": max, "step_vs_matmul": max}
+    keys = {"ratio_jit_vs_host": min, "idle_share": max, "step_vs_matmul": max}
+    keys |= {key: min for key in ("ratio_vs_generate", "ratio_vs_tunix") if key in sizes["L4 D256"]}
     worst = {key: of(size[key] for size in sizes.values()) for key, of in keys.items()}
-    for system in ("jit", "host", "generate"):
-        worst[f"episodes_per_s_{system}"] = min(size[system]["episodes_per_s"] for size in sizes.values())
+    for system in ("jit", "host", "generate", "tunix"):
+        if system in sizes["L4 D256"]:
+            worst[f"episodes_per_s_{system}"] = min(size[system]["episodes_per_s"] for size in sizes.values())
     print(json.dumps(worst | {"sizes": sizes, "scaling": table, "machine": machine}))
 
 

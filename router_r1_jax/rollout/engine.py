@@ -41,6 +41,7 @@ def make_limits(rollout: Any, question_tokens: int) -> Limits:
         chunk=rollout.chunk,
         feed_rows=min(rollout.feed_rows, rollout.slots),
         exchange_rows=min(rollout.slots, max(1, CALLBACK_BYTES // (4 * widest))),
+        feed_wait=rollout.feed_wait,
         poll_every=rollout.poll_every,
     )
 

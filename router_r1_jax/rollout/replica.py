@@ -16,7 +16,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from router_r1_jax.mesh import RULES, make_mesh, replicated
 from router_r1_jax.model import (
     KV,
+    Cache,
     ModelConfig,
     Params,
     Prefix,
@@ -85,7 +85,7 @@ class Replica:
         self._whole = replicated(self._mesh)
         self._stacked = jax.tree.map(lambda x: x.sharding, abstract_params(model, self._mesh))
         heads = "tensor" if model.num_kv_heads % len(devices) == 0 else None
-        self._cut_heads = NamedSharding(self._mesh, PartitionSpec(None, None, heads))
+        self._cut_heads = NamedSharding(self._mesh, PartitionSpec(None, heads))
         self._table = jax.device_put(next_state, self._whole)
         self._end_of_text = jax.device_put(np.int32(end_of_text), self._whole)
         self._params: Params | None = None
@@ -93,7 +93,7 @@ class Replica:
         self._unroll = jax.jit(lambda params: unroll(merge_adapters(model, params), model.num_layers))
         self._prefill = jax.jit(self._prefill_fn)
         self._empty = jax.jit(self._empty_fn, static_argnums=0, out_shardings=self._cut_heads)
-        self._grow = jax.jit(self._grow_fn, static_argnums=1)
+        self._grow = jax.jit(Cache.grown, static_argnums=1)
         self._loop = jax.jit(self._loop_fn, donate_argnums=(3, 4))
         self._work = jax.jit(functools.partial(work, self._model, limits), donate_argnums=(3, 4))
         self._collect = jax.jit(functools.partial(collect, limits=limits))
@@ -134,19 +134,15 @@ class Replica:
         kv = self._prefill(self._params, jax.device_put(padded[None], self._whole))
         return Prefix(kv, jax.device_put(np.int32(len(tokens)), self._whole))
 
-    def _prefill_fn(self, params: Params, tokens: jax.Array) -> tuple[KV, ...]:
+    def _prefill_fn(self, params: Params, tokens: jax.Array) -> tuple[Cache, ...]:
         _, kv = self._model.apply({"params": params}, tokens, method=RouterLM.hidden)
-        return jax.tree.map(lambda x: x[0], kv)
+        return tuple(KV(layer.k[0], layer.v[0]).laid_out() for layer in kv)
 
     def _empty_fn(self, length: int) -> Caches:
         return empty_cache(self._model.config, self._limits.slots, length)
 
-    def _grow_fn(self, cache: KV, length: int) -> KV:
-        more = ((0, 0), (0, length - cache.k.shape[1]), (0, 0), (0, 0))
-        return jax.tree.map(lambda x: jnp.pad(x, more), cache)
-
     def _fits(self, caches: Caches, rows: Rows) -> jax.Array:
-        return positions_needed(rows, self._limits) <= caches[0].k.shape[1]
+        return positions_needed(rows, self._limits) <= caches[0].length
 
     def _drive_jit(self, *args: Any) -> tuple[Caches, Rows]:
         return self._loop(*args)
@@ -170,7 +166,7 @@ class Replica:
     def _drive_host(
         self, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
     ) -> tuple[Caches, Rows]:
-        while not rows.stop and self._needed(rows) <= caches[0].k.shape[1]:
+        while not rows.stop and self._needed(rows) <= caches[0].length:
             caches, rows = self._work(params, prefix, sampler, caches, rows)
             if self._wants(rows):
                 rows, out = self._collect(rows)

@@ -34,6 +34,7 @@ class Limits(NamedTuple):
     feed_tokens: int  # F, longest question or reply with its tags
     chunk: int  # C, tokens fed to a row at a time
     feed_rows: int  # R, rows fed at a time
+    feed_wait: int  # steps that a row may be held back from feeding until others join it
     exchange_rows: int  # rows that one exchange carries each way
     poll_every: int  # decode steps between looks for replies while rows wait
 
@@ -59,6 +60,7 @@ class Rows:
     sampled: jax.Array  # [B] int32, tokens sampled in this episode
     began: jax.Array  # [B] int32, the step that sampled the turn's first token
     since_exchange: jax.Array  # int32, steps
+    held: jax.Array  # int32, steps since the last feed in which a row had tokens to read
     more: jax.Array  # bool, the host has more to hand over than one exchange carries
     stop: jax.Array  # bool
     counts: jax.Array  # [5] int32: COUNTS
@@ -116,7 +118,7 @@ def empty_rows(limits: Limits) -> Rows:
         status=ints(B), episode=jnp.zeros(B, jnp.uint32), position=ints(B), last=ints(B), tag=jnp.zeros(B, jnp.uint8),
         reason=ints(B), reported=jnp.ones(B, bool), feed=ints(B, F), feed_length=ints(B), feed_done=ints(B),
         turn=ints(B, M), logps=jnp.zeros((B, M), jnp.float32), drawn_logps=jnp.zeros((B, M), jnp.float32),
-        turn_length=ints(B), sampled=ints(B), began=ints(B), since_exchange=ints(), more=jnp.array(True),
+        turn_length=ints(B), sampled=ints(B), began=ints(B), since_exchange=ints(), held=ints(), more=jnp.array(True),
         stop=jnp.array(False), counts=ints(len(COUNTS)),
     )  # fmt: skip
 
@@ -127,6 +129,17 @@ def positions_needed(rows: Rows, limits: Limits) -> jax.Array:
     ahead = jnp.where(rows.status == FEED, fed + 1, 1)  # the step that ends a feed also decodes
     busy = (rows.status == RUN) | (rows.status == FEED)
     return jnp.max(jnp.where(busy, rows.position + ahead, 0))
+
+
+def wants_feed(rows: Rows, limits: Limits) -> jax.Array:
+    """Whether to feed now: a feed costs for one row what it costs for R, so rows wait for company while others run.
+
+    Of few busy rows fewer are waited for: a third of them would be long in coming together.
+    """
+    feeding = jnp.sum(rows.status == FEED)
+    company = jnp.clip(jnp.sum(rows.status != EMPTY) // 3, 1, limits.feed_rows)
+    alone = ~jnp.any(rows.status == RUN)
+    return (feeding > 0) & ((feeding >= company) | (rows.held >= limits.feed_wait) | alone)
 
 
 def wants_exchange(rows: Rows, limits: Limits) -> jax.Array:

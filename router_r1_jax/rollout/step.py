@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from router_r1_jax.model import KV, Params, Prefix, RouterLM
+from router_r1_jax.model import Cache, Params, Prefix, RouterLM
 from router_r1_jax.rollout.sampling import Cut, row_keys, sample
 from router_r1_jax.rollout.state import (
     COUNTS,
@@ -22,9 +22,10 @@ from router_r1_jax.rollout.state import (
     WAIT,
     Limits,
     Rows,
+    wants_feed,
 )
 
-Caches = tuple[KV, ...]
+Caches = tuple[Cache, ...]
 
 
 class Sampler(NamedTuple):
@@ -47,7 +48,7 @@ def feed(
     model: RouterLM, limits: Limits, params: Params, prefix: Prefix, caches: Caches, rows: Rows
 ) -> tuple[Caches, Rows]:
     """Read up to C tokens into up to R rows. The last token of a feed is left to the decode step, which samples."""
-    B, S = limits.slots, caches[0].k.shape[1]
+    B, S = limits.slots, caches[0].length
     (row,) = jnp.nonzero(rows.status == FEED, size=limits.feed_rows, fill_value=B)
 
     def of_row(field: jax.Array) -> jax.Array:
@@ -76,6 +77,7 @@ def feed(
         last=put(rows.last, last),
         tag=put(rows.tag, jnp.uint8(0)),
         turn_length=put(rows.turn_length, 0),
+        held=jnp.zeros_like(rows.held),
         counts=_counted(rows, feed_steps=1, fed_tokens=jnp.sum(here)),
     )
 
@@ -85,7 +87,7 @@ def decode(
 ) -> tuple[Caches, Rows]:
     """Sample one token on every running row and see whether its turn ends there."""
     running = rows.status == RUN
-    positions = jnp.where(running, rows.position, caches[0].k.shape[1])  # out of range: nothing is written
+    positions = jnp.where(running, rows.position, caches[0].length)  # out of range: nothing is written
     hidden, caches = model.apply(
         {"params": params},
         rows.last[:, None],
@@ -127,11 +129,11 @@ def decode(
 def work(
     model: RouterLM, limits: Limits, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
 ) -> tuple[Caches, Rows]:
-    """One step: feed if a row has tokens to read, decode if one runs."""
+    """One step: feed if enough rows have tokens to read, decode if one runs."""
     caches, rows = jax.lax.cond(
-        jnp.any(rows.status == FEED),
+        wants_feed(rows, limits),
         lambda c, r: feed(model, limits, params, prefix, c, r),
-        lambda c, r: (c, r),
+        lambda c, r: (c, r.replace(held=r.held + jnp.any(r.status == FEED))),
         caches,
         rows,
     )

@@ -338,17 +338,17 @@ def test_prompts_that_cannot_run_are_refused(run):
 
 
 def test_the_compiled_loop_holds_no_second_cache():
-    """Caches are updated in place; beside them there is room for about one layer's keys and values, at any depth."""
+    """Caches are updated in place; beside them there is no room for one layer's, at any depth."""
     (replica,) = make_engine("jit", slots=8, row_tokens=4096)._replicas
     limits = LIMITS._replace(slots=8, row_tokens=4096)
     caches = jax.eval_shape(lambda: empty_cache(MODEL, 8, 4096))
-    kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0, :64], empty_cache(MODEL, 1, 64)))
+    kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], empty_cache(MODEL, 1, 64)))
     scalar = jnp.int32(0)
     sampler = Sampler(replica._table, scalar, scalar, jnp.float32(1), jax.random.key(0), None)
     loop = replica._loop.lower(replica._params, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
     memory, whole = loop.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= whole
-    assert memory.temp_size_in_bytes < 1.5 * whole / MODEL.num_layers
+    assert memory.temp_size_in_bytes < whole / MODEL.num_layers
 
 
 def test_limits_keep_an_exchange_small():

@@ -7,7 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_router import LIMITS
 
-from router_r1_jax.rollout.state import EMPTY, FEED, RUN, WAIT, collect, deliver, empty_rows, inbox_spec, wants_exchange
+from router_r1_jax.rollout.state import (
+    EMPTY,
+    FEED,
+    RUN,
+    WAIT,
+    collect,
+    deliver,
+    empty_rows,
+    inbox_spec,
+    wants_exchange,
+    wants_feed,
+)
 
 B, E = LIMITS.slots, LIMITS.exchange_rows
 
@@ -81,3 +92,16 @@ def test_a_delivery_changes_its_rows_and_no_others(data, rows_in_order):
         assert after.episode[row] == (70 + i if inbox.fresh[i] else row)
         assert (after.feed_length[row], after.feed_done[row], after.reported[row]) == (inbox.length[i], 0, True)
         assert np.all(after.feed[row] == i + 1)
+
+
+def test_when_rows_are_fed():
+    def wants(status, held=0, **limits):
+        return bool(wants_feed(make_rows(status, held=jnp.int32(held)), LIMITS._replace(feed_rows=3, **limits)))
+
+    few, crowd = [FEED, RUN, RUN, EMPTY], [FEED, FEED, WAIT, *[RUN] * 6]
+    assert wants(few)  # a third of three busy rows
+    assert not wants([RUN, WAIT, RUN, EMPTY]) and not wants([EMPTY] * 4, held=9)  # nothing to read
+    assert not wants(crowd, feed_wait=5) and not wants(crowd, held=4, feed_wait=5)  # a third row is waited for
+    assert wants(crowd, held=5, feed_wait=5) and wants(crowd, feed_wait=0)  # not for ever
+    assert wants([FEED, *crowd])  # as many as one feed takes
+    assert wants([FEED, *[WAIT] * 8])  # nothing else goes on

@@ -31,6 +31,7 @@ LIMITS = Limits(
     feed_tokens=14,
     chunk=4,
     feed_rows=2,
+    feed_wait=2,
     exchange_rows=2,
     poll_every=3,
 )
