@@ -40,6 +40,7 @@ class Card:
       performance: topic -> score in [0, 1].
       description: free text for the prompt.
       aliases: further spellings of `name` that a call may use.
+      price_cached: dollars per million prompt tokens that the provider has cached; None where that is price_in.
       price_changes: (training step, price_in, price_out), valid from that step on.
       simulated: what the simulated server does wrong for it.
     """
@@ -56,6 +57,7 @@ class Card:
     aliases: tuple[str, ...]
     simulated: Faults = Faults()
     price_changes: tuple[tuple[int, float, float], ...] = ()
+    price_cached: float | None = None
 
 
 def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
@@ -110,6 +112,8 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         raise ConfigError(f"{where}.model is ''; write the id under which provider {entry.provider!r} knows the model")
     for field in ("price_in", "price_out"):
         _check_number(f"{where}.{field}", entry[field], "a price is dollars per million tokens, >= 0")
+    if entry.price_cached is not None:
+        _check_number(f"{where}.price_cached", entry.price_cached, "a price is dollars per million tokens, >= 0")
     for j, change in enumerate(entry.price_changes):
         if len(change) != 3 or not all(math.isfinite(value) and value >= 0 for value in change):
             raise ConfigError(f"{where}.price_changes[{j}] is {change}; write (step, price_in, price_out), each >= 0")
@@ -131,6 +135,7 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         description=entry.description,
         aliases=tuple(entry.aliases),
         simulated=Faults(**entry.simulated),
+        price_cached=None if entry.price_cached is None else float(entry.price_cached),
         price_changes=tuple((int(step), float(p_in), float(p_out)) for step, p_in, p_out in entry.price_changes),
     )
 

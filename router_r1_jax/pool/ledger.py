@@ -1,4 +1,5 @@
-"""The ledger: one JSON line per call, in the order in which calls end, and the sums of them.
+"""The ledger: one JSON line per call, in the order in which calls end, one per rollout with the router's own tokens,
+and the sums of them.
 
 The file is only ever appended to: what was paid stays written, also where a run goes back to a checkpoint and makes
 calls again. The sums belong to the run and go with its checkpoint. Where a run goes back, a line says to which size of
@@ -70,6 +71,12 @@ class Ledger:
             sums[2] += _parts(reply.spent)
             self._paid += _parts(reply.spent)
 
+    def add_router(self, *, step: int, split: str, read_tokens: int, sampled_tokens: int) -> None:
+        """Write down the tokens that the router read and sampled in one rollout. Raises PoolError where that fails."""
+        line = {"time": round(time.time(), 3), "step": step, "split": split}
+        with self._lock:
+            self._write(line | {"router_read_tokens": read_tokens, "router_sampled_tokens": sampled_tokens})
+
     @property
     def paid(self) -> float:
         """Dollars spent by all calls in the file, those before a restart included."""
@@ -97,11 +104,11 @@ class Ledger:
         """Go on from what `state` returned after `step`, when the file had `size` bytes; what was spent stays spent."""
         with self._lock:
             self._sums = {model: list(sums) for model, sums in state.items()}
-            calls = [(offset, line) for offset, line in _lines(self._path) if "model" in line]
-            for offset, line in calls:
-                if offset >= size:
+            lines = [(offset, line) for offset, line in _lines(self._path) if "back_to" not in line]
+            for offset, line in lines:
+                if offset >= size and "model" in line:
                     self._sums.setdefault(line["model"], [0] * len(_SUMS))[2] += _parts(line["spent"])
-            if _made_again(calls, size, step):
+            if _made_again(lines, size, step):
                 self._write({"time": round(time.time(), 3), "back_to": size, "step": step})
 
     def close(self) -> None:
@@ -129,36 +136,43 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
 
 
 def ledger_totals(path: str | Path) -> dict[str, Any]:
-    """The sums that a ledger's file gives for all runs in it: in all, under "models" per model, under "steps" per step.
+    """The sums that a ledger's file gives for all runs in it: in all, under "models" per model, under "steps" per step,
+    and under "router" the tokens that the router itself read and sampled.
 
-    Calls that a restart has made again count as spent only.
+    Calls and rollouts that a restart has made again do not count; such calls stay spent.
     """
     entries: list[tuple[int, dict[str, Any]]] = []
     again: set[int] = set()  # offsets
     for offset, line in _lines(path):
         if "back_to" in line:
             again |= _made_again(entries, line["back_to"], line["step"])
-        elif "model" in line:
+        else:
             entries.append((offset, line))
+    rollouts = [line for offset, line in entries if "model" not in line and offset not in again]
+    router = {name: sum(line[f"router_{name}"] for line in rollouts) for name in ("read_tokens", "sampled_tokens")}
     in_all, models, steps = [0] * len(_SUMS), {}, {}
     for offset, line in entries:
+        if "model" not in line:
+            continue
         counts = offset not in again
         parts = (int(counts), counts * _parts(line["charged"]), _parts(line["spent"]))
         for sums in (in_all, models.setdefault(line["model"], [0] * 3), steps.setdefault(line["step"], [0] * 3)):
             for i, part in enumerate(parts):
                 sums[i] += part
     named = {"models": models, "steps": steps}
-    return _in_dollars(in_all) | {
-        name: {key: _in_dollars(sums) for key, sums in sorted(table.items())} for name, table in named.items()
-    }
+    return (
+        _in_dollars(in_all)
+        | {name: {key: _in_dollars(sums) for key, sums in sorted(table.items())} for name, table in named.items()}
+        | {"router": router}
+    )
 
 
-def _made_again(calls: Sequence[tuple[int, dict[str, Any]]], size: int, step: int) -> set[int]:
-    """Offsets of the calls that a run makes again when it goes back to `step`, where the file had `size` bytes.
+def _made_again(lines: Sequence[tuple[int, dict[str, Any]]], size: int, step: int) -> set[int]:
+    """Offsets of what a run makes again on going back to `step`, where the file had `size` bytes.
 
     They belong to later steps; an evaluation of a step that is kept stands behind too, and is not repeated.
     """
-    return {offset for offset, line in calls if offset >= size and line["step"] > step}
+    return {offset for offset, line in lines if offset >= size and line["step"] > step}
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

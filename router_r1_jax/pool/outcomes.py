@@ -92,13 +92,13 @@ class Reply:
       completion_tokens: tokens of the reply, as the provider counts them.
       raw_cost: completion tokens x dollars per million output tokens, the unit of the paper's cost reward.
       charged: dollars at the card's prices, both directions, whether paid or taken from the tape.
-      spent: dollars really paid, by the tokens that the provider counted: 0 for a reply from the tape, and more than
-        `charged` where further requests of the call used tokens too.
+      spent: dollars really paid, by the tokens that the provider counted: 0 for a reply from the tape, more than
+        `charged` where further requests of the call used tokens too, and less where the card prices cached tokens.
       latency: seconds that the call took when it was made, retries included.
       attempts: HTTP requests made.
       hit: whether the reply came from the tape.
       error: what went wrong, in a few words, "" where nothing did.
-      cached_tokens: tokens of the query that came from the provider's cache; they are counted at full price.
+      cached_tokens: tokens of the query that came from the provider's cache; they are charged at full price.
     """
 
     text: str

@@ -42,7 +42,9 @@ class Pool:
         self._client = None if mode == "strict" else Client(pool_config, self._providers)
         self._tape = None if mode == "off" else Tape(tape_path, mode)
         self._lock = threading.Lock()
-        self._running: dict[str, Future[Completion]] = {}  # key of the tape -> the call that is being made
+        self._running: dict[
+            str, Future[tuple[Completion, Completion]]
+        ] = {}  # key of the tape -> the call that is being made
         self._ledger = Ledger(ledger_path, price_date=pool_config.price_date)
         # Threads of its own for each provider: calls that queue for a slow one do not hold up the others.
         self._threads = {
@@ -85,6 +87,10 @@ class Pool:
         card = next(card for card in cards if card.name == route.name)
         return self._threads[card.provider].submit(self._answer, card, route.query, where)
 
+    def note_router(self, *, step: int, split: str, read_tokens: int, sampled_tokens: int) -> None:
+        """Write down what the router itself read and sampled in a rollout. Raises PoolError where that fails."""
+        self._ledger.add_router(step=step, split=split, read_tokens=read_tokens, sampled_tokens=sampled_tokens)
+
     def totals(self) -> dict[str, Any]:
         """The ledger's sums: calls, dollars charged and spent, in all and per model."""
         return self._ledger.totals()
@@ -117,20 +123,20 @@ class Pool:
 
     def _answer(self, card: Card, query: str, where: dict[str, Any]) -> Reply:
         """Take the reply from the tape, or ask; in a thread of the pool."""
-        body = self._providers[card.provider].body(card.model, query)
-        request = Request(card.provider, body, where["episode"], where["call"])
-        recorded = None if self._tape is None else self._tape.find(request)
-        if recorded is not None:
-            return self._entered(_reply(card, query, recorded, spent=0.0, hit=True), where)
         if self._tape is None:
             made = counted = self._make(card, query, where)
+            mine = True
         else:
-            made, first = self._shared(request, lambda: self._make(card, query, where))
-            counted = self._tape.keep(request, made)
-            if not first:  # another row's request, which was under way
-                return self._entered(_reply(card, query, replace(counted, attempts=0), spent=0.0, hit=True), where)
+            body = self._providers[card.provider].body(card.model, query)
+            request = Request(card.provider, body, where["episode"], where["call"])
+            recorded = self._tape.find(request) if self._replays else None  # its own fault, which no other row shares
+            if recorded is not None:
+                return self._entered(_reply(card, query, recorded, spent=0.0, hit=True), where)
+            made, counted, mine = self._shared(request, lambda: self._make(card, query, where))
+        if not mine:
+            return self._entered(_reply(card, query, replace(counted, attempts=0), spent=0.0, hit=True), where)
         wasted = _dollars(card, made.wasted_prompt_tokens, made.wasted_completion_tokens)
-        spent = _dollars(card, made.prompt_tokens, made.completion_tokens) + wasted
+        spent = _dollars(card, made.prompt_tokens, made.completion_tokens, made.cached_tokens) + wasted
         reply = _reply(card, query, counted, spent=spent, hit=False)
         made_only = {"latency": made.latency, "attempts": made.attempts, "cached_tokens": made.cached_tokens}
         return self._entered(replace(reply, **made_only), where)
@@ -143,21 +149,29 @@ class Pool:
             raise CancelledError  # cut short by ourselves: nothing to record, and no run is left to take it
         return made
 
-    def _shared(self, request: Request, make: Callable[[], Completion]) -> tuple[Completion, bool]:
-        """What `make` returns, called once by all threads that have the same request at the same time; and whether it
-        was called by this one. Who waits for another's call would otherwise make it and take its time as well."""
+    def _shared(self, request: Request, make: Callable[[], Completion]) -> tuple[Completion, Completion, bool]:
+        """What the tape holds, or what `make` returns, called once by all threads that have the same request at the
+        same time; what the tape holds then, which counts; and whether this thread has made it.
+
+        Who waits for another's call would otherwise make it and take its time as well. The tape is looked at and
+        written to before the request counts as ended: none is made in between.
+        """
         key = request.key()
         with self._lock:
             running = self._running.get(key)
             if running is None:
                 mine = self._running[key] = Future()
         if running is not None:
-            return running.result(), False
+            made, counted = running.result()
+            if provider_fault(made.outcome):
+                self._tape.keep(request, made)  # a fault is on the tape for each row that has met it
+            return made, counted, False
         try:
-            # Between our look at the tape and now another thread may have ended the same call.
             recorded = self._tape.find(request)
-            mine.set_result(recorded or make())
-            return mine.result(), recorded is None
+            made = recorded or make()
+            counted = recorded or self._tape.keep(request, made)
+            mine.set_result((made, counted))
+            return made, counted, recorded is None
         except BaseException as error:
             mine.set_exception(error)
             raise
@@ -180,8 +194,11 @@ class Pool:
         return reply
 
 
-def _dollars(card: Card, prompt_tokens: int, completion_tokens: int) -> float:
-    return (prompt_tokens * card.price_in + completion_tokens * card.price_out) / 1e6
+def _dollars(card: Card, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
+    """Of one call; `cached_tokens` of the prompt's are paid at their own price."""
+    cached = card.price_in if card.price_cached is None else card.price_cached
+    prompt = (prompt_tokens - cached_tokens) * card.price_in + cached_tokens * cached
+    return (prompt + completion_tokens * card.price_out) / 1e6
 
 
 def _reply(card: Card, query: str, completion: Completion, *, spent: float, hit: bool) -> Reply:

@@ -78,6 +78,8 @@ class Tape:
                 "PRAGMA synchronous=NORMAL"
             )  # survives a killed process; a power cut may cost the last calls
             self._db.executescript(_SCHEMA)
+            # Processes record different episodes: a fault that a reply takes the place of was there before, or is ours.
+            self._faults = bool(self._db.execute("SELECT 1 FROM faults LIMIT 1").fetchall())
         except (sqlite3.Error, OSError) as error:
             raise self._error(error) from error
 
@@ -111,16 +113,16 @@ class Tape:
         who = (key, request.episode, request.call)
         if provider_fault(completion.outcome):
             row = (*who, completion.outcome, completion.error, completion.latency)
+            self._faults = True
             self._execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", row)
             return completion
         text = completion.text.encode("utf-8", "replace").decode()  # a lone surrogate is no text for SQLite
-        row = (
-            key, request.provider, json.dumps(request.body), text, completion.outcome,
-            completion.prompt_tokens, completion.completion_tokens, completion.latency,
-        )  # fmt: skip
-        self._execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-        self._execute("DELETE FROM faults WHERE key = ? AND episode = ? AND call = ?", who)  # of an earlier recording
-        return self._reply(key) or completion
+        row = (key, request.provider, json.dumps(request.body), text, *_counted(completion))
+        if self._faults:  # of an earlier recording
+            self._execute("DELETE FROM faults WHERE key = ? AND episode = ? AND call = ?", who)
+        # Hundreds of threads come here, and each statement waits for the interpreter anew: it must be a single one.
+        ours = self._execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING key", row)
+        return Completion(text, *_counted(completion), attempts=0) if ours else self._reply(key) or completion
 
     def close(self) -> None:
         """Close the file."""
@@ -149,6 +151,11 @@ class Tape:
 
     def _error(self, error: Exception) -> PoolError:
         return _unusable(self._path, error)
+
+
+def _counted(completion: Completion) -> tuple[Outcome, int, int, float]:
+    """What is recorded beside the text."""
+    return completion.outcome, completion.prompt_tokens, completion.completion_tokens, completion.latency
 
 
 def _use_wal(db: sqlite3.Connection) -> None:

@@ -56,17 +56,14 @@ class Transport:
         self._provider = provider
         self._key = provider.key()
         self._session = _session(provider, self._key)
+        url = f"{provider.base_url}/chat/completions"
+        self._empty = self._session.prepare_request(requests.Request("POST", url))
+        self._adapter = self._session.get_adapter(url)
 
     def post(self, body: bytes, until: float) -> Attempt:
         """One chat completion request, to be over at `until` (monotonic seconds)."""
         try:
-            with self._session.post(
-                f"{self._provider.base_url}/chat/completions",
-                data=body,
-                timeout=max(until - time.monotonic(), 0.001),
-                stream=True,
-                allow_redirects=False,  # the POST would arrive as a GET, and elsewhere
-            ) as answer:
+            with self._send(body, max(until - time.monotonic(), 0.001)) as answer:
                 content = _read(answer, until)
         except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
             return Attempt(Outcome.TIMEOUT, error="no answer in time", again=True)
@@ -84,6 +81,16 @@ class Transport:
             return Attempt(outcome, error=error, again=True, pause=_retry_after(answer.headers.get("Retry-After", "")))
         refused = _error_field(content, "code") == "content_filter"  # a filter before the model
         return Attempt(Outcome.REFUSED if refused else Outcome.BAD_REQUEST, error=error)
+
+    def _send(self, body: bytes, timeout: float) -> requests.Response:
+        """The answer, its body unread. Not by the session, which would put the same request together anew for each call
+        (a quarter of a call's time), and follow redirects: the POST would arrive as a GET, and elsewhere."""
+        prepared = self._empty.copy()
+        prepared.body = body
+        prepared.headers["Content-Length"] = str(len(body))
+        session = self._session
+        settings = {"verify": session.verify, "cert": session.cert, "proxies": session.proxies}
+        return self._adapter.send(prepared, stream=True, timeout=timeout, **settings)
 
     def check(self) -> None:
         """Raise PoolError where the provider does not answer or refuses the key.

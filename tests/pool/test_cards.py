@@ -35,6 +35,7 @@ def _third(**fields):
         ({"latency": math.inf}, r"pool\.models\[2\]\.latency is inf"),
         ({"performance": {"film": 1.5}}, r"pool\.models\[2\]\.performance\.film is 1\.5; a score lies in \[0, 1\]"),
         ({"failure_rate": 2.0}, r"pool\.models\[2\]\.simulated\.failure_rate is 2\.0; a share"),
+        ({"price_cached": -1.0}, r"pool\.models\[2\]\.price_cached is -1\.0; a price"),
         ({"price_changes": ((3, -1.0, 2.0),)}, r"pool\.models\[2\]\.price_changes\[0\] is \(3, -1\.0, 2\.0\); write"),
         ({"price_changes": ((3, 1.0),)}, r"pool\.models\[2\]\.price_changes\[0\]"),
         ({"name": ""}, r"pool\.models\[2\]\.name is ''; give"),

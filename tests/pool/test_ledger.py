@@ -202,3 +202,20 @@ def test_file_and_run_tell_the_same_sums_however_often_it_crashes(tmp_path, even
     assert reported["spent"] == pytest.approx(sum(reply.spent for reply in paid), abs=1e-9)
     assert ledger.paid == reported["spent"]
     ledger.close()
+
+
+def test_the_routers_own_tokens_are_summed_and_those_of_a_repeated_rollout_are_not(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.add_router(step=1, split="train", read_tokens=100, sampled_tokens=40)
+    _add(ledger, Reply("x", Outcome.OK, "Titan", charged=0.5, spent=0.5), step=1)
+    state, size = ledger.state(), ledger.size
+    ledger.add_router(step=1, split="validation", read_tokens=1000, sampled_tokens=400)  # of the step that is kept
+    ledger.add_router(step=2, split="train", read_tokens=7, sampled_tokens=7)
+    ledger.close()
+    again = Ledger(path)
+    again.restore(state, size, 1)
+    again.add_router(step=2, split="train", read_tokens=10, sampled_tokens=4)
+    totals = ledger_totals(path)
+    assert totals["router"] == {"read_tokens": 1110, "sampled_tokens": 444}
+    assert totals["calls"] == 1 and again.totals()["calls"] == 1 and len(read_ledger(path)) == 1

@@ -54,6 +54,21 @@ def test_a_reply_carries_text_tokens_and_dollars(serve, pool_config, open_pool, 
     assert (line["charged"], line["spent"], line["price_date"]) == (reply.charged, reply.spent, "2026-01-31")
 
 
+def test_cached_tokens_are_spent_at_their_price_and_charged_in_full(serve, pool_config, open_pool):
+    """Whether the provider remembers a prompt is not the router's doing."""
+    usage = {"prompt_tokens": 100, "completion_tokens": 20, "prompt_tokens_details": {"cached_tokens": 80}}
+    status, headers, body = completion("Kessan.")
+    body = json.dumps(json.loads(body) | {"usage": usage}).encode()
+    scripted = serve(lambda n, b: (status, headers, body))
+    config = pool_config(scripted.base_url)
+    config.models[0].price_cached = 0.5
+    pool, cards = open_pool(config)
+    priced, unpriced = (_ask(pool, cards, f"{name}: Who?") for name in ("Titan", "Pico"))
+    assert priced.spent == pytest.approx(20 * 3e-6 + 80 * 0.5e-6 + 20 * 12e-6)
+    assert priced.charged == pytest.approx(100 * 3e-6 + 20 * 12e-6)
+    assert unpriced.spent == unpriced.charged > 0
+
+
 @pytest.mark.parametrize(
     ("route", "outcome"),
     [
