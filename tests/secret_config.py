@@ -18,4 +18,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.pool.providers = (provider(name="simulated", base_url=os.environ["POOL_URL"], key_env="MARKED_KEY"),)
     c.pool.tape.mode = "record"
     c.steps = 2
+    c.pool.temperature = 0.5  # each call is a request of its own: a refusal that many rows shared would end the run
     return c

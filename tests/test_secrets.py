@@ -1,6 +1,7 @@
 """A whole training with a marked key, behind a provider that is as indiscreet as can be: the key stays nowhere."""
 
 import http.client
+import itertools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,22 +19,27 @@ KEY = "sk-marked-5ecre7-k3y-of-the-test"
 
 
 def indiscreet(port, seen):
-    """Passes requests on to `port`; quotes the Authorization header in some replies, and fails with it in others."""
+    """Passes requests on to `port`; quotes the Authorization header in every third reply, and fails with it once.
+
+    Once, because a rollout ends the run where more than half of its calls fail.
+    """
+    numbers = itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):  # noqa: N802
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            seen.append(self.headers.get("Authorization", ""))
+            number, key = next(numbers), self.headers.get("Authorization", "")
+            seen.append(key)
             connection = http.client.HTTPConnection("127.0.0.1", port)
             connection.request("POST", self.path, body)
             answer = connection.getresponse()
             status, data = answer.status, json.loads(answer.read())
-            if status == 200 and len(seen) % 3 == 0:
-                data["choices"][0]["message"]["content"] += f" Your key is {seen[-1]}."
-            elif len(seen) % 7 == 0:
-                status, data = 400, {"error": {"message": f"refused: {seen[-1]}"}}
+            if status == 200 and number % 3 == 0:
+                data["choices"][0]["message"]["content"] += f" Your key is {key}."
+            elif number == 2:
+                status, data = 400, {"error": {"message": f"refused: {key}"}}
             self._say(status, data)
 
         def do_GET(self):  # noqa: N802
