@@ -3,13 +3,16 @@
 make demo
 python -m router_r1_jax.train --config=configs/demo.py --workdir=runs/demo
 python -m router_r1_jax.evaluate --config=configs/demo.py --workdir=runs/demo
+
+`--config=configs/demo.py:dapo` takes another loss by its name in `router_r1_jax.config.LOSSES`; the demo's figures are
+those of the fields below.
 """
 
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from router_r1_jax.config import base_config, use_pool
+from router_r1_jax.config import base_config, use_loss, use_pool
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -37,4 +40,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.warmstart.copy_steps = 250
     c.warmstart.file = str(Path(__file__).parent / "demo_warmstart.safetensors")
     c.checkpoint.every = c.validation.every = 10
+    if arg:
+        use_loss(c, arg)
     return c

@@ -3,21 +3,22 @@
     python -m router_r1_jax.train    --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
     python -m router_r1_jax.evaluate --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
 
-Hardware: 8 devices of 48 GB, each with a replica of the rollout; one needs about 39 GB, as
+Hardware: 8 devices of 48 GB, each with a replica of the rollout; one needs about 38 GB, as
 
     python -m router_r1_jax.model.plan --config=configs/qwen25_3b_grpo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=48
 
-says. On one device of 40 GB: `--config.model.dtype=bfloat16 --config.model.lora.rank=16` (30 GB; raise the learning
+says. On one device of 40 GB: `--config.model.dtype=bfloat16 --config.model.lora.rank=16` (26 GB; raise the learning
 rate, 1e-5 to 1e-4 is usual for LoRA). Not run yet: wall time and numbers unknown. With `--config.model.source=` it
 starts from random weights.
-`--config=configs/qwen25_3b_grpo.py:runlocal` runs the same settings with a random 2-layer model on a CPU.
+`--config=configs/qwen25_3b_grpo.py:runlocal` runs the same settings with a random 2-layer model on a CPU;
+`:dapo`, or `:runlocal,dapo`, takes another loss by its name in `router_r1_jax.config.LOSSES`.
 """
 
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from router_r1_jax.config import base_config, use_pool
+from router_r1_jax.config import base_config, use_loss, use_pool
 from router_r1_jax.model import preset_arch
 
 
@@ -36,7 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.learner.learning_rate = 1e-6
     c.learner.micro_batch = 8
 
-    if arg == "runlocal":
+    options = arg.split(",") if arg else []
+    if "runlocal" in options:
         c.model.source = ""
         c.model.arch = base_config().model.arch
         c.model.arch.num_layers, c.model.arch.width, c.model.arch.mlp = 2, 64, 128
@@ -45,6 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.rollout.max_turn_tokens, c.rollout.reply_tokens, c.rollout.max_tokens = 16, 32, 512
         c.validation.questions = 8
         c.evaluation.questions = 16
-    elif arg:
-        raise ValueError(f"configs/qwen25_3b_grpo.py:{arg} is not known; the only argument is runlocal")
+    for name in options:
+        if name != "runlocal":
+            use_loss(c, name)
     return c

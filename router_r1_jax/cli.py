@@ -82,7 +82,9 @@ def run_guarded(call: Callable[[], Any]) -> None:
         fail(refusal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        # All files are closed and the server has ended; taking JAX's programs apart keeps a terminal for seconds more.
+        os._exit(130)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -22,6 +22,8 @@ def model_card(**fields: object) -> ConfigDict:
 
     Prices are dollars per million tokens, latency is seconds (None: nobody measured it, and the prompt states none),
     performance maps a topic to a score in [0, 1].
+    price_cached, for prompt tokens that the provider has cached, lowers what is spent, never what is charged: whether a
+    provider remembers a prompt is not the router's doing. None: price_in.
     price_changes are (step, price_in, price_out), each valid from that training step on, for prompt and charge alike.
     `simulated` is read by the simulated server only. Shares of requests: failure_rate (HTTP 503), malformed_rate (half
     a JSON body), wrong_type_rate (a page of HTML), dropped_rate (the connection is cut). By number of request to the
@@ -36,6 +38,7 @@ def model_card(**fields: object) -> ConfigDict:
             model="",
             price_in=0.0,
             price_out=0.0,
+            price_cached=config_dict.placeholder(float),
             price_changes=(),
             latency=config_dict.placeholder(float),
             performance=ConfigDict(),
@@ -95,6 +98,30 @@ def use_pool(config: ConfigDict, path: str | Path) -> None:
     spec.loader.exec_module(pool)
     config.pool.providers, config.pool.models = pool.providers(), pool.models()
     config.pool.price_date = pool.PRICE_DATE
+
+
+# What `learner` holds where a published method is taken whole. Groups without a spread are counted, not drawn again,
+# in "dapo" too. In those without clipping the ratio is that of an importance weight.
+_UNCLIPPED = dict(clip_low=1.0, clip_high=1e9)
+LOSSES = {
+    "grpo": dict(advantage="grpo", mean_over="sequence", clip_low=0.2, clip_high=0.2, kl_coef=0.04),
+    "dr_grpo": dict(advantage="dr_grpo", mean_over="constant", clip_low=0.2, clip_high=0.2, kl_coef=0.0),
+    "dapo": dict(advantage="grpo", mean_over="token", clip_low=0.2, clip_high=0.28, kl_coef=0.0),
+    "gspo": dict(
+        advantage="grpo", ratio="sequence", mean_over="sequence", clip_low=3e-4, clip_high=4e-4, kl_coef=0.0
+    ),
+    "rloo": dict(advantage="rloo", mean_over="constant", kl_coef=0.0) | _UNCLIPPED,
+    "reinforce": dict(advantage="reinforce", mean_over="token", kl_coef=0.0) | _UNCLIPPED,
+}  # fmt: skip
+
+
+def use_loss(config: ConfigDict, name: str) -> None:
+    """Set the loss' fields of `config.learner` to those of LOSSES[name].
+
+    Raises ConfigError for another name.
+    """
+    _one_of("loss", name, tuple(LOSSES))
+    config.learner.update(dict(ratio="token", dual_clip=0.0, kl="k3") | LOSSES[name])
 
 
 def base_config() -> ConfigDict:
@@ -175,12 +202,15 @@ def base_config() -> ConfigDict:
     c.rollout.max_tokens = 4096  # of one row behind the shared prefix: question, turns and replies
     c.rollout.chunk = 64  # tokens fed to a row at a time
     c.rollout.feed_rows = 8  # rows fed at a time
+    c.rollout.feed_wait = 8  # decode steps that a row may be held back until enough others are to be fed; 0: none
     c.rollout.poll_every = 8  # decode steps between looks for replies while rows wait
     c.rollout.driver = "jit"  # jit: one while_loop with a host callback | host: the same step driven from Python
 
     c.reward = ConfigDict()
-    c.reward.preset = "official"
+    c.reward.preset = "official"  # official | paper | group | success_gated: `reward.score.PRESETS`
     c.reward.alpha = 0.0  # weight of the cost term
+    c.reward.cost = "output"  # output | tokens | all | seconds: what an episode's cost counts, `reward.cost.COSTS`
+    c.reward.router_price = 0.0  # dollars per million tokens that the router samples; counted in cost "all"
     c.reward.metric = "em"  # em | f1
     c.reward.window = 1000  # raw costs in the normaliser's window
 
@@ -190,9 +220,17 @@ def base_config() -> ConfigDict:
     c.learner.decay = False  # cosine to a tenth at the last update
     c.learner.weight_decay = 0.0
     c.learner.max_grad_norm = 1.0
+    # The loss: `use_loss(c, name)` sets the next fields to a published choice, see LOSSES and `learner.PolicyLoss`.
+    c.learner.advantage = "grpo"  # grpo | dr_grpo | rloo | reinforce: `learner.group_advantages`
+    c.learner.ratio = "token"  # token | sequence: what one ratio of policies spans
+    c.learner.mean_over = "token"  # token | sequence | constant: all alike, each row alike, sum over rollout.max_tokens
     c.learner.clip_low = 0.2
     c.learner.clip_high = 0.2
-    c.learner.kl_coef = 0.001  # k3 estimate against the warm-started reference, in the loss
+    c.learner.dual_clip = 0.0  # bound, above 1, of the ratios of negative advantages; 0: none
+    c.learner.kl = "k3"  # k1 | k2 | k3: estimate of the KL to the warm-started reference, in the loss
+    c.learner.kl_coef = 0.001
+    # Factors of the components' own advantages, each normalised within its group; all 0: those of the total reward.
+    c.learner.component_weights = ConfigDict(dict(format=0.0, outcome=0.0, cost=0.0))
     c.learner.micro_batch = 32  # rows per forward and backward pass
     c.learner.minibatches = 1  # updates per rollout
     c.learner.logit_chunk = 64  # positions whose logits are held at a time
@@ -234,10 +272,12 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget",
-    "rollout.temperature", "rollout.replicas",
-    "rollout.top_k", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
-    "validation.questions", "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low",
-    "learner.clip_high", "learner.kl_coef", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate",
+    "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait",
+    "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds", "validation.questions",
+    "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low",
+    "learner.clip_high", "learner.dual_clip", "learner.kl_coef",
+    "learner.component_weights.format", "learner.component_weights.outcome",
+    "learner.component_weights.cost", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate",
     "warmstart.warmup", "warmstart.copy_steps",
 )  # fmt: skip
 
@@ -276,7 +316,16 @@ def validate(config: ConfigDict) -> None:
     _entries("pool.providers", config.pool.providers, provider)
     _entries("pool.models", config.pool.models, model_card)
     _one_of("reward.metric", config.reward.metric, ("em", "f1"))
-    _one_of("reward.preset", config.reward.preset, ("official",))
+    _one_of("reward.preset", config.reward.preset, ("official", "paper", "group", "success_gated"))
+    _one_of("reward.cost", config.reward.cost, ("output", "tokens", "all", "seconds"))
+    _one_of("learner.advantage", config.learner.advantage, ("grpo", "dr_grpo", "rloo", "reinforce"))
+    _one_of("learner.ratio", config.learner.ratio, ("token", "sequence"))
+    _one_of("learner.mean_over", config.learner.mean_over, ("token", "sequence", "constant"))
+    _one_of("learner.kl", config.learner.kl, ("k1", "k2", "k3"))
+    if 0.0 < config.learner.dual_clip <= 1.0:
+        raise ConfigError(
+            f"learner.dual_clip is {config.learner.dual_clip}; it is greater than 1 (3 is usual), or 0 for no bound"
+        )
     _one_of("rollout.driver", config.rollout.driver, ("jit", "host"))
     _one_of("pool.tape.mode", config.pool.tape.mode, ("off", "record", "replay", "strict"))
     _one_of("model.attention", config.model.attention, ("einsum", "xla", "cudnn"))

@@ -19,6 +19,7 @@ from router_r1_jax.model import ModelConfig, Params
 from router_r1_jax.pool.cards import Card, at_step, roster
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
+from router_r1_jax.reward import episode_cost
 from router_r1_jax.rollout import Engine, Episode, Manners, Prompt, RolloutStats, make_cut, make_limits
 
 # A rollout of which more calls than this failed at the provider teaches nothing and costs money: the run stops.
@@ -32,6 +33,7 @@ class Answers:
     Attributes:
       questions: [B] the question of each episode.
       episodes: [B].
+      group: episodes per question.
       roster: the cards in the prompt's order, under the names it shows.
       prefix_length: tokens that all prompts share.
       valid: [B] bool, False where a provider failed: such an episode is nobody's fault and teaches nothing.
@@ -39,15 +41,22 @@ class Answers:
 
     questions: list[QuestionRecord]
     episodes: list[Episode]
+    group: int
     roster: tuple[Card, ...]
     prefix_length: int
     valid: np.ndarray
     stats: RolloutStats
 
     @property
-    def raw_costs(self) -> np.ndarray:
-        """[B] sum over calls of completion tokens x dollars per million tokens."""
-        return np.array([sum(reply.raw_cost for reply in e.replies) for e in self.episodes])
+    def groups(self) -> np.ndarray:
+        """[B] int, equal for episodes of the same question."""
+        return np.arange(len(self.episodes)) // self.group
+
+    def raw_costs(self, reward: ConfigDict) -> np.ndarray:
+        """[B] raw costs of the kind and unit that `config.reward` chooses."""
+        return np.array(
+            [episode_cost(reward.cost, e.replies, int(sum(e.sampled)), reward.router_price) for e in self.episodes]
+        )
 
 
 class Router:
@@ -126,10 +135,12 @@ class Router:
         episodes, stats = self._engine.run(
             asked, respond, temperature=temperature, cut=self._cut, seed=_draw_seed(seed), on_finish=on_finish
         )
+        read = stats.prefix_tokens + stats.fed_tokens
+        self._pool.note_router(step=step, split=split, read_tokens=read, sampled_tokens=stats.decoded_tokens)
         valid = np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes])
         valid &= np.array([e.stop != "no_reply" for e in episodes])
         self._refuse_outage(episodes)
-        return Answers(repeated, episodes, cards, stats.prefix_tokens, valid, stats)
+        return Answers(repeated, episodes, group, cards, stats.prefix_tokens, valid, stats)
 
     def _refuse_outage(self, episodes: Sequence[Episode]) -> None:
         replies = [reply for episode in episodes for reply in episode.replies]

@@ -38,6 +38,7 @@ from router_r1_jax.learner import (
     Row,
     TrainState,
     abstract_state,
+    component_advantages,
     group_advantages,
     init_state,
     make_batch,
@@ -77,14 +78,25 @@ def judge(config: ConfigDict, answers: Answers, normalizer: CostNormalizer) -> R
     return score(
         [episode.text for episode in answers.episodes],
         [question.golds for question in answers.questions],
-        answers.raw_costs,
+        answers.raw_costs(config.reward),
         route_names(answers.roster),
         preset=config.reward.preset,
         alpha=config.reward.alpha,
         metric=config.reward.metric,
         normalizer=normalizer,
+        groups=answers.groups,
         valid=answers.valid,
     )
+
+
+def compare(config: ConfigDict, answers: Answers, rewards: Rewards) -> tuple[np.ndarray, int]:
+    """Advantages [B] of the total reward, or of its components where they have weights; groups without a spread."""
+    weights = np.where(answers.valid, 1.0, config.pool.fault_weight)
+    shares = config.learner.component_weights.to_dict()
+    if any(shares.values()):
+        components = {"format": rewards.format, "outcome": rewards.outcome, "cost": rewards.cost}
+        return component_advantages(components, shares, answers.groups, weights, kind=config.learner.advantage)
+    return group_advantages(rewards.total, answers.groups, weights, kind=config.learner.advantage)
 
 
 def make_rows(answers: Answers, advantages: np.ndarray) -> list[Row]:
@@ -210,6 +222,15 @@ class Run:
         self.saved_step = step
 
 
+def make_loss(config: ConfigDict) -> PolicyLoss:
+    """The loss that `config.learner` describes."""
+    c = config.learner
+    return PolicyLoss(
+        clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef, ratio=c.ratio, mean_over=c.mean_over,
+        length=config.rollout.max_tokens, dual_clip=c.dual_clip, kl=c.kl,
+    )  # fmt: skip
+
+
 def setup_learner(config: ConfigDict, session: Session) -> tuple[Learner, TrainState, Any, Any]:
     """The learner, an abstract TrainState to restore into, the optimizer and its schedule."""
     c = config.learner
@@ -218,8 +239,7 @@ def setup_learner(config: ConfigDict, session: Session) -> tuple[Learner, TrainS
         weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm,
     )  # fmt: skip
     learner = Learner(
-        session.model, optimizer, PolicyLoss(clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef),
-        session.mesh, session.abstract_params,
+        session.model, optimizer, make_loss(config), session.mesh, session.abstract_params,
         micro_batch=c.micro_batch, chunk=c.logit_chunk, temperature=config.rollout.temperature,
     )  # fmt: skip
     return learner, abstract_state(optimizer, session.abstract_params, session.mesh), optimizer, schedule
@@ -306,10 +326,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             )  # fmt: skip
             rewards = judge(config, answers, run.normalizer)
             run.first_window = run.first_window or run.normalizer.state()
-            groups = np.repeat(np.arange(len(questions)), config.rollout.group)
-            advantages, without_spread = group_advantages(
-                rewards.total, groups, np.where(answers.valid, 1.0, config.pool.fault_weight)
-            )
+            advantages, without_spread = compare(config, answers, rewards)
             sampled = time.monotonic()
 
             state, metrics = update(config, learner, run.state, reference, answers, advantages)

@@ -20,7 +20,10 @@ CONFIG = Path(__file__).parent / "tiny_config.py"
 TIMEOUT = 300  # seconds; only a run that hangs takes as long
 
 # What a run may do otherwise when it is repeated: times, rates, and what was really paid.
-UNEQUAL = re.compile("tokens_per_second|tape_hit_rate|spent_dollars|rollout_seconds|update_seconds|rollout/.*")
+UNEQUAL = re.compile(
+    "tokens_per_second|tape_hit_rate|spent_dollars|(val/)?call_seconds_per_question|rollout_seconds|update_seconds"
+    "|rollout/.*"
+)
 
 
 def command(main: str, workdir: Path, *overrides: str, config: Path | str = CONFIG) -> list[str]:

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from router_r1_jax.evaluation.watch import hacking_rates
 from router_r1_jax.pool.cards import Card
-from router_r1_jax.reward import Rewards
+from router_r1_jax.reward import FAULTS, Rewards
 
 Record = dict[str, Any]
 
@@ -21,6 +22,7 @@ def make_records(
             {
                 "model": reply.model, "query": reply.query, "reply": reply.text, "outcome": str(reply.outcome),
                 "completion_tokens": reply.completion_tokens, "charged": reply.charged, "latency": reply.latency,
+                "raw_cost": reply.raw_cost,
             }
             for reply in episode.replies
         ]  # fmt: skip
@@ -34,7 +36,8 @@ def make_records(
                     "outcome": float(rewards.outcome[i]), "cost": float(rewards.cost[i]),
                 },
                 "exact_match": float(rewards.exact_match[i]), "f1": float(rewards.f1[i]),
-                "dollars": sum(call["charged"] for call in calls), "faults": list(rewards.faults[i]),
+                "dollars": sum(call["charged"] for call in calls),
+                "raw_cost": sum(call["raw_cost"] for call in calls), "faults": list(rewards.faults[i]),
                 "stop": episode.stop,
             }
         )  # fmt: skip
@@ -51,7 +54,9 @@ def summarise(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any
     """Means over episodes.
 
     Keys: em, f1, reward/{total,format,outcome,cost}, malformed_share, calls_per_question, dollars_per_question
-    (charged), calls/share (per model key, of all calls that reached one). Where questions carry their domains also
+    (charged), raw_cost_per_question (the paper's unit: output tokens x dollars per million), call_seconds_per_question,
+    calls/share (per model key, of all calls that reached one), format/<fault> (share of episodes, a key for each of
+    reward.FAULTS), watch/<habit> (`evaluation.watch`). Where questions carry their domains also
     best_model_share: of the calls that belong to a hop, those to the model that is best for the hop's domain; and
     two_hop_two_calls: of the two-hop questions, those with exactly two calls.
     """
@@ -66,10 +71,12 @@ def summarise(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any
         "malformed_share": _mean([r["reward"]["format"] < 0 for r in records]),
         "calls_per_question": _mean([len(r["calls"]) for r in records]),
         "dollars_per_question": _mean([r["dollars"] for r in records]),
+        "raw_cost_per_question": _mean([r["raw_cost"] for r in records]),
+        "call_seconds_per_question": _mean([sum(call["latency"] for call in r["calls"]) for r in records]),
         "calls/share": {card.key: called.count(card.key) / max(len(called), 1) for card in cards},
     }
-    figures |= _routing(records, best_models(cards))
-    return figures
+    figures |= {f"format/{fault}": _mean([fault in r["faults"] for r in records]) for fault in FAULTS}
+    return figures | hacking_rates(records) | _routing(records, best_models(cards))
 
 
 def _routing(records: Sequence[Record], best: Mapping[str, str]) -> dict[str, float]:

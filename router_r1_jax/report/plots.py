@@ -20,7 +20,8 @@ Point = tuple[float, float]
 
 _DPI = 130
 _INK, _MUTED, _GRID = "#222222", "#6b6b6b", "#e4e4e4"
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+_BLUE, _ORANGE, _GREEN, _PINK, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
+_FAULT_PREFIX = "format/"
 
 
 class _Series(NamedTuple):
@@ -73,7 +74,17 @@ _PANELS = (
         ),
     ),
     _Panel("Malformed episodes", (_Series("malformed_share", "train, sampled", _BLUE),), "%"),
-    _Panel("KL to the reference", (_Series("kl", "k3 estimate", _BLUE),), "nats per token"),
+    _Panel(
+        "Habits to watch",
+        (
+            _Series("watch/answer_from_question", "answer from the question", _BLUE),
+            _Series("watch/reply_ignored", "reply ignored", _ORANGE),
+            _Series("watch/query_is_question", "whole question passed on", _GREEN),
+            _Series("watch/repeated_call", "call repeated", _PINK),
+        ),
+        "%",
+    ),
+    _Panel("KL to the reference", (_Series("kl", "estimate", _BLUE),), "nats per token"),
     _Panel("Entropy of the sampler", (_Series("entropy", "entropy", _BLUE),), "nats per token"),
     _Panel("Gradient norm", (_Series("grad_norm", "before clipping", _BLUE),)),
     _Panel("Tokens whose ratio was clipped", (_Series("clip_share", "clipped", _BLUE),), "%"),
@@ -109,7 +120,8 @@ def learning_curves(metrics: Metrics, path: str | Path) -> Path | None:
     """
     train = [line for line in metrics if line.get("phase") != "warmstart"]
     warm = [line for line in metrics if line.get("phase") == "warmstart"]
-    panels = [(panel, lines) for lines, group in ((train, _PANELS), (warm, _WARMSTART_PANELS)) for panel in group]
+    groups = ((train, (*_PANELS, _fault_panel(train))), (warm, _WARMSTART_PANELS))
+    panels = [(panel, lines) for lines, group in groups for panel in group]
     panels = [(panel, lines) for panel, lines in panels if any(len(_curve(lines, s.key)[0]) for s in panel.series)]
     if not panels:
         return None
@@ -123,6 +135,20 @@ def learning_curves(metrics: Metrics, path: str | Path) -> Path | None:
         if index >= len(panels) - columns:
             axes.set_xlabel("step", color=_MUTED, fontsize=9)
     return _save(figure, path)
+
+
+def _fault_panel(lines: Metrics) -> _Panel:
+    """The commonest faults of the format check, as shares of the episodes; an episode may have several."""
+    means = {
+        key: float(np.mean(_curve(lines, key)[1]))
+        for key in dict.fromkeys(key for line in lines for key in line if key.startswith(_FAULT_PREFIX))
+    }
+    often = sorted((key for key, mean in means.items() if mean > 0), key=lambda key: -means[key])
+    series = tuple(
+        _Series(key, key.removeprefix(_FAULT_PREFIX).replace("_", " "), colour)
+        for key, colour in zip(often, (_BLUE, _ORANGE, _GREEN, _PINK, _GREY), strict=False)
+    )
+    return _Panel("Faults of form, the commonest", series, "%")
 
 
 def calls_per_model(metrics: Metrics, path: str | Path) -> Path | None:
@@ -260,6 +286,10 @@ def _draw_panel(axes: Axes, panel: _Panel, lines: Metrics) -> None:
         axes.plot(steps, _smooth(values), color=series.colour, linewidth=1.7, label=series.label)
     _dress(axes, panel.title, panel.unit)
     axes.margins(y=0.12)
+    if panel.unit == "%":  # no share lies below 0
+        bottom, _ = axes.get_ylim()
+        top = axes.dataLim.ymax * 1.12 or 0.01
+        axes.set_ylim(max(bottom, -0.04 * top), top)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(fontsize=7.5, frameon=True, framealpha=0.8, edgecolor="none", labelcolor=_INK, borderpad=0.2)
 

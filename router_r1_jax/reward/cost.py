@@ -7,14 +7,40 @@ the latest ones. The window is state: one per run, not shared with validation, k
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 _LOW, _HIGH = 0.05, 0.95  # quantiles that stand for cheap and dear, from the published code
-_FLAT = 1e-8  # a narrower window says nothing about cheap and dear
-_NEUTRAL = 0.5
+FLAT = 1e-8  # a narrower spread of costs says nothing about cheap and dear
+NEUTRAL = 0.5  # the component of a cost that nothing is known about: neither cheap nor dear
+
+
+# What an episode's raw cost may count, and its unit.
+COSTS = {
+    "output": "millionths of a dollar, output tokens of the calls only, as published",
+    "tokens": "millionths of a dollar, input and output tokens of the calls",
+    "all": "millionths of a dollar, tokens of the calls and those that the router samples",
+    "seconds": "seconds that the calls took",
+}
+
+
+def episode_cost(kind: str, replies: Sequence[Any], sampled_tokens: int, router_price: float) -> float:
+    """The raw cost of one episode, in the unit that COSTS gives.
+
+    Args:
+        kind: a key of COSTS.
+        replies: the calls' `pool.Reply`s.
+        sampled_tokens: that the router itself has sampled.
+        router_price: dollars per million of them.
+    """
+    if kind == "output":
+        return sum(reply.raw_cost for reply in replies)
+    if kind == "seconds":
+        return sum(reply.latency for reply in replies)
+    dollars = sum(reply.charged for reply in replies)
+    return 1e6 * dollars + (sampled_tokens * router_price if kind == "all" else 0.0)
 
 
 class CostNormalizer:
@@ -76,8 +102,8 @@ class CostNormalizer:
         self._arrived.append(value)
         insort(self._sorted, value)
         low, high = _quantile(self._sorted, _LOW), _quantile(self._sorted, _HIGH)
-        if high - low < _FLAT:
-            return _NEUTRAL
+        if high - low < FLAT:
+            return NEUTRAL
         return 1.0 - min(max((value - low) / (high - low), 0.0), 1.0)
 
 

@@ -63,6 +63,15 @@ def test_panels_without_data_are_left_out(figures):
     assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["KL to the reference"]
 
 
+def test_the_commonest_faults_have_their_lines(figures):
+    """Most frequent first, at most five, and none that never occurred."""
+    shares = {"a": 0.1, "no_answer": 0.5, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.05, "never": 0.0}
+    lines = [{"step": step, **{f"format/{name}": share for name, share in shares.items()}} for step in (1, 2)]
+    plots.learning_curves(lines, "unused.png")
+    axes = panel(figures[0], "Faults of form, the commonest")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["no answer", "d", "c", "b", "a"]
+
+
 @pytest.mark.parametrize("length", [1, 2, 19, 20, 41, 97])
 def test_smoothing_is_the_mean_of_the_window(length):
     values = np.random.default_rng(length).random(length)

@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.reward import COSTS, CostNormalizer, episode_cost
 
 VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/cost.jsonl").open(encoding="utf-8")]
 RAW = np.array([row["raw_cost"] for row in VECTORS])
@@ -104,3 +105,12 @@ def test_a_window_without_room_is_refused(window):
 def test_costs_of_a_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 2\)"):
         CostNormalizer()(np.ones((1, 2)))
+
+
+def test_what_a_raw_cost_counts():
+    """Two calls of 10 and 20 output tokens at 2 dollars per million, 3e-5 and 6e-5 dollars in all, 0.5 and 1.5 s."""
+    replies = [SimpleNamespace(raw_cost=20.0, charged=3e-5, latency=0.5)]
+    replies += [SimpleNamespace(raw_cost=40.0, charged=6e-5, latency=1.5)]
+    costs = {kind: episode_cost(kind, replies, sampled_tokens=100, router_price=0.4) for kind in COSTS}
+    assert costs == pytest.approx({"output": 60.0, "tokens": 90.0, "all": 130.0, "seconds": 2.0})
+    assert [episode_cost(kind, [], 100, 0.4) for kind in COSTS] == pytest.approx([0.0, 0.0, 40.0, 0.0])

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_r1_jax.reward import CostNormalizer, check_format, extract_answer, f1_score, score
+from router_r1_jax.config import ConfigError, base_config, model_card, provider, validate
+from router_r1_jax.reward import COSTS, PRESETS, CostNormalizer, check_format, extract_answer, f1_score, score
 
 VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/reward.jsonl").open(encoding="utf-8")]
 NAMES = [
@@ -130,3 +131,90 @@ def test_a_bad_argument_is_named_and_leaves_the_window_alone(change, message):
     with pytest.raises(ValueError, match=message):
         score(**{**arguments, **change}, normalizer=normalizer)
     assert normalizer.state()["sqrt_costs"] == []
+
+
+def by_hand(preset, alpha, formed, outcome, cost):
+    """The total of one episode, case by case, from the presets' descriptions."""
+    if not formed:
+        return -1.0
+    if preset == "paper":
+        return (1 - alpha) * outcome + alpha * cost
+    if outcome == 0:
+        return 0.0
+    return outcome - alpha * (1 - cost) if preset == "success_gated" else (1 - alpha) * outcome + alpha * cost
+
+
+def cost_in_group(i, raw_costs, groups, valid):
+    """An episode's cost component by looking at every other one."""
+    if not valid[i]:
+        return 0.5
+    others = [cost for cost, group, ok in zip(raw_costs, groups, valid, strict=True) if ok and group == groups[i]]
+    spread = max(others) - min(others)
+    return 0.5 if spread < 1e-8 else 1 - (raw_costs[i] - min(others)) / spread
+
+
+RESPONSES = {
+    (True, 1.0): GOOD,
+    (True, 0.5): "<think>a</think><answer>Paris Texas Paris</answer>",
+    (True, 0.0): "<think>a</think><answer>Rome</answer>",
+    (False, 1.0): "<answer>Paris</answer>",
+}
+episodes = st.lists(
+    st.tuples(st.sampled_from(sorted(RESPONSES)), st.floats(0, 1e3), st.integers(0, 2), st.booleans()), max_size=12
+)
+
+
+@given(episodes, st.sampled_from(sorted(PRESETS)), st.floats(0, 1))
+def test_presets_case_by_case(rows, preset, alpha):
+    cases, raw_costs, groups, valid = ([row[i] for row in rows] for i in range(4))
+    rewards = score(
+        [RESPONSES[case] for case in cases], [["Paris"]] * len(rows), np.array(raw_costs), NAMES, preset=preset,
+        alpha=alpha, metric="f1", normalizer=CostNormalizer(5), groups=np.array(groups), valid=np.array(valid, bool),
+    )  # fmt: skip
+    window = CostNormalizer(5)
+    for i, (formed, outcome) in enumerate(cases):
+        if preset == "group":
+            cost = cost_in_group(i, raw_costs, groups, valid)
+        else:
+            cost = window(np.array(raw_costs[i : i + 1]))[0] if valid[i] else 0.5
+        assert rewards.cost[i] == pytest.approx(cost, abs=1e-9)
+        assert rewards.outcome[i] == outcome
+        assert rewards.total[i] == pytest.approx(by_hand(preset, alpha, formed, outcome, cost), abs=1e-9)
+
+
+def test_only_parity_forbids_later_colons():
+    response = (
+        f"<think>a</think><search>{NAMES[0]}: at 10:30?</search><information>b</information><answer>Paris</answer>"
+    )
+    totals = {
+        preset: score(
+            [response], [["Paris"]], np.ones(1), NAMES, preset=preset, alpha=0.0, metric="em",
+            normalizer=CostNormalizer(), groups=np.zeros(1, int),
+        ).total[0]
+        for preset in PRESETS
+    }  # fmt: skip
+    assert totals == {"official": -1.0, "paper": 1.0, "group": 1.0, "success_gated": 1.0}
+
+
+def test_costs_within_a_group_leave_the_window_alone():
+    normalizer = CostNormalizer()
+    arguments = dict(responses=[GOOD] * 2, golds=[["Paris"]] * 2, raw_costs=np.array([1.0, 2.0]), names=NAMES)
+    settings = dict(preset="group", alpha=0.5, metric="em", normalizer=normalizer)
+    np.testing.assert_array_equal(score(**arguments, **settings, groups=np.zeros(2, int)).cost, [1.0, 0.0])
+    assert normalizer.state()["sqrt_costs"] == []
+    with pytest.raises(ValueError, match="pass their groups"):
+        score(**arguments, **settings)
+    with pytest.raises(ValueError, match=r"groups has shape \(3,\)"):
+        score(**arguments, **settings, groups=np.zeros(3, int))
+
+
+@pytest.mark.parametrize(("field", "known"), [("preset", PRESETS), ("cost", COSTS)])
+def test_the_configuration_knows_all_there_are(field, known):
+    config = base_config()
+    config.pool.providers, config.pool.models = (provider(name="p"),), (model_card(name="M", provider="p", model="m"),)
+    for name in known:
+        config.reward[field] = name
+        validate(config)
+    config.reward[field] = "other"
+    with pytest.raises(ConfigError, match=f"reward.{field} is 'other'; choose one of {', '.join(known)}"):
+        validate(config)
