@@ -22,6 +22,7 @@ from router_r1_jax.pool.providers import Provider
 
 _RETRIED = {408: Outcome.TIMEOUT, 409: Outcome.UNAVAILABLE, 429: Outcome.RATE_LIMITED}  # and every 5xx
 _MAX_BODY = 16 * 1024 * 1024  # bytes; a longer answer is no chat completion
+_MAX_TOKENS = 10**9  # a call that claims more has not been counted
 _SHORTEST_SECRET = 8  # characters; shorter "keys" such as EMPTY are placeholders of local servers and ordinary words
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
@@ -120,13 +121,14 @@ class Transport:
         """Read a chat completion. `asked` is the size of the request in bytes."""
         data: Any = None
         try:
-            data = json.loads(content)
+            # A model that writes half a character has answered all the same: it becomes U+FFFD.
+            data = json.loads(content.decode("utf-8-sig", "replace"))
             choice = data["choices"][0]
             message = choice["message"]
             text = message.get("content") or ""
             usage = data.get("usage") or {}
             tokens = _count(usage, "prompt_tokens", asked), _count(usage, "completion_tokens", len(text))
-            if not isinstance(text, str) or min(tokens) < 0:
+            if not isinstance(text, str) or not all(0 <= count <= _MAX_TOKENS for count in tokens):
                 raise ValueError
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
             error = "HTTP 200, but not a chat completion"
@@ -138,7 +140,7 @@ class Transport:
             outcome = Outcome.REFUSED
         served = data.get("model")
         return Attempt(
-            outcome, self._blot(text), *tokens, cached_tokens=_cached(usage),
+            outcome, self._blot(text), *tokens, cached_tokens=min(_cached(usage), tokens[0]),
             served=self._blot(served)[:200] if isinstance(served, str) else "",
         )  # fmt: skip
 
@@ -200,7 +202,7 @@ def _used(data: Any) -> tuple[int, int]:
         tokens = int(data["usage"]["prompt_tokens"]), int(data["usage"]["completion_tokens"])
     except (ValueError, TypeError, LookupError, OverflowError):
         return 0, 0
-    return tokens if min(tokens) >= 0 else (0, 0)
+    return tokens if all(0 <= count <= _MAX_TOKENS for count in tokens) else (0, 0)
 
 
 def _cached(usage: Mapping[str, Any]) -> int:

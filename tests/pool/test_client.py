@@ -159,6 +159,27 @@ def test_a_server_that_counts_no_tokens_is_not_free(ask):
     assert got.prompt_tokens > 0
 
 
+@pytest.mark.parametrize("kind", ["text/html", "text/plain; charset=latin-1", "application/json; charset=utf-16"])
+def test_a_body_is_read_for_what_it_is_whatever_its_header_says(ask, kind):
+    status, _, body = completion("Kessán.")
+    got, _ = ask(lambda n, b: (status, {"Content-Type": kind}, body))
+    assert (got.outcome, got.text) == (Outcome.OK, "Kessán.")
+
+
+def test_bytes_that_are_no_utf8_are_replaced_and_the_answer_taken(ask):
+    """Half a character, as a model leaves one where it is cut: no reason to ask, and to pay, again."""
+    status, headers, body = completion("from A to B")
+    got, scripted = ask(
+        lambda n, b: (status, headers, b"\xef\xbb\xbf" + body.replace(b"to", b"\xe2\x82\xff\xed\xa0\x80"))
+    )
+    assert (got.outcome, got.text, len(scripted.requests)) == (Outcome.OK, "from A \ufffd\ufffd\ufffd\ufffd\ufffd B", 1)
+
+
+def test_control_characters_that_json_escapes_arrive(ask):
+    got, _ = ask(lambda n, b: completion("a\x00\x1b[0m\u2028\ud800b"))
+    assert (got.outcome, got.text) == (Outcome.OK, "a\x00\x1b[0m\u2028\ud800b")
+
+
 def _drop(connection):
     connection.close()
 
@@ -415,6 +436,37 @@ def test_a_hedge_takes_the_good_answer_of_the_two(serve, pool_config):
     client.close()
 
 
+def test_a_hedged_call_counts_what_each_of_its_requests_used(serve, pool_config, monkeypatch):
+    """The first is late and useless but counted its tokens, the second comes after it: both counts are real."""
+    released, ended = threading.Event(), threading.Event()
+
+    def late_and_useless(connection):
+        assert released.wait(60)
+        content = b'{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 11}}'
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+
+    def script(number, body):
+        if number == 21:
+            ended.clear()
+            released.set()
+            assert ended.wait(60)  # the useless one is there
+        return late_and_useless if number == 20 else completion("ok", prompt_tokens=3, completion_tokens=5)
+
+    client, card = _client(pool_config(serve(script).base_url, hedge=True, request_timeout=60.0, deadline=60.0))
+    submit = client._spare.submit
+
+    def watched(*args):
+        future = submit(*args)
+        future.add_done_callback(lambda _: ended.set())
+        return future
+
+    monkeypatch.setattr(client._spare, "submit", watched)
+    got = [client.complete(card, "Who?") for _ in range(21)][-1]
+    client.close()
+    assert (got.outcome, got.attempts, got.prompt_tokens, got.completion_tokens) == (Outcome.OK, 2, 3, 5)
+    assert (got.wasted_prompt_tokens, got.wasted_completion_tokens) == (7, 11)
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -437,6 +489,24 @@ def test_tokens_of_unusable_answers_are_not_free(ask):
     failed, _ = ask(lambda n, b: (200, {}, useless), **ONCE)
     assert (failed.outcome, failed.prompt_tokens, failed.completion_tokens) == (Outcome.UNAVAILABLE, 0, 0)
     assert (failed.wasted_prompt_tokens, failed.wasted_completion_tokens) == (7, 11)
+
+
+@pytest.mark.parametrize("tokens", [10**9 + 1, 2**63, 10**400, -1])
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
+def test_a_count_that_nobody_can_have_used_is_no_answer(ask, tokens, field):
+    """No database column, no price and no budget has room for it."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 5, field: tokens}
+    body = {"choices": [{"message": {"content": "ok"}}], "usage": usage}
+    got, _ = ask(lambda n, b: (200, {}, json.dumps(body).encode()), **ONCE)
+    assert (got.outcome, got.wasted_prompt_tokens, got.wasted_completion_tokens) == (Outcome.UNAVAILABLE, 0, 0)
+
+
+def test_no_more_tokens_are_cached_than_were_asked(ask):
+    """They would be subtracted from what is spent, and a budget would never be reached."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 10**6}}
+    body = {"choices": [{"message": {"content": "ok"}}], "usage": usage}
+    got, _ = ask(lambda n, b: (200, {}, json.dumps(body).encode()))
+    assert (got.cached_tokens, got.prompt_tokens) == (9, 9)
 
 
 def test_cached_tokens_and_the_served_model_are_told(ask):

@@ -392,6 +392,20 @@ def test_a_fault_is_charged_to_nobody_and_what_it_used_is_spent(serve, pool_conf
     assert pool.totals()["spent"] == pytest.approx(reply.spent)
 
 
+def test_impossible_counts_reach_neither_tape_nor_ledger(serve, pool_config, open_pool):
+    """SQLite's integers end at 2^63 and a float's range at 1e308: the run must not end there with them."""
+    for tokens in (2**63, 10**400):
+        body = {"choices": [{"message": {"content": "ok"}}], "usage": {"completion_tokens": tokens}}
+        content = json.dumps(body).encode()
+        config = pool_config(
+            serve(lambda n, b, content=content: (200, {}, content)).base_url, tape="record", backoff=1000.0,
+            backoff_max=1000.0,
+        )  # fmt: skip
+        pool, cards = open_pool(config)
+        reply = _ask(pool, cards, "Titan: Who?")
+        assert (reply.outcome, reply.charged, reply.spent) == (Outcome.UNAVAILABLE, 0, 0)
+
+
 def test_a_refusal_is_told_to_the_router_and_charged(serve, pool_config, open_pool):
     body = {"choices": [{"message": {"content": "", "refusal": "No."}}], "usage": {"completion_tokens": 4}}
     pool, cards = open_pool(pool_config(serve(lambda n, b: (200, {}, json.dumps(body).encode())).base_url))
