@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
+SPLITS = ("train", "validation", "test")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message names the field, the value and the fix."""
@@ -124,6 +126,24 @@ def use_loss(config: ConfigDict, name: str) -> None:
     config.learner.update(dict(ratio="token", dual_clip=0.0, kl="k3") | LOSSES[name])
 
 
+PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+
+
+def use_paper_data(config: ConfigDict) -> None:
+    """Questions as in the published protocol: train on 7,000 of nq and 7,000 of hotpotqa, test on 500 of each set.
+
+    Otherwise than there, validation questions are none of the test split's. Bamboogle has but 125 questions. The sets
+    are read from data.dir, "data" where none is given:
+    `python -m router_r1_jax.data.prepare --sets=paper --source=DIR_OR_URL --dir=data` puts them there.
+    """
+    config.data.dir = config.data.dir or "data"
+    config.data.train = config.data.validation = ("nq", "hotpotqa")
+    config.data.test = PAPER_SETS
+    config.data.per_set.update(dict(train=7000, validation=100, test=500))
+    config.validation.questions = 200
+    config.evaluation.questions = 500 * len(PAPER_SETS)
+
+
 def base_config() -> ConfigDict:
     """All fields with their defaults. Lengths are tokens, times seconds, money dollars, if a comment says no other."""
     c = ConfigDict()
@@ -154,8 +174,13 @@ def base_config() -> ConfigDict:
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the devices that are left
 
     c.data = ConfigDict()
-    c.data.name = "synthetic"  # TFDS builder
-    c.data.dir = ""  # where prepared data lie; "" is <workdir>/data
+    c.data.dir = ""  # where prepared sets lie; "" is <workdir>/data. All but synthetic: `data.prepare`
+    c.data.train = ("synthetic",)  # the sets whose train split is trained on
+    c.data.validation = ("synthetic",)
+    c.data.test = ("synthetic",)
+    c.data.per_set = ConfigDict(dict(train=0, validation=0, test=0))  # questions drawn of each set, at most; 0: all
+    c.data.seed = 0  # of that draw: runs of other seeds get the same questions
+    c.data.drop_overlap = True  # leave out train questions whose text `validation` or `test` asks too
     c.data.world = ConfigDict(
         dict(seed=7, films=60, songs=60, clubs=60, persons=80, cities=60, countries=20, rivers=20)
     )
@@ -271,7 +296,8 @@ _POSITIVE = (
     "pool.breaker.pause_max", "learner.max_grad_norm", "model.arch.rope_theta",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "steps", "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget",
+    "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
+    "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget",
     "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait",
     "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds", "validation.questions",
     "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low",
@@ -306,6 +332,23 @@ def _entries(field: str, entries: Sequence[object], made_by: Callable[..., Confi
             raise ConfigError(
                 f"{field}[{i}] is {entry!r}; make it with {made_by.__name__}(...) in a configuration file"
             )
+
+
+def _sets(config: ConfigDict) -> None:
+    """Each split names its sets, none twice; simulated models are of use for the synthetic world's questions only."""
+    named = set()
+    for split in SPLITS:
+        sets = config.data[split]
+        if not sets or len(set(sets)) < len(sets) or not all(isinstance(name, str) and name for name in sets):
+            raise ConfigError(
+                f"data.{split} is {sets!r}; name one or more sets, none twice, such as ('nq', 'hotpotqa')"
+            )
+        named.update(sets)
+    if config.pool.simulate and "synthetic" not in named:
+        raise ConfigError(
+            "pool.simulate is True; the simulated models only know the set 'synthetic'. Set it to False and declare "
+            "providers, for instance with use_pool(c, 'configs/pools/current.py')"
+        )
 
 
 def validate(config: ConfigDict) -> None:
@@ -352,5 +395,5 @@ def validate(config: ConfigDict) -> None:
         )
     if not config.pool.models:
         raise ConfigError("pool.models is empty; declare at least one model with model_card(...)")
-    if config.data.name != "synthetic" and config.pool.simulate:
-        raise ConfigError("pool.simulate is True; the simulated models only know data.name='synthetic'")
+    _one_of("evaluation.split", config.evaluation.split, SPLITS)
+    _sets(config)

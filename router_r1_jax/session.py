@@ -4,17 +4,23 @@ A simulated pool is served by a process of its own, over HTTP like any other pro
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from router_r1_jax import prompts
-from router_r1_jax.config import ConfigError
-from router_r1_jax.data import questions, synthetic
+from router_r1_jax.config import SPLITS, ConfigError
+from router_r1_jax.data import synthetic
+from router_r1_jax.data.draw import Drawn, draw_split, take_turns
+from router_r1_jax.data.questions import QuestionRecord
+from router_r1_jax.data.sets import open_sets
 from router_r1_jax.data.tokenizer import corpus, train_tokenizer
 from router_r1_jax.data.world import World
 from router_r1_jax.mesh import make_mesh
@@ -32,6 +38,7 @@ from router_r1_jax.model import (
 from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.pool.server import simulated_providers, start_server
+from router_r1_jax.report.writer import replace_file
 from router_r1_jax.router import Router
 
 VOCABULARY_MULTIPLE = 64  # a random start rounds its vocabulary up to it, so that it divides over devices
@@ -48,7 +55,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     model: ModelConfig
     abstract_params: Params
-    data_dir: Path
+    data_dirs: Mapping[str, Path]  # by set
     world: World | None
     pool: Pool
     router: Router
@@ -61,9 +68,12 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self._closing.close()
 
-    def questions(self, split: str) -> list[questions.QuestionRecord]:
-        """All questions of a split."""
-        return questions.load(self.data_dir, split)
+    def questions(self, split: str) -> list[QuestionRecord]:
+        """The questions that the configuration chooses for a split; what was drawn is noted in <workdir>/data.json."""
+        drawn = draw_split(self.config.data, self.data_dirs, split)
+        if jax.process_index() == 0:
+            _note_draw(self.workdir / "data.json", self.config.data, split, drawn)
+        return take_turns(drawn)
 
     @property
     def abstract_base(self) -> Params:
@@ -105,19 +115,28 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
     """
     cards, world = cards_from_config(config.pool), _world(config)
     mesh, tokenizer, model, initial = open_router(config, workdir, load_source=load_source)
-    data_dir = synthetic.prepare(config.data, workdir)
+    data_dirs = open_sets(config.data, workdir)
     with ExitStack() as opening:
         pool = opening.enter_context(_open_pool(config, workdir, cards, opening))
         pool.check()
         router = Router(config, model, tokenizer, cards, pool)
         return Session(
-            config, workdir, mesh, cards, tokenizer, model, abstract_params(model, mesh), data_dir, world, pool,
+            config, workdir, mesh, cards, tokenizer, model, abstract_params(model, mesh), data_dirs, world, pool,
             router, initial, opening.pop_all(),
         )  # fmt: skip
 
 
+def _note_draw(path: Path, data: ConfigDict, split: str, drawn: Sequence[Drawn]) -> None:
+    """Write what a run was given: by split and set, with the seed of the draw."""
+    noted = json.loads(path.read_text()) if path.exists() else {}
+    sets = {one.suite: one.summary() for one in drawn}
+    noted[split] = {"seed": data.seed, "per_set": data.per_set[split], "sets": sets}
+    replace_file(path, (json.dumps(noted, indent=2) + "\n").encode())
+
+
 def _world(config: ConfigDict) -> World | None:
-    return World(config.data.world) if config.data.name == "synthetic" else None
+    used = {name for split in SPLITS for name in config.data[split]}
+    return World(config.data.world) if synthetic.SUITE in used else None
 
 
 def _load_tokenizer(config: ConfigDict, workdir: Path) -> PreTrainedTokenizerBase:

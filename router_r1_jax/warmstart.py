@@ -91,7 +91,7 @@ def train_warm_start(session: Session, report: Report) -> Params:
     """Supervised updates from the initial parameters; `report(step, metrics)` is called after each."""
     if session.world is None:
         raise ConfigError(
-            f"warmstart.steps is {session.config.warmstart.steps}, but only data.name='synthetic' has scripted "
+            f"warmstart.steps is {session.config.warmstart.steps}, but only the set 'synthetic' has scripted "
             "episodes; set it to 0 and start from an instruction-tuned model.source"
         )
     w = session.config.warmstart

@@ -1,12 +1,15 @@
 """Questions as the mains see them: records read from a prepared data set, and an iterator that resumes exactly."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+QA = "qa"  # the TFDS builder of the sets that are read from JSONL; each is a configuration of it
 
 
 class DataError(ValueError):
@@ -15,9 +18,14 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class QuestionRecord:
-    """One question. `domains` and `relations` say what to ask at each hop; they are empty where a set does not tell."""
+    """One question.
+
+    `suite` is the set that it comes from and `id` is unique among all sets. `hops` (0: not known), `domains` and
+    `relations` say what to ask at each hop; they are empty where a set does not tell.
+    """
 
     id: str
+    suite: str
     question: str
     golds: tuple[str, ...]
     hops: int
@@ -25,33 +33,59 @@ class QuestionRecord:
     relations: tuple[str, ...]
 
 
-def load(data_dir: str | Path, split: str) -> list[QuestionRecord]:
-    """All questions of one split of a prepared data set (`synthetic.prepare`), in the order of the files.
+class StoredQuestions(Sequence[QuestionRecord]):
+    """One split of a prepared set, in the order of its files. Read from disk question by question, none are kept.
 
-    Raises DataError for a folder without a readable data set, an unknown split, and a question without text or gold
-    answer.
+    Raises DataError for a folder without a readable data set, an unknown split, and, where it is read, a question
+    without text or gold answer.
     """
-    if not (Path(data_dir) / "dataset_info.json").is_file():
-        raise DataError(f"{data_dir} holds no prepared data set; remove the folder and prepare the data again")
-    try:
-        builder = tfds.builder_from_directory(str(data_dir))
-        examples = list(builder.as_data_source(split)) if split in builder.info.splits else None
-    except Exception as error:  # TFDS, array_record and protobuf each raise their own
-        raise DataError(f"{data_dir} cannot be read ({error}); remove the folder and prepare the data again") from error
-    if examples is None:
-        raise DataError(f"{data_dir} has no split {split!r}; choose one of {', '.join(builder.info.splits)}")
-    return [_record(example, data_dir) for example in examples]
+
+    def __init__(self, data_dir: str | Path, split: str) -> None:
+        if not (Path(data_dir) / "dataset_info.json").is_file():
+            raise DataError(f"{data_dir} holds no prepared data set; remove the folder and prepare the data again")
+        self._folder = data_dir
+        with self._refusing_damage():
+            builder = tfds.builder_from_directory(str(data_dir))
+            source = builder.as_data_source(split) if split in builder.info.splits else None
+        if source is None:
+            raise DataError(f"{data_dir} has no split {split!r}; choose one of {', '.join(builder.info.splits)}")
+        self._source, self._length = source, builder.info.splits[split].num_examples
+        self.suite = builder.info.config_name if builder.info.name == QA else builder.info.name
+
+    @contextmanager
+    def _refusing_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TFDS, array_record and protobuf each raise their own
+            message = f"{self._folder} cannot be read ({error}); remove the folder and prepare the data again"
+            raise DataError(message) from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> QuestionRecord:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        with self._refusing_damage():
+            example = self._source[index]
+        return _record(example, self.suite, self._folder)
 
 
-def _record(example: Mapping[str, Any], data_dir: str | Path) -> QuestionRecord:
+def load(data_dir: str | Path, split: str) -> list[QuestionRecord]:
+    """All of `StoredQuestions(data_dir, split)`."""
+    return list(StoredQuestions(data_dir, split))
+
+
+def _record(example: Mapping[str, Any], suite: str, data_dir: str | Path) -> QuestionRecord:
     """A TFDS example, whose text is bytes, as a record."""
     record = QuestionRecord(
         id=example["id"].decode(),
+        suite=suite,
         question=example["question"].decode(),
         golds=tuple(gold.decode() for gold in example["golden_answers"]),
-        hops=int(example["hops"]),
-        domains=tuple(domain.decode() for domain in example["domains"]),
-        relations=tuple(relation.decode() for relation in example["relations"]),
+        hops=int(example.get("hops", 0)),
+        domains=tuple(domain.decode() for domain in example.get("domains", ())),
+        relations=tuple(relation.decode() for relation in example.get("relations", ())),
     )
     if not record.question.strip():
         raise DataError(

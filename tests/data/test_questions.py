@@ -40,6 +40,7 @@ def test_a_split_on_disk_is_the_worlds_split(prepared, split):
     records = questions.load(folder, split)
     assert {r.id: (r.question, r.golds, r.hops, r.domains, r.relations) for r in records} == expected
     assert len(records) == len(expected)
+    assert {record.suite for record in records} == {"synthetic"}
 
 
 def test_prepare_finds_what_lies_there_and_keeps_worlds_apart(prepared):
@@ -56,10 +57,6 @@ def test_prepare_finds_what_lies_there_and_keeps_worlds_apart(prepared):
 
 
 def test_wrong_data_fields_are_named(tmp_path):
-    data = base_config().data
-    data.name = "nq"
-    with pytest.raises(ConfigError, match=r"data\.name is 'nq'; choose one of synthetic"):
-        synthetic.prepare(data, tmp_path)
     data = base_config().data
     data.world.films = 1
     with pytest.raises(ConfigError, match=r"data\.world\.films is 1"):
@@ -135,7 +132,7 @@ def test_an_empty_question_is_refused_with_its_id(tmp_path, config, message):
         questions.load(builder.data_dir, "test")
 
 
-RECORDS = [QuestionRecord(str(i), "?", ("a",), 1, (), ()) for i in range(23)]
+RECORDS = [QuestionRecord(str(i), "set", "?", ("a",), 1, (), ()) for i in range(23)]
 
 
 @given(seed=st.integers(0, 5), batch=st.integers(1, 23), steps=st.integers(1, 40), data=st.data())
