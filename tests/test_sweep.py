@@ -1,6 +1,7 @@
 """The sweep: what it expands to, what it refuses before it starts anything, how it goes on, and what it gathers."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -188,9 +189,11 @@ def test_a_killed_sweep_goes_on_and_never_twice_in_one_folder(tmp_path):
         assert [starts(run) for run in runs] == [1, 1, 1, 1]
     finally:
         os.killpg(sweep.pid, signal.SIGKILL)  # the session that the sweep has begun, its processes with it
-    (runs[2].folder / "hold").unlink()
-    (runs[1].folder / "hold").unlink()
-    assert not finished(runs[1])
+    for run in runs[1:3]:
+        with open(run.folder / "sweep.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # which its process holds until it is gone
+        (run.folder / "hold").unlink()
+        assert not finished(run)
     assert [end.error for end in run_all(runs[1:3], 2, lambda _: None)] == ["", ""]
     assert [starts(run) for run in runs] == [1, 2, 2, 1] and all(map(finished, runs))
 
