@@ -3,25 +3,16 @@
 import dataclasses
 import hashlib
 import itertools
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from router_r1_jax.data.overlap import text_key
 from router_r1_jax.data.questions import QuestionRecord, StoredQuestions
 
 HELD_OUT = ("validation", "test")
-_ARTICLES = {"a", "an", "the"}
-
-
-def text_key(question: str) -> bytes:
-    """16 bytes that two questions share if they differ in case, marks, articles, white space or compatible letters."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", question).casefold())
-    text = " ".join(word for word in words if word not in _ARTICLES) or question
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-QA = "qa"  # the TFDS builder of the sets that are read from JSONL; each is a configuration of it
+OPEN_QA = "open_qa"  # the TFDS builder of the sets that are read from JSONL; each is a configuration of it
 
 
 class DataError(ValueError):
@@ -50,7 +50,7 @@ class StoredQuestions(Sequence[QuestionRecord]):
         if source is None:
             raise DataError(f"{data_dir} has no split {split!r}; choose one of {', '.join(builder.info.splits)}")
         self._source, self._length = source, builder.info.splits[split].num_examples
-        self.suite = builder.info.config_name if builder.info.name == QA else builder.info.name
+        self.suite = builder.info.config_name if builder.info.name == OPEN_QA else builder.info.name
 
     @contextmanager
     def _refusing_damage(self) -> Iterator[None]:

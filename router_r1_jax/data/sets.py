@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from router_r1_jax.config import SPLITS, ConfigError
 from router_r1_jax.data import synthetic
-from router_r1_jax.data.questions import QA
+from router_r1_jax.data.questions import OPEN_QA
 
 
 def open_sets(data: ConfigDict, workdir: str | Path) -> dict[str, Path]:
@@ -21,7 +21,7 @@ def open_sets(data: ConfigDict, workdir: str | Path) -> dict[str, Path]:
 
 def _find(root: Path, name: str) -> Path:
     """The newest version of a set below `root`."""
-    versions = sorted((root / QA / name).glob("*.*.*"), key=lambda path: [int(n) for n in path.name.split(".")])
+    versions = sorted((root / OPEN_QA / name).glob("*.*.*"), key=lambda path: [int(n) for n in path.name.split(".")])
     if not versions:
         raise ConfigError(
             f"data.dir is {str(root)!r}, where no set {name!r} is prepared; run "
