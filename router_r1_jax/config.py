@@ -187,6 +187,8 @@ def base_config() -> ConfigDict:
 
     c.prompt = ConfigDict()
     c.prompt.template = "router"  # a file of router_r1_jax/templates without its suffix, or a path
+    c.prompt.system = ""  # system message where the tokenizer has a chat template; "" leaves it to the template
+    c.prompt.thinking = True  # enable_thinking of chat templates that know it; False: they close an empty thought first
     c.prompt.question_tokens = 256  # longest question: what differs between the prompts of a batch
 
     c.pool = ConfigDict()

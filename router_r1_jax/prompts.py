@@ -6,9 +6,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from router_r1_jax.config import ConfigError
+from jinja2.exceptions import TemplateError
 
-_PLACEHOLDER = re.compile(r"\{(cards|max_calls|question)\}")
+from router_r1_jax.config import ConfigError
+from router_r1_jax.protocol import THINK, neutralize, open_tag
+
+_PLACEHOLDER = re.compile(r"\{(cards|descriptions|max_calls|question)\}")
+_OPENED_THOUGHT = re.compile(rf"{re.escape(open_tag(THINK))}\s*$")
 
 
 class PromptCard(Protocol):
@@ -24,8 +28,9 @@ class PromptCard(Protocol):
 def load_template(name_or_path: str) -> str:
     """The text of a template: a file of `router_r1_jax/templates` by its name without suffix, or any path.
 
-    Raises ConfigError where there is no such file, or where it does not hold each of {cards}, {max_calls} and
-    {question} exactly once with {question} last: what stands before the question is computed once for a whole batch.
+    It says the models by {cards} (`card_line`) or {descriptions} (`description_line`), may say the budget by
+    {max_calls}, each once, and {question} comes last: what stands before it is computed once for a whole batch. Raises
+    ConfigError for any other template, and where there is no such file.
     """
     shipped = resources.files("router_r1_jax") / "templates"
     source = shipped / f"{name_or_path}.txt" if re.fullmatch(r"\w+", name_or_path) else Path(name_or_path)
@@ -37,10 +42,12 @@ def load_template(name_or_path: str) -> str:
             f"prompt.template is {name_or_path!r}, which cannot be read; choose one of {known}, or a text file's path"
         ) from error
     found = _PLACEHOLDER.findall(text)
-    if sorted(found) != ["cards", "max_calls", "question"] or found[-1] != "question":
+    if sorted(set(found) - {"max_calls"}) not in (["cards", "question"], ["descriptions", "question"]) or (
+        len(set(found)) < len(found) or found[-1] != "question"
+    ):
         raise ConfigError(
-            f"prompt.template is {name_or_path!r}, with the placeholders {found}; "
-            "it must hold {cards}, {max_calls} and {question} once each, {question} last"
+            f"prompt.template is {name_or_path!r}, with the placeholders {found}; it must hold {{cards}} or "
+            "{descriptions}, and {question} last; {max_calls} if you like; each once"
         )
     return text
 
@@ -63,24 +70,49 @@ def card_line(card: PromptCard) -> str:
     return f"{line} ; {card.description}" if card.description else line
 
 
-def render(template: str, cards: Sequence[PromptCard], question: str, max_calls: int) -> str:
-    """The prompt. Values are put in literally and in one pass, so braces in a question or a card mean nothing.
+def description_line(card: PromptCard) -> str:
+    """One model in one line, in words alone: "Titan: knows films and music". The name alone where nothing is said."""
+    return f"{card.name}: {card.description}" if card.description else card.name
 
-    Raises ValueError for an empty question; a question of a data set is refused with its id when the set is read.
+
+def render(template: str, cards: Sequence[PromptCard], question: str, max_calls: int) -> str:
+    """The prompt. Values are put in in one pass, so braces in a question or a card mean nothing.
+
+    A question is external text: its tags and special tokens are neutralised, else one that holds `<|im_end|>` would
+    end the user's turn. Raises ValueError for one that is empty; that of a data set is refused when the set is read.
     """
-    if not question.strip():
+    asked = neutralize(question)
+    if not asked.strip():
         raise ValueError(f"question is {question!r}; a prompt needs a question that is not empty")
-    values = {"cards": "\n".join(map(card_line, cards)), "max_calls": str(max_calls), "question": question}
+    values = {
+        "cards": "\n".join(map(card_line, cards)),
+        "descriptions": "\n".join(map(description_line, cards)),
+        "max_calls": str(max_calls),
+        "question": asked,
+    }
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str, *, system: str = "", thinking: bool = True) -> list[int]:
     """Token ids of a rendered prompt for a Hugging Face tokenizer.
 
     With a chat template the prompt is the user's turn and the assistant's turn has been opened; without one it is
-    encoded as it stands. No other special tokens are added.
+    encoded as it stands. No other special tokens are added. `system` is a system message before it, none if empty:
+    then some templates put in their own. `thinking` is `enable_thinking` of templates that know it (Qwen3): False has
+    them close an empty thought at once. A thought that the template leaves open is taken away: the router opens its
+    own. Raises ConfigError where the template refuses the messages.
     """
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+        except TemplateError as error:
+            fix = "set it to ''" if system else "some templates need a system message, set it"
+            raise ConfigError(
+                f"the tokenizer's chat template refuses the prompt ({error}); prompt.system is {system!r}, {fix}"
+            ) from error
+        text = _OPENED_THOUGHT.sub("", text)
     return tokenizer.encode(text, add_special_tokens=False)

@@ -103,8 +103,9 @@ class Router:
 
     def prompt_ids(self, question: QuestionRecord, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of a question's whole prompt."""
+        prompt = self._config.prompt
         text = prompts.render(self._template, cards, question.question, self._config.rollout.max_calls)
-        return tuple(prompts.encode(self._tokenizer, text))
+        return tuple(prompts.encode(self._tokenizer, text, system=prompt.system, thinking=prompt.thinking))
 
     def answer(
         self,

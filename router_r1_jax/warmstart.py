@@ -71,7 +71,8 @@ def scripted_batch(session: Session, step: int) -> Batch:
     asked = [all_questions[i] for i in rng.integers(len(all_questions), size=config.warmstart.batch - copies)]
     template = prompts.load_template(config.prompt.template)
     rendered = [prompts.render(template, cards, q.text, config.rollout.max_calls) for q in asked]
-    ids = [prompts.encode(session.tokenizer, text) for text in rendered]
+    chat = dict(system=config.prompt.system, thinking=config.prompt.thinking)
+    ids = [prompts.encode(session.tokenizer, text, **chat) for text in rendered]
     shared = common_prefix(ids)
     rows = []
     for question, prompt in zip(asked, ids, strict=True):

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from router_r1_jax.data.overlap import as_keys, digest, text_key
-from router_r1_jax.data.questions import DataError
+from router_r1_jax.data.questions import DataError, is_blank
 
 MAX_LINE = 4 << 20  # bytes; a question with twenty paragraphs of context takes some 20 KB
 MAX_BAD_LINES = 10_000  # however long the file: a report that long is no report
@@ -125,13 +125,13 @@ def _question(entry: dict[str, Any]) -> RawQuestion:
             raise _LineError(f"{name} is missing")
     texts = {name: _text(entry[name], name) for name in ("id", "question")}
     for name, text in texts.items():
-        if not text:
+        if is_blank(text):
             raise _LineError(f"{name} is empty")
     answers = entry["golden_answers"]
     if not isinstance(answers, list):
         raise _LineError(f"golden_answers is {_shown(answers)}; it must be a list of texts")
     golds = [_text(answer, f"golden_answers[{i}]") for i, answer in enumerate(answers)]
-    kept = tuple(gold for gold in golds if gold)
+    kept = tuple(gold for gold in golds if not is_blank(gold))
     if not kept:
         raise _LineError("golden_answers holds no answer")
     return RawQuestion(**texts, golds=kept, blank_golds=len(golds) - len(kept))

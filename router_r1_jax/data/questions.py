@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from router_r1_jax.protocol import neutralize
+
 OPEN_QA = "open_qa"  # the TFDS builder of the sets that are read from JSONL; each is a configuration of it
 
 
@@ -87,13 +89,18 @@ def _record(example: Mapping[str, Any], suite: str, data_dir: str | Path) -> Que
         domains=tuple(domain.decode() for domain in example.get("domains", ())),
         relations=tuple(relation.decode() for relation in example.get("relations", ())),
     )
-    if not record.question.strip():
+    if is_blank(record.question):
         raise DataError(
             f"question {record.id!r} in {data_dir} is empty; correct or remove it and prepare the data again"
         )
-    if not any(gold.strip() for gold in record.golds):
+    if all(map(is_blank, record.golds)):
         raise DataError(f"question {record.id!r} in {data_dir} has no gold answer; add one and prepare the data again")
     return record
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text would reach a prompt: white space and invisible characters only."""
+    return not neutralize(text).strip()
 
 
 class QuestionIterator:

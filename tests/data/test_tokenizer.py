@@ -68,8 +68,8 @@ def test_any_text_comes_back(tokenizer, text):
 
 
 def test_the_shared_part_of_a_prompt_is_short(tokenizer):
-    render = prompts.render(TERSE, CARDS, "\x00", 2)
-    assert len(tokenizer.encode(render[: render.index("\x00")])) <= 120
+    render = prompts.render(TERSE, CARDS, "@", 2)
+    assert len(tokenizer.encode(render[: render.index("@")])) <= 120
     for card in CARDS:
         assert len(tokenizer.encode(prompts.card_line(card))) <= 20
 
