@@ -65,6 +65,15 @@ class _Call(NamedTuple):
     asked: float
 
 
+class _Answer(NamedTuple):
+    """What came of a call: a reply and its ids, or an error."""
+
+    call: _Call
+    reply: object
+    ids: list[int]
+    cut: bool
+
+
 def route_text(turn: str) -> str:
     """The inside of the turn's last route tag, "" if the closing tag has no opening one before it."""
     body, closed, _ = turn.rpartition(close_tag("search"))
@@ -72,12 +81,13 @@ def route_text(turn: str) -> str:
     return inside if closed and opened else ""
 
 
-def reply_ids(tokenizer: PreTrainedTokenizerBase, text: str, budget: int) -> list[int]:
-    """Token ids with which a reply enters the context; the reply is cut to `budget` tokens, its tags never are."""
+def reply_ids(tokenizer: PreTrainedTokenizerBase, text: str, budget: int) -> tuple[list[int], bool]:
+    """Token ids with which a reply enters the context, its tags whole; and whether it was cut, to `budget` tokens."""
     ids = _first_ids(tokenizer, text, budget)
-    if len(ids) > budget:
+    cut = len(ids) > budget
+    if cut:
         text = tokenizer.decode(ids[:budget]).strip()
-    return tokenizer.encode(information_block(text), add_special_tokens=False)
+    return tokenizer.encode(information_block(text), add_special_tokens=False), cut
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, budget: int) -> list[int]:
@@ -114,8 +124,8 @@ class Exchange:
         self._at: dict[int, Episode] = {}  # row -> its episode
         self._began: dict[int, float] = {}  # row -> when its episode began
         self._calls: dict[int, _Call] = {}  # row -> the call that it waits for
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # (call, reply | exception, ids)
-        self._held: deque = deque()  # taken from _ready, not delivered yet
+        self._ready: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
+        self._held: deque[_Answer] = deque()  # taken from _ready, not delivered yet
         self.trace = Trace(limits.slots)
 
     def __call__(self, *leaves: np.ndarray) -> Inbox:
@@ -173,9 +183,10 @@ class Exchange:
         try:
             self.trace.calls.append((call.asked, time.monotonic()))
             reply = done.result()
-            self._ready.put((call, reply, reply_ids(self._tokenizer, reply.text, self._manners.reply_tokens)))
+            ids, cut = reply_ids(self._tokenizer, reply.text, self._manners.reply_tokens)
+            self._ready.put(_Answer(call, reply, ids, cut))
         except BaseException as error:  # noqa: BLE001  handed to the loop's own thread
-            self._ready.put((call, error, []))
+            self._ready.put(_Answer(call, error, [], False))
 
     def _end_what_is_late(self) -> None:
         """End episodes that wait for a reply and have no time left for it. A turn under way is let end."""
@@ -202,15 +213,16 @@ class Exchange:
         while not self._ready.empty():
             self._held.append(self._ready.get())
         while self._held and len(entries) < room:
-            entries += self._reply_entry(*self._held.popleft())
+            entries += self._reply_entry(self._held.popleft())
         while self._free and len(entries) < room and (prompt := self.agenda.take(len(self._at))):
             entries.append(self._question_entry(self._free.popleft(), prompt))
         while self._release and len(entries) < room:
             entries.append(_Entry(self._release.pop(), False, 0, []))
         return entries
 
-    def _reply_entry(self, call: _Call, reply: object, ids: list[int]) -> list[_Entry]:
+    def _reply_entry(self, answer: _Answer) -> list[_Entry]:
         """The delivery of a reply; none if it comes too late, brings an error, or has no room in its row."""
+        call, reply, ids, cut = answer
         row, limits = call.row, self._limits
         if self._calls.get(row) is not call:
             return []
@@ -230,6 +242,7 @@ class Exchange:
             self._finish(row, "time_limit")
             return []
         episode.inject(ids)
+        self.trace.cut_replies += cut
         self.trace.fed(row)
         return [_Entry(row, False, 0, feed)]
 

@@ -38,6 +38,7 @@ class RolloutStats:
       idle_seconds: in which no row of a replica could go on by itself, summed over the replicas.
       idle_share: of idle_seconds in the replicas' time.
       slots_used: share of the rows' time in which they held an episode.
+      cut_replies: of which only the first rollout.reply_tokens tokens entered the context.
       calls_in_flight: at most, at one time.
       latency_p50: of a call as the rollout sees it, with latency_p95; 0 without calls.
       stops: stop reason -> episodes.
@@ -60,6 +61,7 @@ class RolloutStats:
     idle_share: float
     slots_used: float
     calls: int
+    cut_replies: int
     calls_in_flight: int
     latency_p50: float
     latency_p95: float
@@ -85,6 +87,7 @@ class Trace:
         self.idle_seconds = 0.0
         self.prefill_seconds = 0.0
         self.callback_bytes = 0
+        self.cut_replies = 0
 
     def met(self, came: float, counts: np.ndarray, nbytes: int) -> None:
         """An exchange ends now."""
@@ -188,6 +191,7 @@ def summary(
         idle_share=idle / (seconds * len(traces)),
         slots_used=sum(s.end - s.start for s in spans) / (seconds * slots * len(traces)),
         calls=sum(len(e.replies) for e in episodes),
+        cut_replies=sum(trace.cut_replies for trace in traces),
         calls_in_flight=most_at_once(calls),
         latency_p50=float(np.percentile(latencies, 50)),
         latency_p95=float(np.percentile(latencies, 95)),

@@ -282,4 +282,4 @@ def test_route_text(turn, route):
 def test_a_reply_is_cut_before_its_closing_tag(n):
     words = [f"w{i % 60}" for i in range(n)]
     expected = ["<information>", *words[:REPLY_TOKENS], "</information>"]
-    assert reply_ids(TOKENIZER, " ".join(words), REPLY_TOKENS) == ids(" ".join(expected))
+    assert reply_ids(TOKENIZER, " ".join(words), REPLY_TOKENS) == (ids(" ".join(expected)), n > REPLY_TOKENS)

@@ -1,10 +1,13 @@
 """Telemetry: times interpolated from steps, costs fitted to intervals, and the stats of a real run."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_router import LIMITS, SEED, Latecomers, make_engine, make_prompts
+from tiny_router import LIMITS, REPLY_TOKENS, SEED, Latecomers, make_engine, make_prompts
 
 from router_r1_jax.rollout import trace as module
 from router_r1_jax.rollout.trace import Span, Trace, most_at_once
@@ -96,9 +99,9 @@ def test_most_at_once_is_brute_force(pairs):
     assert most_at_once(intervals) == expected
 
 
-def count_turns(episode):
-    """Runs of sampled tokens; one that a full row was fed to but could not answer has none."""
-    return len([run for run in "".join("x" if s else "." for s in episode.sampled).split(".") if run])
+def count_runs(episode, *, sampled):
+    """Runs of tokens that were sampled, or of those that were not."""
+    return sum(key == sampled for key, _ in itertools.groupby(episode.sampled))
 
 
 def test_stats_of_a_run():
@@ -113,11 +116,12 @@ def test_stats_of_a_run():
     assert 0 < stats.slots_used <= 1 and 0 <= stats.idle_share < 1 and stats.callback_bytes > 0
     assert 0 < stats.decode_seconds + stats.feed_seconds + stats.prefill_seconds < stats.seconds
     kinds = {kind: sum(s.kind == kind for s in stats.spans) for kind in ("feed", "decode", "wait")}
-    turns = sum(max(1, count_turns(e)) for e in episodes)
+    turns = sum(max(1, count_runs(e, sampled=True)) for e in episodes)
     assert kinds == {"wait": stats.calls, "feed": turns, "decode": turns}
     for row in range(LIMITS.slots):
         spans = sorted((s for s in stats.spans if s.row == row), key=lambda s: (s.start, s.end))
         assert spans and spans[0].start >= 0 and spans[-1].end <= stats.seconds
         assert all(a.end <= b.start + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
-    numbers = stats.metrics()
-    assert {"idle_share", "decode_seconds", "calls_in_flight"} <= numbers.keys() and "spans" not in numbers
+    entered = [reply for e in episodes for reply in e.replies[: count_runs(e, sampled=False)]]
+    assert stats.cut_replies == sum(len(reply.text.split()) > REPLY_TOKENS for reply in entered) > 0
+    assert stats.metrics().keys() == {f.name for f in dataclasses.fields(stats)} - {"stops", "spans"}
