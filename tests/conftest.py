@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before JAX is imported. Most of what a small run costs is compilation.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "router_r1_jax" / "tests_xla"
@@ -38,6 +39,10 @@ def hear_ctrl_c() -> None:
 
 keep_to_own_cores()
 hear_ctrl_c()
+
+# On a loaded machine an example, or drawing one, may take long: time decides no test.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 import mains  # noqa: E402
 
