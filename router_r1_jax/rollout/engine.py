@@ -25,7 +25,7 @@ from router_r1_jax.rollout.trace import RolloutStats, summary
 
 CALLBACK_BYTES = 16 * 1024  # larger callback arguments can deadlock (measured: 512 KB hung, 16 KB never did)
 TAG_TOKENS = 32  # room for the information tags and white space around a reply
-LAST_STEPS = 5.0  # seconds that a replica has to leave its loop when a run is stopped
+LAST_STEPS = 1.0  # seconds that a stopped run waits for its replicas; one that is compiling takes longer
 
 
 def make_limits(rollout: Any, question_tokens: int) -> Limits:
@@ -79,6 +79,7 @@ class Engine:
         end_of_text = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         groups = [devices[i : i + tensor] for i in range(0, len(devices), tensor)]
         self._replicas = [Replica(model, limits, group, automaton.next_state, end_of_text, driver) for group in groups]
+        self._threads: list[threading.Thread] = []  # of the latest run; none lives when the next one begins
 
     def push(self, params: Params) -> None:
         """Take stacked parameters from the learner's mesh to every replica."""
@@ -138,7 +139,10 @@ class Engine:
             except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
                 agenda.fail(error)
 
+        for thread in self._threads:  # of a run that was stopped while they compiled
+            thread.join()
         threads = [threading.Thread(target=guarded, args=[r], name="rollout", daemon=True) for r in runs]
+        self._threads = threads
         for thread in threads:
             thread.start()
         try:
