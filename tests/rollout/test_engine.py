@@ -2,6 +2,8 @@
 
 import _thread
 import collections
+import copy
+import functools
 import threading
 from concurrent.futures import Future
 
@@ -30,6 +32,8 @@ from tiny_router import (
 from router_r1_jax.config import base_config
 from router_r1_jax.model import Prefix, empty_cache
 from router_r1_jax.rollout import Manners, Prompt, make_limits
+from router_r1_jax.rollout import engine as engine_module
+from router_r1_jax.rollout.exchange import Exchange
 from router_r1_jax.rollout.sampling import Cut
 from router_r1_jax.rollout.state import empty_rows
 from router_r1_jax.rollout.step import Sampler
@@ -169,21 +173,39 @@ def test_no_schedule_changes_a_host_driven_episode(run, expected, order, delays)
     check_schedule(run, expected, "host", order, delays)
 
 
+class Placing(Exchange):
+    """Gives its rows out in the order that a test chooses."""
+
+    order: tuple[int, ...] = ()
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._free = collections.deque(self.order)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limits", [{}, {"slots": 7, "exchange_rows": 1, "feed_rows": 3}, {"slots": 1, "feed_rows": 1}])
-def test_no_schedule_changes_an_episode_many_times(params, limits):
-    engines = {driver: make_engine(driver, **limits) for driver in DRIVERS}
+def test_no_schedule_changes_an_episode_many_times(params, limits, monkeypatch):
+    """Nor does the number of replicas, nor which of them samples an episode, nor in which slot."""
+    monkeypatch.setattr(engine_module, "Exchange", Placing)
+    engines = {driver: make_engine(driver, devices=jax.devices()[:1] * 2, **limits) for driver in DRIVERS}
+    slots = list(range(limits.get("slots", LIMITS.slots)))
 
-    def run(driver, prompts, respond):
-        return engines[driver].run(prompts, respond, temperature=1.0, seed=SEED)
+    def run(driver, prompts, respond, *, chosen=(0,), places=slots):
+        some = copy.copy(engines[driver])
+        some._replicas = [some._replicas[i] for i in chosen]
+        Placing.order = tuple(places)
+        return some.run(prompts, respond, temperature=1.0, seed=SEED)
 
     expected = {episode.id: episode for episode in run("host", PROMPTS, at_once())[0]}
-    check_against_naive(params, *[run("jit", PROMPTS, at_once())[i] for i in (0, 1)])
+    check_against_naive(params, *run("jit", PROMPTS, at_once()))
+    replicas = st.sampled_from([(0,), (1,), (0, 1)])
 
     @settings(max_examples=200, deadline=None)
-    @given(orders, latencies, st.sampled_from(["jit", "jit", "jit", "host"]))
-    def check(order, delays, driver):
-        check_schedule(run, expected, driver, order, delays)
+    @given(orders, latencies, st.sampled_from(["jit", "jit", "jit", "host"]), replicas, st.permutations(slots))
+    def check(order, delays, driver, chosen, places):
+        where = functools.partial(run, chosen=chosen, places=places)
+        check_schedule(where, expected, driver, order, delays)
 
     check()
 
@@ -325,7 +347,9 @@ def test_ctrl_c_ends_a_run_whose_replies_never_come(run, expected, driver):
 
     with pytest.raises(KeyboardInterrupt):
         run(driver, respond=respond)
-    assert [t for t in threading.enumerate() if t.name == "rollout" and t.is_alive()] == []
+    left = [thread for thread in threading.enumerate() if thread.name == "rollout"]
+    [thread.join(60) for thread in left]
+    assert not any(thread.is_alive() for thread in left)
     assert {episode.id: episode for episode in run(driver)[0]} == expected
 
 
@@ -337,16 +361,18 @@ def test_prompts_that_cannot_run_are_refused(run):
         run("jit", long)
 
 
-def test_the_compiled_loop_holds_no_second_cache():
-    """Caches are updated in place; beside them there is no room for one layer's, at any depth."""
-    (replica,) = make_engine("jit", slots=8, row_tokens=4096)._replicas
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_compiled_program_holds_no_second_cache(driver):
+    """Neither the loop nor the step that Python calls. Caches are updated in place; no layer's fits beside them."""
+    (replica,) = make_engine(driver, slots=8, row_tokens=4096)._replicas
     limits = LIMITS._replace(slots=8, row_tokens=4096)
     caches = jax.eval_shape(lambda: empty_cache(MODEL, 8, 4096))
     kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], empty_cache(MODEL, 1, 64)))
     scalar = jnp.int32(0)
     sampler = Sampler(replica._table, scalar, scalar, jnp.float32(1), jax.random.key(0), None)
-    loop = replica._loop.lower(replica._params, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
-    memory, whole = loop.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+    program = {"jit": replica._loop, "host": replica._work}[driver]
+    compiled = program.lower(replica._params, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
+    memory, whole = compiled.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= whole
     assert memory.temp_size_in_bytes < whole / MODEL.num_layers
 
