@@ -16,6 +16,9 @@ do the same work in each system:
     python experiments/bench_rollout.py            L4 D256, eleven minutes with Tunix
     python experiments/bench_rollout.py --full     also L8 D512, and episodes per second over slots and over latency
 
+`--keep=FILE` notes each part in a file when it is done, and does not repeat what stands there: a run that was cut goes
+on with the part it was cut in.
+
 `step_vs_matmul` is the time of a decode step, all slots running at three quarters of their length, over that of its
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
 the worst value over the sizes that ran.
@@ -71,6 +74,7 @@ SIZES = {
 }
 PREFIX, QUESTION, TURN, REPLY, CALLS, GROUP = 1024, 32, 40, 64, 3, 8
 OWN = QUESTION + (CALLS + 1) * TURN + CALLS * REPLY
+SLOTS, MEDIANS = (1, 4, 16, 64, 256), (0.0, 0.4, 1.0, 2.0)  # of the table: over latency for the last two only
 TAGS = ("<information>", "</information>", "[UNK]")
 
 
@@ -367,79 +371,119 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
 # The whole
 
 
-def compare(name: str, address: str, latency: Latency) -> dict[str, Any]:
+class Parts:
+    """Runs the benchmark's parts; the figures of those that are done stay in a file, where one is named."""
+
+    def __init__(self, path: Path | None, address: str) -> None:
+        """`address` is the reply server's."""
+        self._path, self._address = path, address
+        self._done: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def figures(self, name: str, part: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Of this part, which runs now unless it stands in the file."""
+        if name not in self._done:
+            self._done[name] = part()
+            if self._path:
+                self._path.write_text(json.dumps(self._done, indent=1))
+        print(f"{name}: {self._done[name]}", flush=True)
+        return self._done[name]
+
+    def ours(self, size: str, *, driver: str, slots: int, latency: Latency) -> dict[str, Any]:
+        """Figures of one of our rollouts."""
+        episodes = max(16, min(512, 8 * slots))
+        settings = {"driver": driver, "slots": slots, "episodes": episodes, "latency": latency}
+        name = f"{size}, {driver}, {slots} slots, median {latency.median} s"
+        return self.figures(name, lambda: our_rollout(*make_router(size), self._address, **settings))
+
+    def theirs(self, size: str, system: str) -> dict[str, Any]:
+        """Figures of one of the systems with a barrier per turn."""
+        config, params = make_router(size)
+        turns = {"generate": lambda: generate_turns(config, params), "tunix": lambda: tunix_turns(config)}
+        settings = {"episodes": 64, "latency": Latency()}
+        name = f"{size}, {system}"
+        return self.figures(name, lambda: barrier_rollout(system, turns[system](), config, self._address, **settings))
+
+
+def make_router(size: str) -> tuple[ModelConfig, Params]:
+    """Random weights of this size."""
+    config = ModelConfig(**SIZES[size], family="qwen3", remat="none")
+    return config, init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
+
+
+def compare(parts: Parts, size: str) -> dict[str, Any]:
     """All systems at one size."""
-    config = ModelConfig(**SIZES[name], family="qwen3", remat="none")
-    params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
-    result: dict[str, Any] = {"step": step_against_products(config, params, 64)}
-    print(f"{name}: step {result['step']}", flush=True)
+    result = {"step": parts.figures(f"{size}, step", lambda: step_against_products(*make_router(size), 64))}
     for driver in ("jit", "host"):
-        result[driver] = our_rollout(config, params, address, driver=driver, slots=64, episodes=512, latency=latency)
-        print(f"{name}: {driver} {result[driver]}", flush=True)
-    turns = {"generate": generate_turns(config, params)}
-    if importlib.util.find_spec("tunix"):
-        turns["tunix"] = tunix_turns(config)
-    else:
-        print("tunix is not installed (pip install google-tunix): left out")
-    for system, turn in turns.items():
-        result[system] = barrier_rollout(system, turn, config, address, episodes=64, latency=latency)
-        print(f"{name}: {system} {result[system]}", flush=True)
-    ours = result["jit"]["episodes_per_s"]
+        result[driver] = parts.ours(size, driver=driver, slots=64, latency=Latency())
+    theirs = ["generate", *(["tunix"] if importlib.util.find_spec("tunix") else [])]
+    for system in theirs:
+        result[system] = parts.theirs(size, system)
+    per_s = result["jit"]["episodes_per_s"]
     return result | {
-        **{f"ratio_vs_{system}": ours / result[system]["episodes_per_s"] for system in turns},
-        "ratio_jit_vs_host": ours / result["host"]["episodes_per_s"],
+        **{f"ratio_vs_{system}": per_s / result[system]["episodes_per_s"] for system in theirs},
+        "ratio_jit_vs_host": per_s / result["host"]["episodes_per_s"],
         "idle_share": result["jit"]["idle_share"],
         "step_vs_matmul": result["step"]["step_vs_matmul"],
     }
 
 
-def scaling(address: str) -> dict[str, list[dict[str, float]]]:
-    """Episodes per second of the first size, over slots and over the median latency."""
-    config = ModelConfig(**SIZES["L4 D256"], family="qwen3", remat="none")
-    params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
-    run = functools.partial(our_rollout, config, params, address, driver="jit")
-    table: dict[str, list[dict[str, float]]] = {"slots": [], "latency": []}
-    for slots in (1, 4, 16, 64, 256):
-        found = run(slots=slots, episodes=min(512, 16 * slots), latency=Latency())
-        table["slots"].append({"slots": slots, **found})
-        print(f"slots {slots}: {found}", flush=True)
-    for median in (0.0, 0.25, 0.5, 1.0, 2.0):
-        found = run(slots=64, episodes=256, latency=Latency(median, 7.5 * median))
-        table["latency"].append({"median": median, **found})
-        print(f"median {median} s: {found}", flush=True)
-    return table
+def scaling(parts: Parts) -> list[dict[str, float]]:
+    """Rows of a table: episodes per second of the first size, over the number of slots and over the median latency."""
+
+    def row(slots: int, median: float) -> dict[str, float]:
+        figures = parts.ours("L4 D256", driver="jit", slots=slots, latency=Latency(median, 7.5 * median))
+        return {"slots": slots, "median": median, **figures}
+
+    points = {(slots, MEDIANS[1]) for slots in SLOTS} | {(slots, median) for slots in SLOTS[-2:] for median in MEDIANS}
+    return [row(*point) for point in sorted(points)]
 
 
-def draw(table: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Both tables as one picture."""
+def draw(table: Sequence[dict[str, float]], path: Path) -> None:
+    """The table as one picture: over slots, and over latency."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.2, 3.6), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, key, x, label in ((left, "slots", "slots", "slots"), (right, "latency", "median", "median latency, s")):
-        axes.plot([row[x] for row in table[key]], [row["episodes_per_s"] for row in table[key]], "o-", color="#0072B2")
-        axes.set(xlabel=label, ylim=(0, None))
+    left, right = figure.subplots(1, 2, sharey=True)
+
+    def line(axes: Any, rows: Sequence[dict[str, float]], x: str, colour: str, label: str) -> None:
+        axes.plot([row[x] for row in rows], [row["episodes_per_s"] for row in rows], "o-", color=colour)
+        axes.annotate(
+            label, (rows[-1][x], rows[-1]["episodes_per_s"]), (0, 8), textcoords="offset points", color=colour,
+            ha="right", fontsize=9,
+        )  # fmt: skip
+
+    line(left, [row for row in table if row["median"] == MEDIANS[1]], "slots", "#0072B2", "")
+    for slots, colour in zip(SLOTS[-2:], ("#D55E00", "#009E73"), strict=True):
+        line(right, [row for row in table if row["slots"] == slots], "median", colour, f"{slots} slots")
+    left.set_xscale("log", base=2)
+    left.set_xticks(SLOTS, SLOTS)
+    left.set(xlabel="slots", ylim=(0, None))
+    right.set(xlabel="median latency of a call, s")
+    left.set_title(f"Episodes per second, calls of {MEDIANS[1]} s", loc="left", fontsize=10, fontweight="bold")
+    right.set_title("and over their latency", loc="left", fontsize=10, fontweight="bold")
+    for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4", linewidth=0.7)
-    left.set_xscale("log", base=2)
-    left.set_title("Episodes per second", loc="left", fontsize=10, fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="also the larger size, and the tables")
+    parser.add_argument("--full", action="store_true", help="also the larger size, and the table")
+    parser.add_argument("--keep", type=Path, help="a file that keeps what is done, so that a run can be cut")
     args = parser.parse_args()
     engine.Exchange = ForcedExchange
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # read on a CPU only
     machine = describe_machine()
-    sizes, table = {}, None
+    table = None
+    if importlib.util.find_spec("tunix") is None:
+        print("tunix is not installed (pip install google-tunix): left out")
     with reply_server() as address:
-        for name in list(SIZES)[: 1 + args.full]:
-            sizes[name] = compare(name, address, Latency())
+        parts = Parts(args.keep, address)
+        sizes = {size: compare(parts, size) for size in list(SIZES)[: 1 + args.full]}
         if args.full:
-            table = scaling(address)
+            table = scaling(parts)
             draw(table, Path(__file__).parent / "results" / "rollout_scaling.png")
     keys = {"ratio_jit_vs_host": min, "idle_share": max, "step_vs_matmul": max}
     keys |= {key: min for key in ("ratio_vs_generate", "ratio_vs_tunix") if key in sizes["L4 D256"]}
