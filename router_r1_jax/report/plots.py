@@ -237,14 +237,11 @@ def slots_over_time(trace: Mapping[str, Any], path: str | Path) -> Path | None:
     figure = Figure(figsize=(9.2, 1.6 + min(6.0, 0.09 * rows + 1.0)), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     for kind, (colour, label) in _DOING.items():
-        spans = [span for span in trace["spans"] if span[1] == kind]
-        busy = sum(end - start for _, _, start, end in spans) / (rows * trace["seconds"])
-        bottom, width, left = (
-            [row - 0.42 for row, *_ in spans],
-            [e - s for *_, s, e in spans],
-            [s for *_, s, _ in spans],
-        )
-        axes.barh(bottom, width, 0.84, left, align="edge", color=colour, linewidth=0, label=f"{label} {busy:.0%}")
+        spans = [(row, start, end - start) for row, what, start, end in trace["spans"] if what == kind]
+        busy = sum(width for *_, width in spans) / (rows * trace["seconds"])
+        bottoms, starts, widths = ([span[i] for span in spans] for i in range(3))
+        style = {"align": "edge", "color": colour, "linewidth": 0, "label": f"{label} {100 * busy:.0f} %"}
+        axes.barh([row - 0.42 for row in bottoms], widths, 0.84, starts, **style)
     _dress(axes, f"Rows of the rollout of step {trace['step']}", "row")
     axes.grid(axis="y", visible=False)
     axes.set_ylim(rows - 0.5, -0.5)
@@ -252,7 +249,7 @@ def slots_over_time(trace: Mapping[str, Any], path: str | Path) -> Path | None:
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(8))
     axes.set_xlabel(
-        f"seconds; in {trace['idle_share']:.1%} of them no row could go on by itself", color=_MUTED, fontsize=9
+        f"seconds; in {100 * trace['idle_share']:.1f} % of them no row could go on by itself", color=_MUTED, fontsize=9
     )
     legend = {"fontsize": 8, "frameon": False, "labelcolor": _INK, "ncols": 3, "loc": "lower right"}
     axes.legend(bbox_to_anchor=(1.0, 1.0), **legend)

@@ -185,9 +185,9 @@ def test_slots_show_each_span_where_it_lies(figures):
     (axes,) = figures[0].axes
     bars = {(round(b.get_y() + 0.42), b.get_x(), b.get_x() + b.get_width()) for c in axes.containers for b in c}
     assert bars == {(row, start, end) for row, _, start, end in spans}
-    assert axes.get_title(loc="left") == "Rows of the rollout of step 7" and "25.0%" in axes.get_xlabel()
+    assert axes.get_title(loc="left") == "Rows of the rollout of step 7" and "25.0 %" in axes.get_xlabel()
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["decoding 33%", "reading 8%", "waiting for a reply 12%"]
+    assert labels == ["decoding 33 %", "reading 8 %", "waiting for a reply 12 %"]
     assert axes.get_ylim() == (2.5, -0.5)  # row 0 on top
 
 

@@ -92,6 +92,23 @@ def test_log_prob_is_that_of_float64_log_softmax(size, temperature):
         assert len(set(ids.tolist())) > 1
 
 
+def equations(jaxpr):
+    """All of a jaxpr's, those of the functions it calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
+def test_a_row_draws_one_number_however_large_the_vocabulary():
+    """A Gumbel draw per logit took most of a decode step."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    jaxpr = jax.make_jaxpr(sample)(jnp.zeros((3, 5000)), keys, jnp.float32(1)).jaxpr
+    drawn = [e.outvars[0].aval.size for e in equations(jaxpr) if e.primitive.name == "random_bits"]
+    assert drawn == [len(keys)]
+
+
 def float64_kept(logits, temperature, top_k, top_p, min_p):
     """Which ids [ROWS, V] are left by the textbook (sorted, ties kept), and whether rounding may decide a row."""
     weights = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
