@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 from jax.sharding import Mesh
@@ -65,8 +65,8 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._closing.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._closing.__exit__(*exception)
 
     def questions(self, split: str) -> list[QuestionRecord]:
         """The questions that the configuration chooses for a split; what was drawn is noted in <workdir>/data.json."""

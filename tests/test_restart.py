@@ -86,6 +86,20 @@ def test_a_stopped_run_keeps_its_last_step(uninterrupted, tmp_path, sent):
     assert without_validation(tmp_path) == without_validation(uninterrupted)
 
 
+def test_ctrl_c_does_not_wait_for_calls_in_flight(warm_file, tmp_path):
+    """One of the models answers no request before this test is over."""
+    slow = ("pool.models[0].simulated.slow_start=(100000, 1000.0)", "pool.deadline=2000.0")
+    slow += ("pool.providers[0].request_timeout=1000.0", f"warmstart.file={warm_file}")
+    process = mains.start("train", tmp_path, *slow)
+    answered = tmp_path / "ledger.jsonl"
+    mains.wait_until(lambda: answered.exists() and answered.read_bytes().count(b"\n") > 3, process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr.strip().endswith("interrupted")
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        assert store.latest() == 0
+
+
 def without_validation(workdir):
     """A validation that was cut is not made up for; all else is as if nothing had happened."""
     lines = repeatable(train_lines(workdir))

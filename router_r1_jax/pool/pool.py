@@ -6,7 +6,7 @@ ends in exactly one outcome and one ledger line.
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.pool.tape import Request, Tape
 from router_r1_jax.protocol import RouteFault, neutralize, parse_route
 
+_PATIENCE = 1.0  # seconds in which running calls may end after Ctrl-C; what comes later is paid and lost
 _LONGEST = 100_000  # characters of a reply that are read on; no budget has room for more, and a tokenizer takes seconds
 
 
@@ -46,6 +47,7 @@ class Pool:
             str, Future[tuple[Completion, Completion]]
         ] = {}  # key of the tape -> the call that is being made
         self._ledger = Ledger(ledger_path, price_date=pool_config.price_date)
+        self._calls: set[Future[Reply]] = set()  # that are queued or under way
         # Threads of its own for each provider: calls that queue for a slow one do not hold up the others.
         self._threads = {
             name: ThreadPoolExecutor(provider.concurrency, thread_name_prefix=f"pool-{name}")
@@ -85,7 +87,10 @@ class Pool:
                 done.set_exception(error)
             return done
         card = next(card for card in cards if card.name == route.name)
-        return self._threads[card.provider].submit(self._answer, card, route.query, where)
+        future = self._threads[card.provider].submit(self._answer, card, route.query, where)
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
 
     def note_router(self, *, step: int, split: str, read_tokens: int, sampled_tokens: int) -> None:
         """Write down what the router itself read and sampled in a rollout. Raises PoolError where that fails."""
@@ -103,14 +108,16 @@ class Pool:
         """Go on from what `state` returned after `step`."""
         self._ledger.restore(state["ledger"], state["ledger_size"], step)
 
-    def close(self) -> None:
-        """Drop calls that have not begun, let running ones end without another attempt, and close the files."""
+    def close(self, patience: float | None = None) -> None:
+        """Drop calls that have not begun, let running ones end without another attempt, and close the files.
+
+        Running calls are waited for `patience` seconds at most, by default until all have ended.
+        """
         if self._client is not None:
             self._client.close()
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
-        for threads in self._threads.values():
-            threads.shutdown(wait=True)
+        wait(set(self._calls), patience)
         if self._tape is not None:
             self._tape.close()
         self._ledger.close()
@@ -118,8 +125,8 @@ class Pool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(_PATIENCE if kind is KeyboardInterrupt else None)
 
     def _answer(self, card: Card, query: str, where: dict[str, Any]) -> Reply:
         """Take the reply from the tape, or ask; in a thread of the pool."""

@@ -335,6 +335,27 @@ def test_closing_ends_calls_that_are_retried_and_records_no_fault_of_ours(serve,
     assert read_ledger(tmp_path / "ledger.jsonl") == []
 
 
+def test_ctrl_c_does_not_wait_for_slow_calls_and_keeps_what_had_ended(serve, pool_config, open_pool, tmp_path):
+    released = threading.Event()
+
+    def hold(number, body):
+        assert number == 0 or released.wait(60)
+        return completion("fine")
+
+    scripted = serve(hold)
+    pool, cards = open_pool(pool_config(scripted.base_url, deadline=60.0, concurrency=2))
+    assert _ask(pool, cards, "Titan: a?").text == "fine"
+    slow = pool.respond("Titan: b?", cards=cards, episode="e2", call=0, step=0, split="train")
+    while len(scripted.requests) < 2:
+        time.sleep(0.005)
+    with pytest.raises(KeyboardInterrupt), pool:
+        raise KeyboardInterrupt
+    assert not slow.done()
+    assert [line["episode"] for line in read_ledger(tmp_path / "ledger.jsonl")] == ["e1"]
+    released.set()
+    assert slow.exception(timeout=60) is not None  # no file takes it any more
+
+
 def test_several_providers_keep_their_own_pace(serve, pool_config, open_pool):
     """One takes a single call at a time and holds it; calls to the other do not queue behind it."""
     released = threading.Event()
