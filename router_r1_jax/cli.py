@@ -13,9 +13,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import router_r1_jax.config
+from router_r1_jax import hosts
 from router_r1_jax.checkpoint import CheckpointError
 from router_r1_jax.config import ConfigError, validate
 from router_r1_jax.data.questions import DataError
+from router_r1_jax.hosts import HostError
 from router_r1_jax.model import WeightsError
 from router_r1_jax.pool.outcomes import PoolError
 from router_r1_jax.report.writer import BrokenFileError, MissingExtraError
@@ -23,7 +25,8 @@ from router_r1_jax.rollout import PromptError
 
 # Errors whose message already says what is wrong, where, and what to do.
 PLAIN_ERRORS = (
-    BrokenFileError, CheckpointError, ConfigError, DataError, MissingExtraError, PoolError, PromptError, WeightsError,
+    BrokenFileError, CheckpointError, ConfigError, DataError, HostError, MissingExtraError, PoolError, PromptError,
+    WeightsError,
 )  # fmt: skip
 # The system's words for a disk that takes nothing more. Libraries pass them on without the file's name.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -64,9 +67,11 @@ def launch(main: Callable[..., None], **strings: str) -> None:
         settings: ConfigDict = config.value
         validate(settings)
         enable_compilation_cache()
+        hosts.join(settings.distributed)
         main(settings, Path(workdir.value).absolute(), **{name: flag.value for name, flag in extra.items()})
 
-    run_guarded(lambda: app.run(guarded, flags_parser=_parse_flags))
+    with hosts.failing_alone():
+        run_guarded(lambda: app.run(guarded, flags_parser=_parse_flags))
 
 
 def run_guarded(call: Callable[[], Any]) -> None:
@@ -82,9 +87,8 @@ def run_guarded(call: Callable[[], Any]) -> None:
         fail(refusal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.stdout.flush()
         # All files are closed and the server has ended; taking JAX's programs apart keeps a terminal for seconds more.
-        os._exit(130)
+        hosts.leave(130)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ says which field, which value and what to write instead.
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -171,7 +172,12 @@ def base_config() -> ConfigDict:
         )
     )
 
-    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the devices that are left
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the devices that are left, of all processes
+
+    c.distributed = ConfigDict()  # how several processes become one run; not part of the configuration's hash
+    c.distributed.coordinator = ""  # "": one process | auto: SLURM, Open MPI, TPU pods, GKE | host:port of process 0
+    c.distributed.processes = 1  # with host:port, how many there are
+    c.distributed.process = 0  # with host:port, which of them this is
 
     c.data = ConfigDict()
     c.data.dir = ""  # where prepared sets lie; "" is <workdir>/data. All but synthetic: `data.prepare`
@@ -292,6 +298,7 @@ _COUNTS = (
     "reward.window", "checkpoint.every", "checkpoint.keep", "validation.every", "logging.episodes_every",
     "evaluation.questions", "evaluation.bootstrap", "warmstart.batch", "model.arch.num_layers", "model.arch.width",
     "model.arch.mlp", "model.arch.num_heads", "model.arch.num_kv_heads", "model.arch.head_dim",
+    "distributed.processes",
 )  # fmt: skip
 _POSITIVE = (
     "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "pool.breaker.pause",
@@ -306,7 +313,7 @@ _NOT_NEGATIVE = (
     "learner.clip_high", "learner.dual_clip", "learner.kl_coef",
     "learner.component_weights.format", "learner.component_weights.outcome",
     "learner.component_weights.cost", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate",
-    "warmstart.warmup", "warmstart.copy_steps",
+    "warmstart.warmup", "warmstart.copy_steps", "distributed.process",
 )  # fmt: skip
 
 
@@ -394,6 +401,15 @@ def validate(config: ConfigDict) -> None:
     if not 0.0 <= config.pool.fault_weight <= 1.0:
         raise ConfigError(
             f"pool.fault_weight is {config.pool.fault_weight}; it lies in [0, 1], and 0 leaves episodes out"
+        )
+    d = config.distributed
+    if d.coordinator not in ("", "auto") and not re.fullmatch(r"\S+:\d+", d.coordinator):
+        raise ConfigError(
+            f"distributed.coordinator is {d.coordinator!r}; write host:port of process 0, auto, or nothing"
+        )
+    if d.process >= d.processes:
+        raise ConfigError(
+            f"distributed.process is {d.process} of distributed.processes={d.processes}; processes count from 0"
         )
     if not config.pool.models:
         raise ConfigError("pool.models is empty; declare at least one model with model_card(...)")

@@ -88,3 +88,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Rows [B, ...] split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def place(arrays: Any, shardings: Any) -> Any:
+    """A tree of NumPy arrays, equal in every process, onto its devices; a process copies what its own ones hold."""
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda part: np.asarray(x)[part]), arrays, shardings
+    )

@@ -1,18 +1,21 @@
 """The router at work: questions in, scored-ready episodes out.
 
-Joins prompt text, the sampling engine and the pool. Training and evaluation both ask it, with their own parameters.
+Joins prompt text, the sampling engine and the pool. Training and evaluation both ask it, with their own parameters. Of
+several processes each samples its share of the questions on its own devices, and has all episodes at the end.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from router_r1_jax import prompts
+from router_r1_jax import hosts, prompts
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.model import ModelConfig, Params
@@ -20,7 +23,18 @@ from router_r1_jax.pool.cards import Card, at_step, roster
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.reward import episode_cost
-from router_r1_jax.rollout import Engine, Episode, Manners, Prompt, RolloutStats, make_cut, make_limits
+from router_r1_jax.rollout import (
+    Engine,
+    Episode,
+    Manners,
+    Prompt,
+    RolloutStats,
+    Spread,
+    common_prefix,
+    joined,
+    make_cut,
+    make_limits,
+)
 
 # A rollout of which more calls than this failed at the provider teaches nothing and costs money: the run stops.
 MAX_FAILED_SHARE = 0.5
@@ -60,7 +74,7 @@ class Answers:
 
 
 class Router:
-    """Asks the router questions. Parameters are pushed to the engine's device with `push`."""
+    """Asks the router questions. Parameters are pushed to the engine's devices with `push`."""
 
     def __init__(
         self,
@@ -69,17 +83,21 @@ class Router:
         tokenizer: PreTrainedTokenizerBase,
         cards: Sequence[Card],
         pool: Pool,
+        mesh: Mesh,
     ) -> None:
-        """Nothing is compiled before the first question. Raises ConfigError where there are too few devices."""
+        """`mesh` is the learner's, from which parameters come. Nothing is compiled before the first question.
+
+        Raises ConfigError where there are too few devices.
+        """
         self._config, self._tokenizer, self._cards, self._pool = config, tokenizer, tuple(cards), pool
         self._template = prompts.load_template(config.prompt.template)
         r = config.rollout
         devices = jax.local_devices()
         wanted = r.replicas * r.tensor or len(devices)
-        if wanted > len(devices) or wanted % r.tensor:
+        if wanted > len(devices) or len(devices) % r.tensor:
             raise ConfigError(
                 f"rollout.replicas is {r.replicas} and rollout.tensor {r.tensor}; each replica takes rollout.tensor "
-                f"devices, of which this process has {len(devices)}"
+                f"devices, of which this process has {len(devices)}, a multiple of rollout.tensor"
             )
         self._engine = Engine(
             model,
@@ -91,10 +109,16 @@ class Router:
             tensor=r.tensor,
         )
         self._cut = make_cut(r)
+        self._spread = Spread(model, mesh, r.tensor)
 
-    def push(self, params: Params) -> None:
-        """Take stacked parameters from the learner's mesh to the rollout's devices, adapters merged."""
-        self._engine.push(params)
+    def push(self, params: Params) -> dict[str, float]:
+        """Take stacked parameters from the learner's mesh to the rollout's devices, adapters merged.
+
+        Returns metrics: `push_seconds`, and `push_bytes` that devices (of all processes) received from other devices.
+        """
+        started = time.monotonic()
+        self._engine.push(self._spread(params))
+        return {"push_seconds": time.monotonic() - started, "push_bytes": self._spread.nbytes}
 
     def roster(self, *seed: int) -> tuple[Card, ...]:
         """The cards as one batch of prompts shows them: shuffled and renamed as the configuration says."""
@@ -133,11 +157,23 @@ class Router:
                 route, cards=cards, episode=f"{name}-{episode}", call=call, step=step, split=split
             )
 
-        episodes, stats = self._engine.run(
-            asked, respond, temperature=temperature, cut=self._cut, seed=_draw_seed(seed), on_finish=on_finish
-        )
-        read = stats.prefix_tokens + stats.fed_tokens
-        self._pool.note_router(step=step, split=split, read_tokens=read, sampled_tokens=stats.decoded_tokens)
+        mine = [prompt for prompt in asked if hosts.is_mine(prompt.episode // group)]  # whole groups
+        shared = common_prefix([prompt.tokens for prompt in asked])
+
+        def sample() -> tuple[list[Episode], list[RolloutStats]]:
+            if not mine:  # a validation may have fewer questions than there are processes
+                return [], []
+            episodes, stats = self._engine.run(
+                mine, respond, temperature=temperature, cut=self._cut, seed=_draw_seed(seed), prefix_tokens=shared,
+                on_finish=on_finish,
+            )  # fmt: skip
+            read = stats.prefix_tokens + stats.fed_tokens
+            self._pool.note_router(step=step, split=split, read_tokens=read, sampled_tokens=stats.decoded_tokens)
+            return episodes, [stats]
+
+        parts = hosts.together(sample)
+        episodes = sorted((e for part, _ in parts for e in part), key=lambda episode: episode.id)
+        stats = joined([s for _, part in parts for s in part])
         valid = np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes])
         valid &= np.array([e.stop != "no_reply" for e in episodes])
         self._refuse_outage(episodes)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from router_r1_jax import prompts
+from router_r1_jax import hosts, prompts
 from router_r1_jax.config import SPLITS, ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.draw import Drawn, draw_split, take_turns
@@ -36,11 +36,14 @@ from router_r1_jax.model import (
     lora_from,
 )
 from router_r1_jax.pool.cards import Card, cards_from_config
+from router_r1_jax.pool.ledger import Ledger, spent_dollars
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.pool.server import simulated_providers, start_server
 from router_r1_jax.report.writer import replace_file
 from router_r1_jax.router import Router
 
+LEDGER = "ledger.jsonl"
+EMPTY_POOL: dict[str, Any] = {"ledger": {}, "ledger_size": 0}
 VOCABULARY_MULTIPLE = 64  # a random start rounds its vocabulary up to it, so that it divides over devices
 
 
@@ -61,6 +64,8 @@ class Session:
     router: Router
     _initial: Params | None
     _closing: ExitStack
+    _left: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # by process 0, see `restore_pools`
+    _spent: float = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -71,9 +76,39 @@ class Session:
     def questions(self, split: str) -> list[QuestionRecord]:
         """The questions that the configuration chooses for a split; what was drawn is noted in <workdir>/data.json."""
         drawn = draw_split(self.config.data, self.data_dirs, split)
-        if jax.process_index() == 0:
+        if hosts.first():
             _note_draw(self.workdir / "data.json", self.config.data, split, drawn)
         return take_turns(drawn)
+
+    def pool_states(self) -> list[dict[str, Any]]:
+        """What a checkpoint needs of the pools of all processes, by process. All processes call it."""
+        mine = (self.pool.state(), self.pool.paid, self._left)
+        states, paid, left = zip(*hosts.gather(mine), strict=True)
+        self.pool.paid_elsewhere = sum(paid) - self.pool.paid
+        self._spent = sum(spent_dollars(state["ledger"]) for state in (*states, *left[0]))
+        return [*states, *left[0]]
+
+    def restore_pools(self, states: Sequence[dict[str, Any]], step: int) -> None:
+        """Go on from what `pool_states` returned after `step`.
+
+        Where there were more processes then, process 0 takes back what the others' ledgers hold of later steps.
+        """
+        padded = [*states, *[EMPTY_POOL] * jax.process_count()]
+        self.pool.restore(padded[jax.process_index()], step)
+        self._left = []
+        process = jax.process_count()
+        while hosts.first() and (path := hosts.own_file(self.workdir / LEDGER, process)).exists():
+            ledger = Ledger(path)
+            state = padded[process] if process < len(states) else EMPTY_POOL
+            ledger.restore(state["ledger"], state["ledger_size"], step)
+            self._left.append({"ledger": ledger.state(), "ledger_size": ledger.size})
+            ledger.close()
+            process += 1
+
+    @property
+    def spent(self) -> float:
+        """Dollars that all processes have paid, as of the last `pool_states`."""
+        return self._spent
 
     @property
     def abstract_base(self) -> Params:
@@ -103,7 +138,8 @@ def open_router(config: ConfigDict, workdir: Path, *, load_source: bool) -> Open
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    tokenizer = _load_tokenizer(config, workdir)
+    with hosts.first_before_others():
+        tokenizer = _load_tokenizer(config, workdir)
     model, initial = _load_model(config, tokenizer, mesh, load_source)
     return Opened(mesh, tokenizer, model, initial)
 
@@ -115,11 +151,12 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
     """
     cards, world = cards_from_config(config.pool), _world(config)
     mesh, tokenizer, model, initial = open_router(config, workdir, load_source=load_source)
-    data_dirs = open_sets(config.data, workdir)
+    with hosts.first_before_others():
+        data_dirs = open_sets(config.data, workdir)
     with ExitStack() as opening:
         pool = opening.enter_context(_open_pool(config, workdir, cards, opening))
         pool.check()
-        router = Router(config, model, tokenizer, cards, pool)
+        router = Router(config, model, tokenizer, cards, pool, mesh)
         return Session(
             config, workdir, mesh, cards, tokenizer, model, abstract_params(model, mesh), data_dirs, world, pool,
             router, initial, opening.pop_all(),
@@ -193,4 +230,6 @@ def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], openi
         server = opening.enter_context(start_server(config.data.world, cards))
         settings = simulated_providers(settings, server.base_url)
     tape = Path(settings.tape.path) if settings.tape.path else workdir / "tape.sqlite"
-    return Pool(settings, cards, ledger_path=workdir / "ledger.jsonl", tape_path=tape)
+    if settings.tape.mode != "strict":  # SQLite's write-ahead log is for processes of one machine
+        tape = hosts.own_file(tape)
+    return Pool(settings, cards, ledger_path=hosts.own_file(workdir / LEDGER), tape_path=tape)

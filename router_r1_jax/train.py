@@ -14,10 +14,9 @@ updates the parameters (`learner`). The same command goes on where a run was cut
 import dataclasses
 import hashlib
 import json
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from router_r1_jax import hosts
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
@@ -54,8 +54,10 @@ from router_r1_jax.warmstart import warm_start
 
 
 def config_hash(config: ConfigDict) -> str:
-    """A short hash of the whole configuration."""
-    return hashlib.sha256(config.to_json_best_effort(sort_keys=True).encode()).hexdigest()[:16]
+    """A short hash of the configuration, but for the number of processes that run it."""
+    fields = json.loads(config.to_json_best_effort())
+    del fields["distributed"]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def estimate(config: ConfigDict) -> str:
@@ -181,13 +183,13 @@ class Run:
             "data": self.iterator.state(),
             "cost_window": self.normalizer.state(),
             "first_cost_window": self.first_window,
-            "pool": self.session.pool.state(),
+            "pools": self.session.pool_states(),
             "config": config_hash(self.session.config),
         }
 
     def count_calls(self) -> None:
         """Take the ledger's sums once more: the calls of a validation belong to the step that it follows."""
-        self.progress["pool"] = self.session.pool.state()
+        self.progress["pools"] = self.session.pool_states()
 
     def save(self, store: CheckpointStore, metric: float | None) -> None:
         """Write a checkpoint of this step."""
@@ -197,15 +199,18 @@ class Run:
 
     @contextmanager
     def kept_on_error(self, store: CheckpointStore) -> Iterator[None]:
-        """Whatever ends the block, the last whole step is kept: also on Ctrl-C, a failing pool or a failing host."""
+        """Whatever ends the block, the last whole step is kept: also on Ctrl-C or a failing pool.
+
+        A process that fails away from the others cannot keep it: all write a checkpoint, or none.
+        """
         try:
             yield
         except BaseException:
             whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))  # else cut inside an update
-            if self.step > self.saved_step and whole:
+            if self.step > self.saved_step and whole and hosts.in_step():
                 self.save(store, None)
                 store.wait()
-                print(f"\nstopped; step {self.step} is kept in {store.directory}")
+                hosts.say(f"\nstopped; step {self.step} is kept in {store.directory}")
             raise
 
     def restore(self, store: CheckpointStore, step: int, abstract: TrainState) -> None:
@@ -213,11 +218,11 @@ class Run:
         train = {"opt_state": abstract.opt_state, "step": abstract.step}
         saved = store.restore(step, abstract_params=abstract.params, abstract_train=train)
         if saved.run["config"] != config_hash(self.session.config):
-            print(f"note: step {step} was made with another configuration; going on with the present one")
+            hosts.say(f"note: step {step} was made with another configuration; going on with the present one")
         self.iterator.restore(saved.run["data"])
         self.normalizer.restore(saved.run["cost_window"])
         self.first_window = saved.run["first_cost_window"]
-        self.session.pool.restore(saved.run["pool"], step)
+        self.session.restore_pools(saved.run["pools"], step)
         self.advance(TrainState(saved.params, saved.train["opt_state"], saved.train["step"]), step)
         self.saved_step = step
 
@@ -259,7 +264,7 @@ def rollout_metrics(session: Session, answers: Answers, records: list[Record]) -
         "response_tokens": float(np.mean([len(e.tokens) for e in answers.episodes])),
         "tokens_per_second": stats.decoded_tokens / stats.seconds,
         "tape_hit_rate": hit_rate(answers),
-        "spent_dollars": session.pool.totals()["spent"],
+        "spent_dollars": session.spent,
         **{f"stops/{reason}": count / len(answers.episodes) for reason, count in stats.stops.items()},
         **{f"rollout/{name}": value for name, value in stats.metrics().items()},
     }
@@ -271,9 +276,27 @@ def rollout_trace(answers: Answers, step: int) -> dict[str, Any]:
     return {"step": step, "seconds": s.seconds, "rows": s.rows, "idle_share": s.idle_share, "spans": s.spans}
 
 
+@contextmanager
+def open_files(
+    config: ConfigDict, workdir: Path, resume_step: int | None
+) -> Iterator[tuple[MetricsWriter | hosts.Silent, EpisodeWriter | hosts.Silent]]:
+    """config.json, the metrics and the episodes of training: of several processes the first writes them."""
+    if not hosts.first():
+        yield hosts.Silent(), hosts.Silent()
+        return
+    settings = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
+    replace_file(workdir / "config.json", settings.encode())
+    c = config.logging
+    with (
+        closing(MetricsWriter(workdir, tensorboard=c.tensorboard, wandb=c.wandb, resume_step=resume_step)) as metrics,
+        closing(EpisodeWriter(workdir, "train", resume_step=resume_step)) as episodes,
+    ):
+        yield metrics, episodes
+
+
 def main(config: ConfigDict, workdir: Path) -> None:
     """The run, from its first or its latest checkpoint to config.steps."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is handled like Ctrl-C
+    hosts.hear_interrupts()
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature is 0; training needs draws that differ, set it to 1.0")
     with ExitStack() as stack:
@@ -283,25 +306,19 @@ def main(config: ConfigDict, workdir: Path) -> None:
         train_questions = session.questions("train")
         validation_questions = session.questions("validation")[: config.validation.questions]
         iterator = QuestionIterator(train_questions, seed=config.seed, batch=config.rollout.questions)
-        print(estimate(config))
+        hosts.say(estimate(config))
 
         # ---- learner, latest checkpoint: before any file is changed, so that one that cannot be read costs nothing --
         learner, abstract, optimizer, schedule = setup_learner(config, session)
         run = Run(session, iterator, CostNormalizer(config.reward.window))
         resume_step = store.latest()
         if resume_step is not None:
-            print(f"going on from step {resume_step}")
+            hosts.say(f"going on from step {resume_step}")
             run.restore(store, resume_step, abstract)
             reference = None if session.model.lora else store.restore_params(store.first(), session.abstract_params)
 
         # ---- logging ------------------------------------------------------------------------------------------------
-        settings = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
-        replace_file(workdir / "config.json", settings.encode())
-        logging = config.logging
-        writer = MetricsWriter(workdir, tensorboard=logging.tensorboard, wandb=logging.wandb, resume_step=resume_step)
-        stack.callback(writer.close)
-        episodes_file = EpisodeWriter(workdir, "train", resume_step=resume_step)
-        stack.callback(episodes_file.close)
+        writer, episodes_file = stack.enter_context(open_files(config, workdir, resume_step))
 
         # ---- first checkpoint: the warm start -----------------------------------------------------------------------
         if resume_step is None:
@@ -315,7 +332,14 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
         # ---- steps --------------------------------------------------------------------------------------------------
         bar = stack.enter_context(
-            tqdm(initial=run.step, total=config.steps, desc="train", unit="step", dynamic_ncols=True)
+            tqdm(
+                initial=run.step,
+                total=config.steps,
+                desc="train",
+                unit="step",
+                dynamic_ncols=True,
+                disable=not hosts.first(),
+            )
         )
         while run.step < config.steps:
             started = time.monotonic()
@@ -331,8 +355,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
             state, metrics = update(config, learner, run.state, reference, answers, advantages)
             run.advance(state, run.step + 1)
-            session.router.push(run.state.params)
             updated = time.monotonic()
+            metrics |= session.router.push(run.state.params)
 
             records = make_records(
                 answers.questions, answers.episodes, rewards, step=run.step, split="train", policy="training"
@@ -344,9 +368,10 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 "learning_rate": float(schedule((run.step - 1) * config.learner.minibatches)),
             }
             last = run.step == config.steps
-            if last or run.step % logging.episodes_every == 0:
+            if last or run.step % config.logging.episodes_every == 0:
                 episodes_file.write(records)
-                replace_file(workdir / "rollout.json", json.dumps(rollout_trace(answers, run.step)).encode())
+                if hosts.first():
+                    replace_file(workdir / "rollout.json", json.dumps(rollout_trace(answers, run.step)).encode())
             validated = None
             try:
                 if config.validation.questions and (last or run.step % config.validation.every == 0):
@@ -368,9 +393,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
             )  # fmt: skip
 
         store.wait()
-        print(
-            f"steps kept: {store.steps()}; best by validation: {store.best()}; metrics in {workdir / 'metrics.jsonl'}"
-        )
+        kept, best = store.steps(), store.best()
+        hosts.say(f"steps kept: {kept}; best by validation: {best}; metrics in {workdir / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

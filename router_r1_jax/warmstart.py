@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from router_r1_jax import prompts
+from router_r1_jax import hosts, prompts
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
 from router_r1_jax.learner import Batch, Learner, Row, SupervisedLoss, init_state, make_batch, make_optimizer
+from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import roster
 from router_r1_jax.report.writer import MetricsWriter
@@ -129,11 +130,11 @@ def load_warm_start(path: Path, session: Session) -> Params:
             if made_by != recipe(session.config):
                 raise ConfigError(f"warmstart.file {path} was made by another configuration ({made_by}); {rebuild}")
 
-            def place(key: tuple, target: jax.ShapeDtypeStruct) -> jax.Array:
+            def read(key: tuple, target: jax.ShapeDtypeStruct) -> jax.Array:
                 value = file.get_tensor(jax.tree_util.keystr(key, simple=True, separator="/"))
-                return jax.device_put(value, target.sharding)
+                return place(value, target.sharding)
 
-            return jax.tree_util.tree_map_with_path(place, session.abstract_base)
+            return jax.tree_util.tree_map_with_path(read, session.abstract_base)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"warmstart.file {path} cannot be read ({error}); {rebuild}") from error
 
@@ -142,11 +143,11 @@ def warm_start(session: Session, writer: MetricsWriter) -> Params:
     """The parameters that RL starts from: the kept file, or scripted training now, or the initial ones as they are."""
     w = session.config.warmstart
     if w.file and Path(w.file).exists():
-        print(f"warm start: read from {w.file}")
+        hosts.say(f"warm start: read from {w.file}")
         return load_warm_start(Path(w.file), session)
     if w.steps == 0:
         return session.initial_params(session.config.seed)
-    with tqdm(total=w.steps, desc="warm start", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=w.steps, desc="warm start", unit="step", dynamic_ncols=True, disable=not hosts.first()) as bar:
 
         def report(step: int, metrics: dict[str, float]) -> None:
             bar.update()

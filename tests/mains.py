@@ -22,7 +22,7 @@ TIMEOUT = 300  # seconds; only a run that hangs takes as long
 # What a run may do otherwise when it is repeated: times, rates, and what was really paid.
 UNEQUAL = re.compile(
     "tokens_per_second|tape_hit_rate|spent_dollars|(val/)?call_seconds_per_question|rollout_seconds|update_seconds"
-    "|rollout/.*"
+    "|push_seconds|rollout/.*"
 )
 
 
@@ -126,6 +126,6 @@ def assert_same_checkpoint(one: Path, other: Path, step: int) -> None:
     for name, array in arrays.items():
         assert array.tobytes() == others[name].tobytes(), name
     for state in (run, other_run):
-        del state["config"], state["pool"]["ledger_size"]
-        state["pool"]["ledger"] = {model: sums[:2] for model, sums in state["pool"]["ledger"].items()}
-    assert any(run["pool"]["ledger"].values()) and run == other_run
+        del state["config"]
+        state["pools"] = [{model: sums[:2] for model, sums in pool["ledger"].items()} for pool in state["pools"]]
+    assert any(run["pools"][0].values()) and run == other_run

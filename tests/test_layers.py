@@ -14,6 +14,7 @@ ROOMS = {"model", "rollout", "pool", "reward", "learner", "data", "evaluation", 
 # What may be imported directly, beside the room itself. Only the mains and what they share see all rooms.
 ALLOWED = {
     "mesh": set(),
+    "hosts": set(),
     "protocol": set(),
     "config": set(),
     "checkpoint": set(),

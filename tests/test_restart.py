@@ -57,7 +57,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_p
     assert_same_checkpoint(tmp_path, uninterrupted, 6)
     assert episodes_without_latency(tmp_path) == episodes_without_latency(uninterrupted)
     written, (_, run) = ledger_totals(tmp_path / "ledger.jsonl"), checkpoint_arrays(tmp_path, 6)
-    reported = zip(*run["pool"]["ledger"].values(), strict=True)  # dollars in parts of a million millionth
+    reported = zip(*run["pools"][0]["ledger"].values(), strict=True)  # dollars in parts of a million millionth
     calls, charged, spent = (sum(column) for column in reported)
     assert (written["calls"], written["charged"], written["spent"]) == (calls, charged / 10**12, spent / 10**12)
 

@@ -16,7 +16,7 @@ MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 STEP_METRICS = {
     "reward/total", "reward/format", "reward/outcome", "reward/cost", "em", "f1", "malformed_share",
     "calls_per_question", "dollars_per_question", "rollout_seconds", "update_seconds", "tokens_per_second",
-    "kl", "entropy", "clip_share", "zero_variance_groups", "failed_episodes", "spent_dollars", "learning_rate",
+    "kl", "entropy", "clip_share", "zero_variance_groups", "failed_episodes", "spent_dollars", "learning_rate", "push_seconds", "push_bytes",
     *(f"calls/share/{model}" for model in MODELS),
 }  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_ledger_holds_every_call_of_every_episode(finished_run):
     assert sorted((line["step"], line["model"], line["charged"]) for line in ledger) == sorted(calls)
     _, run = checkpoint_arrays(finished_run, 4)
     validated = [line for line in read_ledger(finished_run / "ledger.jsonl") if line["split"] != "test"]
-    assert sum(sums[0] for sums in run["pool"]["ledger"].values()) <= len(validated)
+    assert sum(sums[0] for sums in run["pools"][0]["ledger"].values()) <= len(validated)
 
 
 def test_results_say_what_they_were_made_with(finished_run):

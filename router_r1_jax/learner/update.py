@@ -18,13 +18,14 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from router_r1_jax.learner.batch import Batch
 from router_r1_jax.learner.logprobs import prefix_kv, token_logprobs
 from router_r1_jax.learner.loss import Loss, Sums, count_tokens
-from router_r1_jax.mesh import RULES, replicated, rows_sharding
+from router_r1_jax.mesh import RULES, place, replicated, rows_sharding
 from router_r1_jax.model import ModelConfig, Params, Prefix, join, split_trainable
 
 
@@ -70,7 +71,7 @@ def init_state(optimizer: optax.GradientTransformation, params: Params, abstract
     """A fresh TrainState around parameters that are already on the mesh."""
     shardings = state_shardings(optimizer, abstract, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(split_trainable(params)[0])
-    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), replicated(mesh)))
+    return TrainState(params, opt_state, place(np.int32(0), replicated(mesh)))
 
 
 def abstract_state(optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh) -> TrainState:
@@ -152,13 +153,13 @@ class Learner:
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
         """One optimizer step; `state` is donated. Metrics are means over masked tokens, and `grad_norm`."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
-            state, metrics = self._update(state, jax.device_put(batch, self._batch_sharding))
+            state, metrics = self._update(state, place(batch, self._batch_sharding))
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def reference_logprobs(self, params: Params, batch: Batch) -> Any:
         """Log-probs [B, T] of the batch's tokens under `params` without their adapters, as a NumPy array."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
-            return jax.device_get(self._reference_logprobs(params, jax.device_put(batch, self._batch_sharding)))
+            return jax.device_get(self._reference_logprobs(params, place(batch, self._batch_sharding)))
 
     def _update_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         grads, metrics = batch_gradients(

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,11 @@ def ledger_totals(path: str | Path) -> dict[str, Any]:
         | {name: {key: _in_dollars(sums) for key, sums in sorted(table.items())} for name, table in named.items()}
         | {"router": router}
     )
+
+
+def spent_dollars(state: Mapping[str, Sequence[int]]) -> float:
+    """Dollars really paid by the calls whose sums a `Ledger.state` holds."""
+    return sum(sums[_SUMS.index("spent")] for sums in state.values()) / _PARTS
 
 
 def _made_again(lines: Sequence[tuple[int, dict[str, Any]]], size: int, step: int) -> set[int]:

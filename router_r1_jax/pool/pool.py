@@ -39,6 +39,7 @@ class Pool:
         self._providers = {card.provider: providers[card.provider] for card in cards}  # only those that serve a card
         mode = pool_config.tape.mode
         self._budget = pool_config.budget
+        self.paid_elsewhere = 0.0  # dollars by the run's other processes, as far as they have said
         self._replays = mode in ("replay", "strict")
         self._client = None if mode == "strict" else Client(pool_config, self._providers)
         self._tape = None if mode == "off" else Tape(tape_path, mode)
@@ -99,6 +100,11 @@ class Pool:
     def totals(self) -> dict[str, Any]:
         """The ledger's sums: calls, dollars charged and spent, in all and per model."""
         return self._ledger.totals()
+
+    @property
+    def paid(self) -> float:
+        """Dollars that this ledger's calls have cost, those that a restart has made again included."""
+        return self._ledger.paid
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, as JSON: the ledger's sums and size."""
@@ -188,7 +194,7 @@ class Pool:
 
     def _check_budget(self, card: Card, query: str, where: dict[str, Any]) -> None:
         """Raise PoolError where the run has spent what it may; the call is written down as not made."""
-        paid = self._ledger.paid
+        paid = self.paid + self.paid_elsewhere
         if self._budget and paid >= self._budget:
             self._entered(Reply(FAULT_TEXT[Outcome.OVER_BUDGET], Outcome.OVER_BUDGET, card.key, query), where)
             raise PoolError(

@@ -82,9 +82,11 @@ class Engine:
         self._threads: list[threading.Thread] = []  # of the latest run; none lives when the next one begins
 
     def push(self, params: Params) -> None:
-        """Take stacked parameters from the learner's mesh to every replica."""
+        """Take stacked parameters, as `push.Spread` lays them out, to every replica; return when they are there."""
         for replica in self._replicas:
             replica.push(params)
+        for replica in self._replicas:
+            replica.wait()
 
     def run(
         self,

@@ -34,6 +34,7 @@ from router_r1_jax.model import (
     unroll,
 )
 from router_r1_jax.rollout.exchange import STOP_TAGS, Exchange
+from router_r1_jax.rollout.push import take_local
 from router_r1_jax.rollout.sampling import Cut
 from router_r1_jax.rollout.state import (
     Inbox,
@@ -102,9 +103,13 @@ class Replica:
         self._needed = jax.jit(functools.partial(positions_needed, limits=limits))
 
     def push(self, params: Params) -> None:
-        """Take stacked parameters from wherever they are; adapters are merged."""
+        """Take stacked parameters, from its own devices where they lie there; adapters are merged."""
         self._params = None  # two copies are enough: those on their way, and these unrolled
-        self._params = self._unroll(jax.device_put(params, self._stacked))
+        self._params = self._unroll(jax.tree.map(take_local, params, self._stacked))
+
+    def wait(self) -> None:
+        """Return when the parameters pushed last are there."""
+        jax.block_until_ready(self._params)
 
     def run(self, exchange: Exchange, prefix: Sequence[int], *, temperature: float, cut: Cut | None, seed: int) -> None:
         """Run until the exchange says stop. `prefix` holds the tokens that all prompts share."""

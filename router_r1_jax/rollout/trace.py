@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class RolloutStats:
       latency_p50: of a call as the rollout sees it, with latency_p95; 0 without calls.
       stops: stop reason -> episodes.
       spans: what each row did when, for a plot; rows of all replicas are numbered through.
+      call_times: (asked, answered) of each call, on the clock of the spans.
     """
 
     seconds: float
@@ -67,6 +68,7 @@ class RolloutStats:
     latency_p95: float
     stops: dict[str, int]
     spans: tuple[Span, ...] = dataclasses.field(repr=False)
+    call_times: tuple[tuple[float, float], ...] = dataclasses.field(repr=False)
 
     def metrics(self) -> dict[str, float]:
         """All numbers, for a line of metrics."""
@@ -171,8 +173,7 @@ def summary(
         for i, trace in enumerate(traces)
         for s in trace.spans()
     )
-    calls = [call for trace in traces for call in trace.calls]
-    latencies = [end - start for start, end in calls] or [0.0]
+    calls = [(asked - began, answered - began) for trace in traces for asked, answered in trace.calls]
     idle = sum(trace.idle_seconds for trace in traces)
     return RolloutStats(
         seconds=seconds,
@@ -192,9 +193,42 @@ def summary(
         slots_used=sum(s.end - s.start for s in spans) / (seconds * slots * len(traces)),
         calls=sum(len(e.replies) for e in episodes),
         cut_replies=sum(trace.cut_replies for trace in traces),
-        calls_in_flight=most_at_once(calls),
-        latency_p50=float(np.percentile(latencies, 50)),
-        latency_p95=float(np.percentile(latencies, 95)),
         stops=dict(Counter(e.stop for e in episodes)),
         spans=spans,
+        **_call_figures(calls),
+    )
+
+
+def _call_figures(calls: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    latencies = [end - start for start, end in calls] or [0.0]
+    return {
+        "calls_in_flight": most_at_once(calls),
+        "latency_p50": float(np.percentile(latencies, 50)),
+        "latency_p95": float(np.percentile(latencies, 95)),
+        "call_times": tuple(calls),
+    }
+
+
+_SUMMED = (
+    "rows", "decode_steps", "decoded_tokens", "decode_seconds", "feed_steps", "fed_tokens", "feed_seconds", "exchanges",
+    "callback_bytes", "idle_seconds", "calls", "cut_replies",
+)  # fmt: skip
+
+
+def joined(parts: Sequence[RolloutStats]) -> RolloutStats:
+    """The stats of processes that began together, each with its share of the questions, as one rollout's."""
+    if len(parts) == 1:
+        return parts[0]
+    row_seconds = [part.seconds * part.rows for part in parts]
+    before = np.cumsum([0, *(part.rows for part in parts)]).tolist()
+    return RolloutStats(
+        seconds=max(part.seconds for part in parts),
+        prefix_tokens=parts[0].prefix_tokens,
+        prefill_seconds=max(part.prefill_seconds for part in parts),
+        idle_share=float(np.average([part.idle_share for part in parts], weights=row_seconds)),
+        slots_used=float(np.average([part.slots_used for part in parts], weights=row_seconds)),
+        stops=dict(sum((Counter(part.stops) for part in parts), Counter())),
+        spans=tuple(s._replace(row=s.row + b) for part, b in zip(parts, before, strict=False) for s in part.spans),
+        **{name: sum(getattr(part, name) for part in parts) for name in _SUMMED},
+        **_call_figures([call for part in parts for call in part.call_times]),
     )

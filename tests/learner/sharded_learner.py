@@ -1,39 +1,57 @@
-"""Run by test_update.py with eight CPU devices: three updates per mesh, compared with one device; prints JSON."""
+"""Run by test_update.py with eight CPU devices: three updates per mesh, compared with one device; prints JSON.
 
+sharded_learner.py                          all devices in one process
+sharded_learner.py --process=I --port=PORT  one of two processes, with half of them each
+"""
+
+import argparse
 import json
 import math
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from tiny_learner import LOSS, make_config, make_params, make_rows_batch, with_old_policies
 
+from router_r1_jax import hosts
 from router_r1_jax.learner import Learner, abstract_state, init_state, make_optimizer
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.mesh import make_mesh, place
 from router_r1_jax.model import LoRA, abstract_params, add_adapters, attention, split_trainable
 
 CONFIG = make_config()
 LORA = make_config(lora=LoRA(rank=4, alpha=8.0))
 attention.SCORE_ROWS = 1  # each device takes its rows one after the other
+RATE = 0.5
 SIZES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
 
 
-def place(params, abstract):
-    """NumPy parameters on their mesh."""
-    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract)
+def fetch(tree):
+    """All of it as NumPy arrays, also where other processes hold parts."""
+
+    def whole(x):
+        return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+def on_mesh(params, abstract):
+    """NumPy parameters where they belong."""
+    return place(params, jax.tree.map(lambda a: a.sharding, abstract))
 
 
 def three_updates(config, mesh, start, batches):
-    """Parameters after three steps of SGD, the losses on the way, and log-probs of the first batch before them."""
+    """Parameters after one and after three steps of SGD, the losses on the way, and log-probs of the first batch."""
     abstract = abstract_params(config, mesh)
-    optimizer = optax.sgd(0.5)
+    optimizer = optax.sgd(RATE)
     learner = Learner(config, optimizer, LOSS, mesh, abstract, micro_batch=8, chunk=16)
-    state = init_state(optimizer, place(start, abstract), abstract, mesh)
-    logps, losses = learner.reference_logprobs(state.params, batches[0]), []
+    state = init_state(optimizer, on_mesh(start, abstract), abstract, mesh)
+    logps, losses, first = learner.reference_logprobs(state.params, batches[0]), [], None
     for batch in batches:
         state, metrics = learner.update(state, batch)
         losses.append(metrics["loss"])
-    return jax.device_get(state.params), losses, logps
+        first = first or fetch(state.params)
+    return first, fetch(state.params), losses, logps
 
 
 def apart(mesh, start):
@@ -43,7 +61,7 @@ def apart(mesh, start):
         learning_rate=1e-3, warmup=2, total=9, decay=False, weight_decay=0.1, max_grad_norm=1.0
     )
     state, sketch = (
-        init_state(optimizer, place(start, abstract), abstract, mesh),
+        init_state(optimizer, on_mesh(start, abstract), abstract, mesh),
         abstract_state(optimizer, abstract, mesh),
     )
 
@@ -78,20 +96,30 @@ def worst(a, b):
 
 
 def main():
-    one = make_mesh(1, 1, 1, jax.devices()[:1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--port")
+    args = parser.parse_args()
+    if args.process is not None:
+        jax.distributed.initialize(f"127.0.0.1:{args.port}", num_processes=2, process_id=args.process)
+    one = make_mesh(1, 1, 1, jax.local_devices()[:1])
     start, lora = make_params(CONFIG), make_params(LORA)
     batches = [with_old_policies(CONFIG, start, make_rows_batch(rows=16, seed=seed)) for seed in range(3)]
     report, truth = {}, None
     for sizes in SIZES:
+        hosts.meet()  # what a process computes for itself may take one longer than a collective waits
         mesh = one if sizes == (1, 1, 1) else make_mesh(*sizes)
-        params, losses, logps = three_updates(CONFIG, mesh, start, batches)
-        adapted, *_ = three_updates(LORA, mesh, lora, batches)
-        fresh = jax.device_get(split_trainable(add_adapters(LORA, {}, mesh, seed=0))[0])
-        truth = truth or (params, logps, adapted, fresh)
+        first, params, losses, logps = three_updates(CONFIG, mesh, start, batches)
+        adapted = three_updates(LORA, mesh, lora, batches)[1]
+        fresh = fetch(split_trainable(add_adapters(LORA, {}, mesh, seed=0))[0])
+        truth = truth or (params, logps, adapted, fresh, first)
         moments, sketch = apart(mesh, start)
         report[",".join(map(str, sizes))] = {
             "losses": losses,
+            "processes": len({device.process_index for device in mesh.devices.flat}),
             "worst_parameter": worst(params, truth[0]),
+            "worst_gradient": worst(first, truth[4]) / RATE,
+            "largest_gradient": worst(first, start) / RATE,
             "worst_logprob": worst(logps, truth[1]),
             "moved": worst(params, start),
             "worst_adapter": worst(adapted, truth[2]),
