@@ -16,7 +16,8 @@ MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 STEP_METRICS = {
     "reward/total", "reward/format", "reward/outcome", "reward/cost", "em", "f1", "malformed_share",
     "calls_per_question", "dollars_per_question", "rollout_seconds", "update_seconds", "tokens_per_second",
-    "kl", "entropy", "clip_share", "zero_variance_groups", "failed_episodes", "spent_dollars", "learning_rate", "push_seconds", "push_bytes",
+    "kl", "entropy", "clip_share", "zero_variance_groups", "failed_episodes", "spent_dollars", "learning_rate",
+    "push_seconds", "push_bytes",
     *(f"calls/share/{model}" for model in MODELS),
 }  # fmt: skip
 
