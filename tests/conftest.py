@@ -84,3 +84,9 @@ def finished_run(shared, warm_file) -> Path:
         (folder / "evaluate.stdout").write_text(done.stdout)
 
     return shared("finished", make)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(shared) -> Path:
+    """Workdir of the run that others are held against: six steps on a tape, its warm start trained in it."""
+    return shared("uninterrupted", lambda folder: mains.succeed("train", folder, *mains.TAPE))

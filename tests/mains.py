@@ -17,6 +17,7 @@ from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.report import read_metrics
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
+TAPE = ("pool.tape.mode=record", "steps=6")  # of the run that is killed, stopped and repeated
 TIMEOUT = 300  # seconds; only a run that hangs takes as long
 
 # What a run may do otherwise when it is repeated: times, rates, and what was really paid.

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -253,24 +254,63 @@ def test_schedule(warmup, decay):
         np.testing.assert_allclose(rates, 2e-3 * np.minimum((np.arange(51) + 1) / max(warmup, 1), 1), rtol=1e-5)
 
 
+def start_sharded(devices, *args):
+    """sharded_learner.py in a process with so many devices."""
+    script = Path(__file__).parent / "sharded_learner.py"
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        *(f"--{k}={int(v)}" for k, v in QUICK_COMPILE.items()),
+    ]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, script, *args], env=env, **pipes)
+
+
+def report_of(process):
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def sharded():
     """What sharded_learner.py reports of one device and of meshes of eight."""
-    script = Path(__file__).parent / "sharded_learner.py"
-    flags = ["--xla_force_host_platform_device_count=8", *(f"--{k}={int(v)}" for k, v in QUICK_COMPILE.items())]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return report_of(start_sharded(8))
+
+
+@pytest.fixture(scope="module")
+def over_two_processes():
+    """The same of two processes with four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [start_sharded(4, f"--process={i}", f"--port={port}") for i in range(2)]
+    return [report_of(process) for process in both]
+
+
+def check_three_updates(report, mesh):
+    """Gradient, loss, log-probs and parameters are those of one device."""
+    found = report[mesh]
+    assert found["worst_gradient"] < 1e-5 < 1e-2 < found["largest_gradient"]
+    assert found["worst_parameter"] < 1e-5
+    assert found["moved"] > 1e-3  # three updates moved parameters a hundred times further than meshes may differ
+    assert found["worst_logprob"] < 1e-4
+    assert found["losses"] == pytest.approx(report["1,1,1"]["losses"], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])
 def test_three_updates_on_eight_devices_are_those_on_one(sharded, mesh):
-    found = sharded[mesh]
-    assert found["worst_parameter"] < 1e-5
-    assert found["moved"] > 1e-3  # three updates moved parameters a hundred times further than meshes may differ
-    assert found["worst_logprob"] < 1e-4
-    assert found["losses"] == pytest.approx(sharded["1,1,1"]["losses"], rel=1e-5, abs=1e-6)
+    check_three_updates(sharded, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])
+def test_three_updates_over_two_processes_are_those_on_one_device(over_two_processes, mesh):
+    for report in over_two_processes:
+        assert report[mesh]["processes"] == 2 and report["1,1,1"]["processes"] == 1
+        check_three_updates(report, mesh)
+        assert report[mesh]["worst_adapter"] < 1e-5 < 1e-3 < report[mesh]["adapters_moved"]
+        assert report[mesh]["fresh_adapters"] == 0
 
 
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])

@@ -1,0 +1,174 @@
+"""Two processes that are one run: what they tell each other, how they end, and training as one process does it."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mains
+import numpy as np
+import pytest
+from mains import checkpoint_arrays, repeatable, train_lines
+
+from router_r1_jax import hosts
+from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.pool.ledger import ledger_totals
+from router_r1_jax.report import read_episodes
+
+SCRIPT = Path(__file__).parent / "two_hosts.py"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def both(task):
+    """(status, output as JSON, errors) of each of two processes, which both end by themselves."""
+    port = str(free_port())
+    environment = mains.environment(JAX_PLATFORMS="cpu")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen([sys.executable, SCRIPT, port, str(i), task], env=environment, **pipes) for i in range(2)
+    ]
+    results = []
+    for process in started:
+        out, err = process.communicate(timeout=mains.TIMEOUT)
+        lines = [line for line in out.splitlines() if line.startswith("{")]
+        results.append((process.returncode, json.loads(lines[-1]) if lines else None, err))
+    return results
+
+
+def test_one_process_alone():
+    assert not hosts.several() and hosts.first() and hosts.in_step()
+    assert hosts.gather("a") == ["a"] and hosts.together(lambda: 1) == [1]
+    assert hosts.own_file(Path("tape.sqlite")) == Path("tape.sqlite")
+    assert hosts.own_file(Path("tape.sqlite"), 3) == Path("tape-3.sqlite")
+    assert all(hosts.is_mine(i) for i in range(3))
+    with pytest.raises(ZeroDivisionError):
+        hosts.together(lambda: 1 / 0)
+
+
+@pytest.mark.slow
+def test_messages_errors_and_interrupts_reach_both():
+    (status, first, _), (other_status, second, _) = both("messages")
+    assert status == other_status == 0
+    for found in (first, second):
+        assert found["sizes"] == [1, 70_001] and found["order"] == [0, 1] and found["again"] == ["both", "both"]
+        assert found["interrupt"] == ["KeyboardInterrupt", "", True]
+    assert (first["mine"], second["mine"]) == ([0, 2, 4], [1, 3])
+    assert (first["file"], second["file"]) == ("ledger.jsonl", "ledger-1.jsonl")
+    assert first["failure"] == ["HostError", "process 1 of the run has failed: ValueError: the disk is full", True]
+    assert second["failure"] == ["ValueError", "the disk is full", True]
+
+
+@pytest.mark.slow
+def test_an_interrupt_waits_for_the_place_where_both_can_take_it():
+    for status, found, _ in both("kept"):
+        assert status == 0 and found == {"interrupt": ["KeyboardInterrupt", "", True]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["death", "failure"])
+def test_where_one_ends_the_other_does_not_wait_for_ever(task):
+    """The wait for a dead process is HEARTBEAT_TIMEOUT and a little; `both` would wait ten times as long."""
+    (status, found, err), (other_status, other_found, other_err) = both(task)
+    assert found is None and other_found is None
+    assert status != 0 and other_status != 0
+    assert "the disk is full" in err if task == "failure" else other_status == -signal.SIGKILL
+
+
+# Training.
+
+
+STRICT = ("steps=6", "pool.tape.mode=strict")
+
+
+@pytest.fixture(scope="module")
+def tape(uninterrupted):
+    return f"pool.tape.path={uninterrupted / 'tape.sqlite'}"
+
+
+@pytest.fixture(scope="module")
+def stopped(uninterrupted, tape, tmp_path_factory):
+    """Two processes went on from the warm start of a finished run, until one was sent SIGTERM; (workdir, its steps)."""
+    workdir = tmp_path_factory.mktemp("two")
+    begin_from(uninterrupted, workdir, step=0)
+    where = ("distributed.processes=2", f"distributed.coordinator=127.0.0.1:{free_port()}")
+    command = ("train", workdir, *STRICT, tape, "checkpoint.every=1000", *where)
+    started = [mains.start(*command, f"distributed.process={i}", JAX_PLATFORMS="cpu") for i in range(2)]
+    mains.wait_until(lambda: len(train_lines(workdir)) >= 2, started[0])
+    started[1].send_signal(signal.SIGTERM)
+    ended = [process.communicate(timeout=mains.TIMEOUT) for process in started]
+    assert [process.returncode for process in started] == [130, 130], ended
+    with CheckpointStore(workdir / "checkpoints") as store:
+        step = store.latest()
+    assert f"step {step} is kept" in ended[0][0] and ended[1][0] == ""
+    return workdir, step
+
+
+@pytest.fixture(scope="module")
+def continued(stopped, tape, tmp_path_factory):
+    """One process went on where the two were stopped."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    shutil.copytree(stopped[0], workdir)
+    mains.succeed("train", workdir, *STRICT, tape)
+    return workdir
+
+
+def begin_from(finished, workdir, step):
+    """A workdir whose only checkpoint is this one of a finished run."""
+    shutil.copytree(finished / "checkpoints" / str(step), workdir / "checkpoints" / str(step))
+    shutil.copytree(finished / "tokenizer", workdir / "tokenizer")
+
+
+def told(workdir):
+    """Text, calls and rewards of the episodes of training; not how long the calls took."""
+    episodes = [e for e in read_episodes(workdir) if e["split"] == "train"]
+    for episode in episodes:
+        for call in episode["calls"]:
+            del call["latency"]
+    return episodes
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(stopped, uninterrupted):
+    workdir, step = stopped
+    lines, truth = train_lines(workdir), repeatable(train_lines(uninterrupted))
+    assert [line["step"] for line in lines] == list(range(1, step + 1)) and step >= 2
+    for line, single in zip(repeatable(lines), truth, strict=False):
+        for key in set(single) & set(line):
+            assert line[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), (line["step"], key)
+        assert line["reward/total"] == single["reward/total"]
+    assert told(workdir) == [e for e in told(uninterrupted) if e["step"] <= step]
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were(continued, uninterrupted):
+    assert told(continued) == told(uninterrupted)
+    (arrays, run), (others, other_run) = checkpoint_arrays(continued, 6), checkpoint_arrays(uninterrupted, 6)
+    start, _ = checkpoint_arrays(uninterrupted, 0)
+    worst = max(np.max(np.abs(x - others[name])) for name, x in arrays.items() if name.startswith("[0]"))
+    moved = max(np.max(np.abs(x - start[name])) for name, x in others.items() if name.startswith("[0]"))
+    assert worst < 1e-5 < 1e-3 < moved
+    assert run["cost_window"] == other_run["cost_window"] and run["data"] == other_run["data"]
+
+
+@pytest.mark.slow
+def test_ledgers_of_two_processes_sum_to_what_one_writes(continued, uninterrupted):
+    totals = [ledger_totals(continued / name) for name in ("ledger.jsonl", "ledger-1.jsonl")]
+    assert all(part["calls"] > 0 for part in totals)
+    _, run = checkpoint_arrays(continued, 6)
+    assert len(run["pools"]) == 2
+    for part, pool in zip(totals, run["pools"], strict=True):
+        assert part["calls"] == sum(sums[0] for sums in pool["ledger"].values())
+    trained = [part["steps"] for part in totals]
+    one = ledger_totals(uninterrupted / "ledger.jsonl")["steps"]
+    for step, sums in one.items():
+        parts = [steps[step] for steps in trained if step in steps]
+        assert sum(part["charged"] for part in parts) == pytest.approx(sums["charged"])
+        assert sum(part["calls"] for part in parts) == sums["calls"]
