@@ -49,9 +49,10 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def launch(main: Callable[..., None], **strings: str) -> None:
+def launch(main: Callable[..., None], *, several: bool = False, **strings: str) -> None:
     """Parse --config, --workdir and the given string flags (name=help), and call main(config, workdir, **strings).
 
+    `several`: the main can be one of several processes (`hosts`).
     Exit status: 0 done, 1 an error that names its fix, 130 interrupted.
     """
     config = config_flags.DEFINE_config_file("config", help_string="Configuration file, such as configs/demo.py.")
@@ -67,6 +68,8 @@ def launch(main: Callable[..., None], **strings: str) -> None:
         settings: ConfigDict = config.value
         validate(settings)
         enable_compilation_cache()
+        if settings.distributed.coordinator and not several:
+            raise ConfigError("distributed.coordinator is set, but only train and evaluate run as several processes")
         hosts.join(settings.distributed)
         main(settings, Path(workdir.value).absolute(), **{name: flag.value for name, flag in extra.items()})
 

@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from router_r1_jax import hosts
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.data.questions import QuestionRecord
@@ -47,7 +48,7 @@ def answer_all(
     split, size = config.evaluation.split, config.rollout.questions * config.rollout.group
     normalizer = CostNormalizer(config.reward.window)
     records = []
-    with tqdm(total=len(questions), desc=policy, unit="question", dynamic_ncols=True) as bar:
+    with tqdm(total=len(questions), desc=policy, unit="question", dynamic_ncols=True, disable=not hosts.first()) as bar:
         for start in range(0, len(questions), size):
             answers = session.router.answer(
                 questions[start : start + size], group=1, temperature=0.0, seed=(config.seed, 0, 1, start), step=step,
@@ -164,9 +165,12 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "") -> None:
         for name, step in policies.items():
             session.router.push(store.restore_params(step, session.abstract_params))
             records[name] = answer_all(config, session, questions, step=step, policy=name)
-            episodes_file = EpisodeWriter(workdir, f"{config.evaluation.split}_{name.replace(' ', '_')}")
-            episodes_file.write(records[name])
-            episodes_file.close()
+            if hosts.first():
+                episodes_file = EpisodeWriter(workdir, f"{config.evaluation.split}_{name.replace(' ', '_')}")
+                episodes_file.write(records[name])
+                episodes_file.close()
+        if not hosts.first():
+            return
         names = list(policies)
         results = {
             "commit": commit(),
@@ -188,4 +192,4 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "") -> None:
 
 
 if __name__ == "__main__":
-    launch(main, checkpoint="best, last, first or a step; best by validation if empty")
+    launch(main, several=True, checkpoint="best, last, first or a step; best by validation if empty")

@@ -154,9 +154,10 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
     with hosts.first_before_others():
         data_dirs = open_sets(config.data, workdir)
     with ExitStack() as opening:
-        pool = opening.enter_context(_open_pool(config, workdir, cards, opening))
+        own = _part_of_limits(config, jax.process_count())
+        pool = opening.enter_context(_open_pool(own, workdir, cards, opening))
         pool.check()
-        router = Router(config, model, tokenizer, cards, pool, mesh)
+        router = Router(own, model, tokenizer, cards, pool, mesh)
         return Session(
             config, workdir, mesh, cards, tokenizer, model, abstract_params(model, mesh), data_dirs, world, pool,
             router, initial, opening.pop_all(),
@@ -222,6 +223,22 @@ def _load_model(
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
     return model, params
+
+
+def _part_of_limits(config: ConfigDict, processes: int) -> ConfigDict:
+    """The configuration with a process's part of what a provider allows to all of them together."""
+
+    def part(limit: int) -> int:
+        return -(-limit // processes)  # 0, no limit, stays 0
+
+    config = config.copy_and_resolve_references()
+    config.pool.concurrency = part(config.pool.concurrency)
+    providers = [entry.copy_and_resolve_references() for entry in config.pool.providers]
+    for entry in providers:
+        for field in ("requests_per_minute", "tokens_per_minute", "concurrency"):
+            entry[field] = part(entry[field])
+    config.pool.providers = tuple(providers)
+    return config
 
 
 def _open_pool(config: ConfigDict, workdir: Path, cards: tuple[Card, ...], opening: ExitStack) -> Pool:

@@ -398,4 +398,4 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, several=True)

@@ -27,14 +27,20 @@ def free_port():
         return free.getsockname()[1]
 
 
-def both(task):
+def as_srun_does(process, port):
+    """What SLURM tells each of two tasks on one node; JAX would choose a port by the job's number."""
+    tasks = {"SLURM_NTASKS": "2", "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
+    return tasks | {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "JAX_COORDINATOR_PORT": str(port)}
+
+
+def both(task, slurm=False):
     """(status, output as JSON, errors) of each of two processes, which both end by themselves."""
-    port = str(free_port())
-    environment = mains.environment(JAX_PLATFORMS="cpu")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen([sys.executable, SCRIPT, port, str(i), task], env=environment, **pipes) for i in range(2)
-    ]
+    port, started = free_port(), []
+    for i in range(2):
+        environment = mains.environment(JAX_PLATFORMS="cpu", **(as_srun_does(i, port) if slurm else {}))
+        command = [sys.executable, SCRIPT, "auto" if slurm else f"127.0.0.1:{port}", str(i), task]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
     results = []
     for process in started:
         out, err = process.communicate(timeout=mains.TIMEOUT)
@@ -55,8 +61,8 @@ def test_one_process_alone():
 
 @pytest.mark.slow
 def test_messages_errors_and_interrupts_reach_both():
-    (status, first, _), (other_status, second, _) = both("messages")
-    assert status == other_status == 0
+    (status, first, err), (other_status, second, other_err) = both("messages")
+    assert status == other_status == 0, (err, other_err)
     for found in (first, second):
         assert found["sizes"] == [1, 70_001] and found["order"] == [0, 1] and found["again"] == ["both", "both"]
         assert found["interrupt"] == ["KeyboardInterrupt", "", True]
@@ -68,8 +74,8 @@ def test_messages_errors_and_interrupts_reach_both():
 
 @pytest.mark.slow
 def test_an_interrupt_waits_for_the_place_where_both_can_take_it():
-    for status, found, _ in both("kept"):
-        assert status == 0 and found == {"interrupt": ["KeyboardInterrupt", "", True]}
+    for status, found, err in both("kept", slurm=True):
+        assert status == 0 and found == {"interrupt": ["KeyboardInterrupt", "", True]}, err
 
 
 @pytest.mark.slow

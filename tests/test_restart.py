@@ -52,7 +52,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_p
     check_same_run(tmp_path, uninterrupted)
 
 
-# Moment -> how often it has come, at most, when the run is killed there. A run that goes on from step 4 still gets there.
+# Moment -> how often it has come, at most, when the run is killed there; a run that goes on from step 4 gets there too.
 MOMENTS = {
     "a ledger line is half written": 20,
     "a line of metrics or episodes is half written": 3,

@@ -1,4 +1,4 @@
-"""Run by test_hosts.py as one of two processes: two_hosts.py PORT PROCESS TASK; prints JSON."""
+"""Run by test_hosts.py as one of two processes: two_hosts.py COORDINATOR PROCESS TASK; prints JSON."""
 
 import json
 import os
@@ -76,8 +76,8 @@ def failure(process):
 
 
 def main():
-    port, process, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    hosts.join(ConfigDict(dict(coordinator=f"127.0.0.1:{port}", processes=2, process=process)))
+    coordinator, process, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    hosts.join(ConfigDict(dict(coordinator=coordinator, processes=2, process=process)))
     hosts.hear_interrupts()
     {"messages": messages, "kept": kept, "death": death, "failure": failure}[task](jax.process_index())
 
