@@ -106,7 +106,8 @@ def meet() -> None:
     while waiting.is_alive():
         waiting.join(timeout=0.2)
     if failed:
-        raise HostError(f"the run's other processes did not come ({failed[0]}); see their output") from failed[0]
+        said = str(failed[0]).partition("\n")[0]
+        raise HostError(f"another process of the run has ended, see its output ({said})") from failed[0]
 
 
 def gather(value: T) -> list[T]:
@@ -179,7 +180,7 @@ def hear_interrupts() -> None:
 
 def _interrupted(*_: object) -> None:
     if _Ending.kept:
-        leave(130)
+        os._exit(130)
     _Ending.kept = True
     if _Ending.cuts:
         _Ending.cuts = False
