@@ -130,12 +130,23 @@ def test_a_finished_run_goes_on_with_more_steps(finished_run, warm_file, tmp_pat
     assert train_lines(workdir)[:4] == train_lines(finished_run)
 
 
-def test_eight_devices_give_the_numbers_of_one(finished_run, warm_file, tmp_path):
+def test_eight_devices_go_on_with_the_numbers_of_one(finished_run, warm_file, tmp_path):
+    """On another mesh, from a checkpoint that one device has written; its first one is the reference policy."""
+    for step in ("0", "2"):
+        shutil.copytree(finished_run / "checkpoints" / step, tmp_path / "checkpoints" / step)
     eight = "--xla_force_host_platform_device_count=8"
-    overrides = (f"warmstart.file={warm_file}", "steps=2", "validation.questions=0", "mesh.fsdp=2", "mesh.tensor=2")
+    overrides = (f"warmstart.file={warm_file}", "validation.questions=0", "mesh.fsdp=2", "mesh.tensor=2")
     mains.succeed("train", tmp_path, *overrides, "rollout.replicas=2", XLA_FLAGS=eight)  # each takes seconds to compile
-    for line, single in zip(train_lines(tmp_path), train_lines(finished_run)[:2], strict=True):
+    lines, truth = train_lines(tmp_path), train_lines(finished_run)[2:]
+    assert [line["step"] for line in lines] == [3, 4]
+    for line, single in zip(lines, truth, strict=True):
+        assert line["push_bytes"] > 0 == single["push_bytes"]
         for key in ("reward/total", "calls_per_question", "zero_variance_groups"):
             assert line[key] == single[key], key
         for key in ("grad_norm", "loss", "entropy", "kl"):
             assert line[key] == pytest.approx(single[key], rel=1e-3, abs=1e-6), key
+    (arrays, _), (others, _) = checkpoint_arrays(tmp_path, 4), checkpoint_arrays(finished_run, 4)
+    start, _ = checkpoint_arrays(finished_run, 2)
+    params = [name for name in others if name.startswith("[0]")]
+    assert max(np.max(np.abs(arrays[name] - others[name])) for name in params) < 1e-5
+    assert max(np.max(np.abs(start[name] - others[name])) for name in params) > 1e-3
