@@ -114,8 +114,15 @@ def repeatable(metrics: list[dict]) -> list[dict]:
 
 def checkpoint_arrays(workdir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:
     """Every array of a checkpoint's parameters and optimizer, and its `run` dict, without building a model."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not the devices, of several processes, that saved it
+
+    def target(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+
     with CheckpointStore(workdir / "checkpoints") as store:
-        saved = store._checkpointer.load_checkpointables(step, {"params": None, "train": None, "run": None})
+        kept = store._checkpointer.checkpointables_metadata(step).metadata
+        state = {name: jax.tree.map(target, kept[name]) for name in ("params", "train")}
+        saved = store._checkpointer.load_checkpointables(step, state | {"run": None})
     leaves = jax.tree_util.tree_leaves_with_path((saved["params"], saved["train"]))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, saved["run"]
 

@@ -160,7 +160,7 @@ def test_one_process_goes_on_where_two_were(continued, uninterrupted):
     start, _ = checkpoint_arrays(uninterrupted, 0)
     worst = max(np.max(np.abs(x - others[name])) for name, x in arrays.items() if name.startswith("[0]"))
     moved = max(np.max(np.abs(x - start[name])) for name, x in others.items() if name.startswith("[0]"))
-    assert worst < 1e-5 < 1e-3 < moved
+    assert worst < min(1e-5, moved / 20)
     assert run["cost_window"] == other_run["cost_window"] and run["data"] == other_run["data"]
 
 

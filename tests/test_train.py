@@ -148,5 +148,6 @@ def test_eight_devices_go_on_with_the_numbers_of_one(finished_run, warm_file, tm
     (arrays, _), (others, _) = checkpoint_arrays(tmp_path, 4), checkpoint_arrays(finished_run, 4)
     start, _ = checkpoint_arrays(finished_run, 2)
     params = [name for name in others if name.startswith("[0]")]
-    assert max(np.max(np.abs(arrays[name] - others[name])) for name in params) < 1e-5
-    assert max(np.max(np.abs(start[name] - others[name])) for name in params) > 1e-3
+    worst = max(np.max(np.abs(arrays[name] - others[name])) for name in params)
+    moved = max(np.max(np.abs(start[name] - others[name])) for name in params)
+    assert worst < min(1e-5, moved / 20)
