@@ -309,8 +309,6 @@ def test_three_updates_over_two_processes_are_those_on_one_device(over_two_proce
     for report in over_two_processes:
         assert report[mesh]["processes"] == 2 and report["1,1,1"]["processes"] == 1
         check_three_updates(report, mesh)
-        assert report[mesh]["worst_adapter"] < 1e-5 < 1e-3 < report[mesh]["adapters_moved"]
-        assert report[mesh]["fresh_adapters"] == 0
 
 
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])
