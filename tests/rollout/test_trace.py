@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_router import LIMITS, REPLY_TOKENS, SEED, Latecomers, make_engine, make_prompts
 
 from router_r1_jax.rollout import trace as module
-from router_r1_jax.rollout.trace import Span, Trace, most_at_once
+from router_r1_jax.rollout.trace import Span, Trace, joined, most_at_once
 
 
 class Clock:
@@ -124,4 +124,18 @@ def test_stats_of_a_run():
         assert all(a.end <= b.start + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
     entered = [reply for e in episodes for reply in e.replies[: count_runs(e, sampled=False)]]
     assert stats.cut_replies == sum(len(reply.text.split()) > REPLY_TOKENS for reply in entered) > 0
-    assert stats.metrics().keys() == {f.name for f in dataclasses.fields(stats)} - {"stops", "spans"}
+    assert stats.metrics().keys() == {f.name for f in dataclasses.fields(stats)} - {"stops", "spans", "call_times"}
+    check_joined(stats)
+
+
+def check_joined(part):
+    """Two processes that did the same at the same time."""
+    both = joined([part, part])
+    assert joined([part]) is part
+    for name in ("rows", "decoded_tokens", "fed_tokens", "calls", "cut_replies", "exchanges", "idle_seconds"):
+        assert getattr(both, name) == 2 * getattr(part, name), name
+    for name in ("seconds", "prefix_tokens", "idle_share", "slots_used", "latency_p50"):
+        assert getattr(both, name) == pytest.approx(getattr(part, name)), name
+    assert both.calls_in_flight == 2 * part.calls_in_flight
+    assert both.stops == {reason: 2 * count for reason, count in part.stops.items()}
+    assert len(both.spans) == 2 * len(part.spans) and {s.row for s in both.spans} == set(range(both.rows))
