@@ -82,22 +82,29 @@ def route_text(turn: str) -> str:
 
 
 def reply_ids(tokenizer: PreTrainedTokenizerBase, text: str, budget: int) -> tuple[list[int], bool]:
-    """Token ids with which a reply enters the context, its tags whole; and whether it was cut, to `budget` tokens."""
+    """Token ids with which a reply enters the context, its tags whole; and whether it was cut, to `budget` tokens.
+
+    No special token is among them, however a tokenizer spells its own ("[INST]" is not neutralised).
+    """
     ids = _first_ids(tokenizer, text, budget)
     cut = len(ids) > budget
     if cut:
         text = tokenizer.decode(ids[:budget]).strip()
-    return tokenizer.encode(information_block(text), add_special_tokens=False), cut
+    return _plain_ids(tokenizer, information_block(text)), cut
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, budget: int) -> list[int]:
     """Ids of the text, more than `budget` of them where it has as many; of a megabyte only a beginning is read."""
     read = READ_PER_TOKEN * (budget + 1)
     while True:
-        ids = tokenizer.encode(text[:read], add_special_tokens=False)
+        ids = _plain_ids(tokenizer, text[:read])
         if read >= len(text) or len(ids) > budget + 1:  # the last token may end where the text was cut
             return ids
         read *= 4
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 class Exchange:

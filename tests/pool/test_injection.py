@@ -5,45 +5,52 @@ of the router's tokenizer, and changes nothing in how the response around it is 
 """
 
 import functools
+import itertools
+import re
+from concurrent.futures import Future
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from router_r1_jax.mesh import make_mesh
+from router_r1_jax.model import ModelConfig, init_params
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.pool.outcomes import Completion, Outcome
 from router_r1_jax.pool.pool import _reply
-from router_r1_jax.protocol import KINDS, find_tags, parse_response
+from router_r1_jax.protocol import KINDS, find_tags, information_block, parse_response
 from router_r1_jax.reward.format import check_format
+from router_r1_jax.rollout import Engine, Manners, Prompt
 from router_r1_jax.rollout.automaton import build_automaton, token_bytes
 from router_r1_jax.rollout.exchange import STOP_TAGS, reply_ids, route_text
+from router_r1_jax.rollout.state import Limits
 
 CARD = Card("Titan", "Titan", "p", "titan", 1.0, 1.0, None, {}, "", ())
 BUDGET = 24
+# Of Qwen, Llama, DeepSeek, Gemma and Mistral; the last ones hold no angle bracket.
 SPECIAL = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|begin_of_text|>",
-    "<|endoftext|>",
-    "</s>",
-    "<|pad|>",
-    "<|end|>",
-]
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|fim_prefix|>", "<|eot_id|>",
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_0|>", "<|eom_id|>",
+    "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<start_of_turn>", "<bos>", "</s>", "<|pad|>",
+    "[INST]", "[/INST]", "[TOOL_CALLS]",
+]  # fmt: skip
 BEFORE = "<think> a </think> <search> Titan: who? </search>"
 AFTER = "<think> b </think> <answer> c </answer>"
 
 
 @functools.cache
-def tokenizer(tags_whole):
-    """A byte-level vocabulary, as Qwen's and Llama's are, with their special tokens; perhaps our tags are tokens."""
+def tokenizer(tags_whole, *more):
+    """A byte-level vocabulary, as Qwen's and Llama's are, with their special tokens; perhaps our tags are tokens, and
+    `more`."""
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet())]
     base = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     base.decoder = decoders.ByteLevel()
     base.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    base.add_tokens([AddedToken(token, normalized=False) for token in more])
     if tags_whole:
         base.add_tokens([AddedToken(f"<{slash}{kind}>", normalized=False) for kind in KINDS for slash in ("", "/")])
     return PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|im_end|>", pad_token="<|pad|>")
@@ -55,9 +62,11 @@ def automaton(tags_whole):
     return build_automaton(STOP_TAGS, token_bytes(tok, len(tok)))
 
 
-@functools.cache
-def special_ids(tags_whole):
-    return frozenset(tokenizer(tags_whole).all_special_ids)
+def special_ids(tok):
+    """Of all special tokens: `all_special_ids` holds those with a role, such as end of text, and no others."""
+    ids = frozenset(i for i, token in tok.added_tokens_decoder.items() if token.special)
+    assert len(ids) == len(SPECIAL)
+    return ids
 
 
 tags = st.sampled_from([f"<{slash}{kind}>" for kind in KINDS for slash in ("", "/")])
@@ -93,8 +102,8 @@ def assert_harmless(text, tags_whole, budget=BUDGET):
     """Neutralise, cut, tokenise and parse as a rollout does."""
     tok = tokenizer(tags_whole)
     reply = _reply(CARD, "who?", Completion(text, Outcome.OK, 1, 1, 0.0, 1), spent=0.0, hit=False)
-    ids = reply_ids(tok, reply.text, budget)
-    assert not special_ids(tags_whole) & set(ids)
+    ids, _ = reply_ids(tok, reply.text, budget)
+    assert not special_ids(tok) & set(ids)
     table, state = automaton(tags_whole).next_state, 0
     for token in ids:
         state = table[state, token]
@@ -124,10 +133,87 @@ def test_no_reply_leaves_its_block(text, tags_whole, budget):
 
 
 @pytest.mark.slow
-@settings(max_examples=6000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(text=hostile, tags_whole=st.booleans(), budget=st.integers(1, 40))
 def test_no_reply_of_thousands_leaves_its_block(text, tags_whole, budget):
     assert_harmless(text, tags_whole, budget)
+
+
+# Words with a tag in them: a router that draws its words at random calls in nearly every turn.
+CALLS = tuple(f"{before}</search>{behind}" for before in map(str, range(40)) for behind in ("", ".", "!"))
+PLAIN = information_block("x")
+
+
+@functools.cache
+def engine():
+    """The jitted loop with a model of random weights."""
+    tok = tokenizer(True, *CALLS, "so</answer>")
+    model = ModelConfig(
+        vocab_size=len(tok), num_layers=1, width=8, mlp=8, num_heads=2, num_kv_heads=1, head_dim=4, remat="none"
+    )
+    limits = Limits(
+        slots=8, row_tokens=192, turn_tokens=12, episode_tokens=99, feed_tokens=64, chunk=32, feed_rows=4, feed_wait=2,
+        exchange_rows=8, poll_every=4,
+    )  # fmt: skip
+    made = Engine(model, limits, tok, Manners(max_calls=3, reply_tokens=BUDGET))
+    made.push(init_params(model, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0))
+    return made, tok
+
+
+def assert_engine_unharmed(texts, seed):
+    """Feed the texts to eight episodes; returns how many of them were fed.
+
+    Each is one information block of plain tokens; a turn ends where the router itself has written a stop tag, and
+    nowhere else; the response reads as with a harmless reply in each block's place.
+    """
+    (made, tok), left, fed = engine(), iter(texts), 0
+
+    def respond(route, *, episode, call):
+        future = Future()
+        completion = Completion(next(left, "x"), Outcome.OK, 1, 1, 0.0, 1)
+        future.set_result(_reply(CARD, "who?", completion, spent=0.0, hit=False))
+        return future
+
+    prompts = [Prompt(8 * seed + i, tuple(tok.encode(f"Question {i}:"))) for i in range(8)]
+    for episode in made.run(prompts, respond, temperature=1.0, seed=seed)[0]:
+        turns, blocks = [], []
+        for own, part in itertools.groupby(zip(episode.sampled, episode.tokens, strict=True), key=lambda x: x[0]):
+            (turns if own else blocks).append([token for _, token in part])
+        fed += len(blocks)
+        for turn in turns:
+            before, whole = (re.findall("</search>|</answer>", tok.decode(ids)) for ids in (turn[:-1], turn))
+            assert before == [] and len(whole) <= 1
+            # Without a tag it was cut, or the router drew the end of text: that is the last turn.
+            assert whole or turn is turns[-1]
+        written = [tok.decode(block) for block in blocks]
+        for block, text in zip(blocks, written, strict=True):
+            assert not special_ids(tok) & set(block)
+            assert [(tag.kind, tag.closing) for tag in find_tags(text)] == [("information", 0), ("information", 1)]
+        own = [tok.decode(turn) for turn in turns]
+        assert "".join(map("".join, itertools.zip_longest(own, written, fillvalue=""))) == episode.text
+        harmless = PLAIN.join(own) + PLAIN * (len(blocks) == len(turns))
+        segments = [(segment.kind, segment.text) for segment in parse_response(episode.text)]
+        for text in written:  # a segment of its own, or inside of a tag that the router itself has left open
+            head = text.partition("</information>")[0]
+            own_text, x = head.removeprefix("\n\n<information>"), PLAIN.partition("</information>")[0]
+            segments = [(k, " x " if (k, t) == ("information", own_text) else t.replace(head, x)) for k, t in segments]
+        assert segments == [(segment.kind, segment.text) for segment in parse_response(harmless)]
+        assert check_format(episode.text, ["Titan"], strict=False) == check_format(harmless, ["Titan"], strict=False)
+    return fed
+
+
+@pytest.mark.slow
+def test_thousands_of_replies_pass_through_the_engine():
+    fed = 0
+
+    @settings(max_examples=450, deadline=None)
+    @given(texts=st.lists(hostile, min_size=16, max_size=16), seed=st.integers(0, 10**6))
+    def feed(texts, seed):
+        nonlocal fed
+        fed += min(assert_engine_unharmed(texts, seed), len(texts))
+
+    feed()
+    assert fed >= 5000
 
 
 @settings(max_examples=100, deadline=None)
@@ -144,5 +230,5 @@ def test_bytes_that_are_no_text_stay_inside(data, tag):
 def test_a_million_characters_are_cut_to_the_budget(piece):
     assert_harmless(piece * (1_000_000 // len(piece)), True)
     reply = _reply(CARD, "", Completion("a" * 1_000_000, Outcome.OK, 1, 1, 0.0, 1), spent=0.0, hit=False)
-    frame = len(reply_ids(tokenizer(True), "", BUDGET))
-    assert len(reply_ids(tokenizer(True), reply.text, BUDGET)) == BUDGET + frame
+    (frame, whole), (ids, cut) = (reply_ids(tokenizer(True), text, BUDGET) for text in ("", reply.text))
+    assert (len(ids), whole, cut) == (BUDGET + len(frame), False, True)
