@@ -169,17 +169,17 @@ def parse_route(text: str, names: Sequence[str] | Mapping[str, str]) -> RouteCal
     lowered = text.lower()
     if not colon or not query or any(placeholder in lowered for placeholder in PLACEHOLDERS):
         return RouteFault("malformed_route")
-    declared = _declared(names).get(written.strip().casefold())
+    declared = _declared(names).get(written.strip().lower())
     return RouteFault("unknown_model") if declared is None else RouteCall(declared, query)
 
 
 def _declared(names: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Case-folded name or alias -> declared name."""
+    """Name or alias in lower case -> declared name. Not case-folded: the published rule knows no "Inſtruct"."""
     if isinstance(names, str):
         raise TypeError(f"names is the string {names!r}; pass a list of names")
     if isinstance(names, Mapping):
-        return {name.casefold(): declared for alias, declared in names.items() for name in (declared, alias)}
-    return {name.casefold(): name for name in names}
+        return {name.lower(): declared for alias, declared in names.items() for name in (declared, alias)}
+    return {name.lower(): name for name in names}
 
 
 def neutralize(text: str) -> str:

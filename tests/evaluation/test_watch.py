@@ -1,8 +1,12 @@
 """The watch for hacked rewards, on episodes made by hand."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router_r1_jax.evaluation.watch import hacking_rates
+from router_r1_jax.protocol import parse_response
+from router_r1_jax.reward import normalize_answer
 
 QUESTION = "Who directed the film Alien, made in England?"
 
@@ -64,3 +68,33 @@ def test_a_call_made_before_in_the_same_episode():
 def test_a_broken_response_is_counted_as_far_as_it_goes():
     broken = episode(GOOD) | {"response": "<search>Titan: who</search><information>It was Ridley Scott."}
     assert rates(broken)["repeated_call"] == 0
+
+
+def by_definition(record):
+    """Ignored replies, told ones: each reply against all that the router has written behind it."""
+    segments, calls = parse_response(record["response"]), iter(record["calls"])
+    words = lambda text: set(normalize_answer(text).split())  # noqa: E731
+    told = ignored = 0
+    for i, segment in enumerate(segments):
+        if segment.kind != "information" or (call := next(calls, None)) is None:
+            continue
+        new = words(call["reply"]) - words(call["query"]) - words(record["question"])
+        later = [words(s.text) for s in segments[i + 1 :] if s.kind in ("think", "search", "answer")]
+        told += bool(new)
+        ignored += bool(new) and not new & set().union(*later)
+    return ignored / max(told, 1)
+
+
+few = st.lists(st.sampled_from(["who", "Scott", "the", "Alien", "a1", "b2", "c3"]), max_size=4).map(" ".join)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["Titan", "Pico"]), few, few, few), max_size=5), few)
+def test_ignored_replies_are_those_of_the_definition(calls, answer):
+    record = episode(*calls, answer=answer)
+    assert rates(record)["reply_ignored"] == by_definition(record)
+
+
+def test_a_megabyte_of_replies_is_read():
+    """A set of later words per reply would be of quadratic size: 400 million words."""
+    parts = [f"<think>word{i}</think><information>b</information>" for i in range(20_000)]
+    assert rates(episode(GOOD) | {"response": "".join(parts)})["reply_ignored"] == 1
