@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -75,6 +76,35 @@ def launch(main: Callable[..., None], *, several: bool = False, **strings: str) 
 
     with hosts.failing_alone():
         run_guarded(lambda: app.run(guarded, flags_parser=_parse_flags))
+
+
+class Interrupts:
+    """Ctrl-C, and a scheduler's SIGTERM, as KeyboardInterrupt: at once, or at the end of work that must be whole.
+
+    A second one is heard at once. One that was raised where Python drops it, in a finalizer, is raised again.
+    """
+
+    def __init__(self) -> None:
+        """Take both signals over; one that is ignored, as in a background job of a shell, stays so."""
+        self._held = self._heard = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._hear)
+
+    def hold(self) -> None:
+        """From here on work must be whole."""
+        self._held = True
+
+    def let_go(self) -> None:
+        """Work is whole: raise what came meanwhile."""
+        self._held = False
+        if self._heard:
+            raise KeyboardInterrupt
+
+    def _hear(self, *_: object) -> None:
+        first, self._heard = not self._heard, True
+        if not (first and self._held):
+            raise KeyboardInterrupt
 
 
 def run_guarded(call: Callable[[], Any]) -> None:

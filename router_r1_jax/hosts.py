@@ -169,10 +169,8 @@ def first_before_others() -> Iterator[None]:
 
 
 def hear_interrupts() -> None:
-    """SIGTERM, a scheduler's notice, is handled like Ctrl-C; with several processes see `together`, and a second one
-    ends this process at once."""
+    """With several processes Ctrl-C and SIGTERM wait for the next `together`; a second one ends this process at once."""
     if not several():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from router_r1_jax import hosts
 from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.cli import launch
+from router_r1_jax.cli import Interrupts, launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionIterator, QuestionRecord
 from router_r1_jax.evaluation.records import Record, make_records, summarise
@@ -296,6 +296,7 @@ def open_files(
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """The run, from its first or its latest checkpoint to config.steps."""
+    interrupts = Interrupts()
     hosts.hear_interrupts()
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature is 0; training needs draws that differ, set it to 1.0")
@@ -353,6 +354,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             advantages, without_spread = compare(config, answers, rewards)
             sampled = time.monotonic()
 
+            interrupts.hold()  # the update takes the old state's arrays: cut in it, the run would have neither state
             state, metrics = update(config, learner, run.state, reference, answers, advantages)
             run.advance(state, run.step + 1)
             updated = time.monotonic()
@@ -374,6 +376,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
                     replace_file(workdir / "rollout.json", json.dumps(rollout_trace(answers, run.step)).encode())
             validated = None
             try:
+                interrupts.let_go()
                 if config.validation.questions and (last or run.step % config.validation.every == 0):
                     figures, validation_records = validate(
                         config, session, validation_questions, run.first_window, run.step
