@@ -447,10 +447,8 @@ def draw(table: Sequence[dict[str, float]], path: Path) -> None:
 
     def line(axes: Any, rows: Sequence[dict[str, float]], x: str, colour: str, label: str) -> None:
         axes.plot([row[x] for row in rows], [row["episodes_per_s"] for row in rows], "o-", color=colour)
-        axes.annotate(
-            label, (rows[-1][x], rows[-1]["episodes_per_s"]), (0, 8), textcoords="offset points", color=colour,
-            ha="right", fontsize=9,
-        )  # fmt: skip
+        end = rows[-1][x], rows[-1]["episodes_per_s"]
+        axes.annotate(label, end, (7, 0), textcoords="offset points", color=colour, va="center", fontsize=9)
 
     line(left, [row for row in table if row["median"] == MEDIANS[1]], "slots", "#0072B2", "")
     for slots, colour in zip(SLOTS[-2:], ("#D55E00", "#009E73"), strict=True):
@@ -458,9 +456,9 @@ def draw(table: Sequence[dict[str, float]], path: Path) -> None:
     left.set_xscale("log", base=2)
     left.set_xticks(SLOTS, SLOTS)
     left.set(xlabel="slots", ylim=(0, None))
-    right.set(xlabel="median latency of a call, s")
-    left.set_title(f"Episodes per second, calls of {MEDIANS[1]} s", loc="left", fontsize=10, fontweight="bold")
-    right.set_title("and over their latency", loc="left", fontsize=10, fontweight="bold")
+    right.set(xlabel="median latency of a call, s", xticks=MEDIANS, xlim=(-0.1, 1.2 * MEDIANS[-1]))
+    left.set_title(f"Episodes per second; calls of {MEDIANS[1]} s", loc="left", fontsize=10, fontweight="bold")
+    right.set_title("Episodes per second over latency", loc="left", fontsize=10, fontweight="bold")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4", linewidth=0.7)
