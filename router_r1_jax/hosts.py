@@ -169,7 +169,10 @@ def first_before_others() -> Iterator[None]:
 
 
 def hear_interrupts() -> None:
-    """With several processes Ctrl-C and SIGTERM wait for the next `together`; a second one ends this process at once."""
+    """With several processes Ctrl-C and SIGTERM wait for the next `together`; a second one ends this process at once.
+
+    A process that is alone hears them as `cli.Interrupts` says.
+    """
     if not several():
         return
     for number in (signal.SIGINT, signal.SIGTERM):
