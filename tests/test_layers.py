@@ -10,7 +10,7 @@ import router_r1_jax
 PACKAGE = "router_r1_jax"
 ROOT = Path(router_r1_jax.__file__).parent
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "torch", "tensorflow"}
-ROOMS = {"model", "rollout", "pool", "reward", "learner", "data", "evaluation", "report"}
+ROOMS = {"model", "rollout", "pool", "reward", "learner", "data", "evaluation", "report", "baselines"}
 # What may be imported directly, beside the room itself. Only the mains and what they share see all rooms.
 ALLOWED = {
     "mesh": set(),
@@ -27,7 +27,12 @@ ALLOWED = {
     "data": {"config", "pool", "prompts", "protocol"},  # pool: the cards
     "evaluation": {"pool", "reward", "protocol"},
     "report": {"protocol"},
-}
+    # Policies beside the router, with a main of their own: they meet all rooms, but no other main than those they share.
+    "baselines": {
+        "checkpoint", "cli", "config", "data", "evaluation", "learner", "model", "pool", "prompts", "protocol", "report",
+        "reward", "router", "session", "train", "warmstart",
+    },
+}  # fmt: skip
 WITHOUT_FRAMEWORK = ("reward", "pool", "protocol", "prompts", "data", "evaluation.statistics", "config")
 
 

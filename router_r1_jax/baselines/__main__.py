@@ -1,0 +1,261 @@
+"""Measure baselines on the questions, pool and tape of a run, and write a table beside its own results.
+
+    python -m router_r1_jax.baselines --config=configs/demo.py --workdir=runs/demo [--only=knn,mlp] [--tries=500]
+
+Single-call baselines ask the chosen model through the pool; with a star (`knn*`) the question is first cut into parts,
+each routed by itself. `--tries` train questions are put to every model to fit them. Baselines of the router's own
+language model start from the run's first checkpoint, or from the warm start where there is none. Each leaves its
+episodes; one that has them already is not measured again, so the same command goes on where it was cut.
+
+It writes baselines.json and baselines.md. Where `evaluate` has left episodes of the trained router on the same
+questions, each baseline's line also says by how much the router is ahead, paired by question.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from router_r1_jax.baselines import ask, own
+from router_r1_jax.baselines.cascade import Cascade
+from router_r1_jax.baselines.decompose import Decompose, by_model, by_pattern
+from router_r1_jax.baselines.features import RouterFeatures
+from router_r1_jax.baselines.graph_router import GraphRouter
+from router_r1_jax.baselines.interface import Baseline, TrainRecord
+from router_r1_jax.baselines.router_dc import RouterDC
+from router_r1_jax.baselines.simple import (
+    LinearClassifier,
+    NearestNeighbours,
+    OneModel,
+    Perceptron,
+    RandomModel,
+    largest,
+)
+from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.cli import launch
+from router_r1_jax.config import ConfigError
+from router_r1_jax.data.questions import QuestionRecord
+from router_r1_jax.evaluation.records import Record, make_records, summarise
+from router_r1_jax.evaluation.statistics import bootstrap_mean, paired_bootstrap
+from router_r1_jax.model import Params
+from router_r1_jax.pool.cards import route_names
+from router_r1_jax.pool.outcomes import provider_fault
+from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
+from router_r1_jax.reward import CostNormalizer, episode_cost, score
+from router_r1_jax.session import Session, open_session
+from router_r1_jax.train import config_hash
+from router_r1_jax.warmstart import warm_start
+
+TRIES = 500
+ORACLE = "oracle of one call"
+# The router's own language model.
+OWN = ("direct", "chain of thought", "prompt only", "fine-tuned")
+STAR = "*"  # behind the name of a single-call baseline: the question is decomposed first
+
+
+class Bench:
+    """What baselines are made from; each part is made when it is first asked for."""
+
+    def __init__(self, config: ConfigDict, session: Session, tries: int) -> None:
+        self.config, self.session, self._tries = config, session, tries
+        self._records: list[TrainRecord] | None = None
+        self._params: Params | None = None
+        self._fitted: dict[str, Baseline] = {}
+
+    @property
+    def makers(self) -> dict[str, Callable[[], Baseline]]:
+        """Single-call baselines by name."""
+        cards, alpha, seed = self.session.cards, self.config.reward.alpha, self.config.seed
+        return {
+            "random": lambda: RandomModel(seed),
+            **{f"{card.key} alone": lambda card=card: OneModel(card.key) for card in cards},
+            "largest": lambda: OneModel(largest(cards).key),
+            "knn": lambda: NearestNeighbours(alpha),
+            "mlp": lambda: Perceptron(alpha, seed),
+            "classifier": lambda: LinearClassifier(self._features(), alpha),
+            "routerdc": lambda: RouterDC(alpha, seed),
+            "graphrouter": lambda: GraphRouter(cards, alpha, seed),
+            "cascade": lambda: Cascade(cards, alpha),
+        }
+
+    def names(self) -> list[str]:
+        """All baselines, as --only and the table name them."""
+        single = list(self.makers)
+        return [*OWN[:2], *single, ORACLE, *(name + STAR for name in single), *OWN[2:]]
+
+    def params(self) -> Params:
+        """Of the router before RL."""
+        if self._params is None:
+            with CheckpointStore(self.session.workdir / "checkpoints", keep=None) as store:
+                first = store.first()
+                if first is not None:
+                    self._params = store.restore_params(first, self.session.abstract_params)
+            if self._params is None:
+                writer = MetricsWriter(self.session.workdir / "baselines")
+                self._params = warm_start(self.session, writer)
+                writer.close()
+        return self._params
+
+    def records(self) -> list[TrainRecord]:
+        """The train questions that every model was tried on; a random choice of them."""
+        if self._records is None:
+            questions = self.session.questions("train")
+            order = np.random.default_rng(self.config.seed).permutation(len(questions))[: self._tries]
+            chosen = [questions[i] for i in order]
+            print(f"trying {len(self.session.cards)} models on {len(chosen)} train questions")
+            self._records = ask.try_all(self.session.pool, self.session.cards, chosen, split="train")
+        return self._records
+
+    def fitted(self, name: str) -> Baseline:
+        """A single-call baseline, ready to choose."""
+        if name not in self._fitted:
+            baseline = self.makers[name]()
+            if not isinstance(baseline, (RandomModel, OneModel)):
+                baseline.fit(self.records())
+            self._fitted[name] = baseline
+        return self._fitted[name]
+
+    def decompose(self) -> Decompose:
+        """By pattern in the synthetic world, else by the largest model of the pool."""
+        return by_pattern if self.session.world is not None else by_model(largest(self.session.cards))
+
+    def _features(self) -> RouterFeatures:
+        return RouterFeatures(self.session.model, self.params(), self.session.tokenizer)
+
+
+def measure(bench: Bench, name: str, questions: Sequence[QuestionRecord]) -> list[Record]:
+    """A record per question of one baseline."""
+    config, session, split = bench.config, bench.session, bench.config.evaluation.split
+    with tqdm(total=len(questions), desc=name, unit="question", dynamic_ncols=True) as bar:
+        if name in OWN:
+            router = session.router
+            params = bench.params()
+            if name == "fine-tuned":
+                with tqdm(total=config.steps, desc="sampling to fine-tune", unit="rollout") as inner:
+                    params = own.fine_tune(config, session, params, on_finish=inner.update)
+            elif name != "prompt only":
+                router = own.AloneRouter(session, own.DIRECT if name == "direct" else own.CHAIN)
+            router.push(params)
+            return own.answer_greedily(config, router, questions, policy=name, split=split, on_finish=bar.update)
+        if name == ORACLE:
+            tried = ask.try_all(session.pool, session.cards, questions, split=split)
+            return judged(bench, questions, ask.hindsight(tried, session.cards), name)
+        episodes = ask.answer_all(
+            session.pool, session.cards, bench.fitted(name.removesuffix(STAR)), questions, split=split, name=name,
+            decompose=bench.decompose() if name.endswith(STAR) else None, on_finish=bar.update,
+        )  # fmt: skip
+        return judged(bench, questions, episodes, name)
+
+
+def judged(
+    bench: Bench, questions: Sequence[QuestionRecord], episodes: Sequence[ask.CalledEpisode], name: str
+) -> list[Record]:
+    """Scores by the router's own code."""
+    reward = bench.config.reward
+    rewards = score(
+        [episode.text for episode in episodes],
+        [question.golds for question in questions],
+        np.array([episode_cost(reward.cost, episode.replies, 0, reward.router_price) for episode in episodes]),
+        route_names(bench.session.cards),
+        preset=reward.preset, alpha=reward.alpha, metric=reward.metric, groups=np.arange(len(episodes)),
+        normalizer=CostNormalizer(reward.window),
+        valid=np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes]),
+    )  # fmt: skip
+    return make_records(questions, episodes, rewards, step=0, split=bench.config.evaluation.split, policy=name)
+
+
+def file_name(split: str, name: str) -> str:
+    """Of a baseline's episodes, without suffix."""
+    return f"{split}_baseline_{name.replace(STAR, '_star').replace(' ', '_')}"
+
+
+def read_records(workdir: Path, name: str, questions: Sequence[QuestionRecord]) -> list[Record] | None:
+    """Records that lie in episodes/NAME.jsonl, if they are of these very questions."""
+    path = workdir / "episodes" / f"{name}.jsonl"
+    if not path.exists():
+        return None
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return records if [record["id"] for record in records] == [question.id for question in questions] else None
+
+
+def entry(
+    config: ConfigDict, session: Session, name: str, records: list[Record], trained: list[Record] | None
+) -> dict[str, Any]:
+    """One baseline's line of baselines.json."""
+    resampling = {"resamples": config.evaluation.bootstrap, "seed": config.seed}
+    figures = summarise(records, session.cards)
+    figures["calls_share"] = figures.pop("calls/share")
+    em = bootstrap_mean([record["exact_match"] for record in records], **resampling)
+    line = {"name": name, "em_ci": [em.low, em.high]} | figures
+    if trained is not None:
+        ahead = paired_bootstrap(
+            [r["exact_match"] for r in trained], [r["exact_match"] for r in records], **resampling
+        )  # fmt: skip
+        line["router_ahead"] = {"mean": ahead.mean, "ci": [ahead.low, ahead.high]}
+    return line
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown; the router's lead is its EM minus the baseline's, on the same questions."""
+    lines = [
+        f"{results['questions']} questions of the {results['split']} split; intervals are 95 % bootstrap over "
+        f"questions. \\{STAR}: the question is decomposed first.",
+        "",
+        "| policy | EM | F1 | dollars/question | calls | trained router ahead, EM |",
+        "|---|---|---|---|---|---|",
+    ]
+    for p in results["policies"]:
+        low, high = p["em_ci"]
+        ahead = p.get("router_ahead")
+        lead = f"{ahead['mean']:+.3f} [{ahead['ci'][0]:+.3f} .. {ahead['ci'][1]:+.3f}]" if ahead else ""
+        lines.append(
+            f"| {p['name'].replace(STAR, chr(92) + STAR)} | {p['em']:.3f} [{low:.3f} .. {high:.3f}] | {p['f1']:.3f} "
+            f"| {p['dollars_per_question']:.3e} | {p['calls_per_question']:.2f} | {lead} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def chosen_names(only: str, names: Sequence[str]) -> list[str]:
+    """The baselines of --only, or all. Raises ConfigError for a name that is none."""
+    wanted = [name.strip() for name in only.split(",") if name.strip()] or list(names)
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f"--only names {name!r}; choose from {', '.join(names)}")
+    return wanted
+
+
+def main(config: ConfigDict, workdir: Path, only: str = "", tries: str = "") -> None:
+    """Measure what has no episodes yet; write and print the table of all that were asked for."""
+    if tries and not (tries.isdigit() and int(tries)):
+        raise ConfigError(f"--tries is {tries!r}; it is a number of train questions, at least 1")
+    with open_session(config, workdir, load_source=True) as session:
+        bench = Bench(config, session, int(tries or TRIES))
+        names = chosen_names(only, bench.names())
+        split = config.evaluation.split
+        questions = session.questions(split)[: config.evaluation.questions]
+        trained = read_records(workdir, f"{split}_trained", questions)
+        entries = [] if trained is None else [entry(config, session, "trained router", trained, None)]
+        for name in names:
+            records = read_records(workdir, file_name(split, name), questions)
+            if records is None:
+                records = measure(bench, name, questions)
+                writer = EpisodeWriter(workdir, file_name(split, name))
+                writer.write(records)
+                writer.close()
+            entries.append(entry(config, session, name, records, trained))
+        results = {
+            "config_hash": config_hash(config), "alpha": config.reward.alpha, "split": split,
+            "questions": len(questions), "tries": bench._tries, "price_date": config.pool.price_date,
+            "policies": entries,
+        }  # fmt: skip
+    replace_file(workdir / "baselines.json", (json.dumps(results, indent=2) + "\n").encode())
+    replace_file(workdir / "baselines.md", table(results).encode())
+    print(f"\n{table(results)}\nresults {workdir / 'baselines.json'}")
+
+
+if __name__ == "__main__":
+    launch(main, only="comma-separated baselines; all if empty", tries=f"train questions to fit on; {TRIES} if empty")

@@ -1,0 +1,142 @@
+"""Baselines at work: what is asked of the pool, how replies are read, and decomposition."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_world import CARDS, WorldPool, mean_em, questions, train_records
+
+from router_r1_jax.baselines.ask import answer_all, answer_in, hindsight, try_all
+from router_r1_jax.baselines.decompose import by_model, by_pattern, read_parts
+from router_r1_jax.baselines.interface import Baseline
+from router_r1_jax.baselines.simple import NearestNeighbours, OneModel, RandomModel
+from router_r1_jax.evaluation.records import make_records, summarise
+from router_r1_jax.pool.cards import route_names
+from router_r1_jax.pool.outcomes import Outcome, Reply
+from router_r1_jax.reward import CostNormalizer, score
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("The director of Velmora is Kessan.", "Kessan"),
+        ("Paris", "Paris"),
+        ("I think so.\nAnswer: New York City.\nGood luck", "New York City"),
+        ("I do not know.", "I do not know."),
+        ("What is right is right.", "What is right is right."),  # two of them: not the plain sentence
+        ("", ""),
+    ],
+)
+def test_the_answer_in_a_reply(reply, answer):
+    assert answer_in(reply) == answer
+
+
+@given(st.text())
+def test_any_reply_has_an_answer(reply):
+    assert answer_in(reply) in reply
+
+
+def test_every_model_is_asked_every_train_question_once():
+    pool, asked = WorldPool(), questions("train", None)[:7]
+    records = try_all(pool, CARDS, asked, split="train")
+    routes = sorted(call["route"] for call in pool.calls)
+    assert routes == sorted(f"{card.name}: {q.question}" for card in CARDS for q in asked)
+    assert {call["call"] for call in pool.calls} == {0} and len({call["episode"] for call in pool.calls}) == 28
+    for question, record in zip(asked, records, strict=True):
+        assert record.question == question.question and list(record.trials) == [card.key for card in CARDS]
+        for trial in record.trials.values():
+            assert trial.exact_match == float(answer_in(trial.reply.text) in question.golds)
+
+
+def test_an_episode_is_scored_and_counted_as_the_router_s():
+    asked = questions("test", None)[:12]
+    episodes = answer_all(WorldPool(), CARDS, OneModel("Titan"), asked, split="test", name="largest")
+    golds, costs = [q.golds for q in asked], np.array([e.replies[0].raw_cost for e in episodes])
+    rewards = score(
+        [e.text for e in episodes], golds, costs, route_names(CARDS), alpha=0.0, metric="em",
+        normalizer=CostNormalizer(),
+    )  # fmt: skip
+    assert not any(rewards.faults)
+    records = make_records(asked, episodes, rewards, step=0, split="test", policy="largest")
+    figures = summarise(records, CARDS)
+    assert figures["calls_per_question"] == 1 and figures["calls/share"]["Titan"] == 1
+    assert figures["dollars_per_question"] == pytest.approx(np.mean([e.replies[0].charged for e in episodes]))
+    assert figures["em"] == np.mean(
+        [answer_in(e.replies[0].text) in q.golds for e, q in zip(episodes, asked, strict=True)]
+    )
+
+
+class Stubborn(Baseline):
+    """Asks in the cards' order and believes the third."""
+
+    def choose(self, question, cards):
+        return cards[0].key
+
+    def accept(self, question, key, reply):
+        return key == CARDS[2].key
+
+
+def test_a_reply_that_is_not_accepted_is_followed_by_another_choice():
+    pool = WorldPool()
+    (episode,) = answer_all(pool, CARDS, Stubborn(), questions("test")[:1], split="test", name="b")
+    assert [reply.model for reply in episode.replies] == [card.key for card in CARDS[:3]]
+    assert [call["call"] for call in pool.calls] == [0, 1, 2]
+    assert episode.text.endswith(f"<answer> {answer_in(episode.replies[-1].text)} </answer>")
+
+
+def test_the_oracle_of_one_call_takes_the_cheapest_right_model():
+    records = train_records()
+    for record, episode in zip(records, hindsight(records, CARDS), strict=True):
+        (reply,) = episode.replies
+        right = [trial.reply for trial in record.trials.values() if trial.exact_match]
+        assert reply.charged == min(r.charged for r in right or [t.reply for t in record.trials.values()])
+
+
+# Decomposition.
+
+
+def test_nested_questions_are_cut_from_the_inside():
+    assert by_pattern("What is the birthplace of the director of Velmora?", None) == [
+        "director of Velmora?", "birthplace of {previous}?",
+    ]  # fmt: skip
+    assert by_pattern("Who is the director of Velmora?", None) == ["Who is the director of Velmora?"]
+    assert by_pattern("How many rivers are there?", None) == ["How many rivers are there?"]
+
+
+def test_decomposing_answers_two_hop_questions_which_one_call_cannot():
+    """And a choice per part is worth more than a random one there too."""
+    two_hop = [q for q in questions("test", None) if q.hops == 2][:80]
+    knn = NearestNeighbours(0.0)
+    knn.fit(train_records())
+    assert mean_em(knn, two_hop) == 0.0
+    decomposed = mean_em(knn, two_hop, by_pattern)
+    assert decomposed > mean_em(RandomModel(0), two_hop, by_pattern) + 0.3 and decomposed > 0.6
+
+
+def test_a_model_s_decomposition_is_read_followed_and_paid():
+    said = "1. Who directed Velmora?\n2. Where was {previous} born?\nThat is all."
+
+    def ask(card, query):
+        assert card is CARDS[0] and "Question: Where was the director of Velmora born?" in query
+        return Reply(said, Outcome.OK, card.key, query, charged=1e-6)
+
+    parts = by_model(CARDS[0])("Where was the director of Velmora born?", ask)
+    assert parts == ["Who directed Velmora?", "Where was {previous} born?"]
+
+    def two_calls(question, ask):
+        ask(CARDS[0], "split it")
+        return [question]
+
+    pool = WorldPool()
+    (episode,) = answer_all(
+        pool, CARDS, OneModel("Aria"), questions("test")[:1], split="t", name="b", decompose=two_calls
+    )
+    assert [reply.model for reply in episode.replies] == ["Titan", "Aria"]
+    assert episode.text.count("<search>") == 1
+
+
+@given(st.text())
+def test_a_decomposition_is_usable_or_not_taken(reply):
+    parts = read_parts(reply)
+    assert len(parts) <= 4 and all(part.endswith("?") for part in parts)
+    assert not parts or "{previous}" not in parts[0]

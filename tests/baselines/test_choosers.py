@@ -1,0 +1,210 @@
+"""Baselines that choose a model by the question's text: each beats a random choice where domains tell whom to ask."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_world import CARDS, mean_em, questions, train_records
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from router_r1_jax.baselines.cascade import Cascade, search
+from router_r1_jax.baselines.features import RouterFeatures, WordFeatures
+from router_r1_jax.baselines.graph_router import GraphRouter
+from router_r1_jax.baselines.interface import TrainRecord, Trial, instructive, utilities
+from router_r1_jax.baselines.router_dc import TEMPERATURE, RouterDC, sample_model_loss, sample_sample_loss
+from router_r1_jax.baselines.simple import (
+    LinearClassifier,
+    NearestNeighbours,
+    OneModel,
+    Perceptron,
+    RandomModel,
+    largest,
+)
+from router_r1_jax.mesh import make_mesh
+from router_r1_jax.model import ModelConfig, RouterLM, init_params
+from router_r1_jax.pool.outcomes import Outcome, Reply
+
+
+@functools.cache
+def router_features() -> RouterFeatures:
+    """Of a small router with random weights, over a vocabulary of the questions' words."""
+    words = sorted({word for q in questions("train", None) + questions("test", None) for word in q.question.split()})
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = ModelConfig(
+        vocab_size=len(vocabulary), num_layers=2, width=32, mlp=48, num_heads=2, num_kv_heads=1, head_dim=16
+    )
+    params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), 0)
+    return RouterFeatures(config, params, PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"))
+
+
+LEARNT = {
+    "knn": lambda: NearestNeighbours(0.0),
+    "mlp": lambda: Perceptron(0.0, 0),
+    "classifier": lambda: LinearClassifier(router_features(), 0.0),
+    "routerdc": lambda: RouterDC(0.0, 0),
+    "graphrouter": lambda: GraphRouter(CARDS, 0.0, 0),
+    "cascade": lambda: Cascade(CARDS, 0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def by_chance() -> float:
+    return mean_em(RandomModel(0), questions("test"))
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_beats_a_random_choice_and_every_single_model(name, by_chance):
+    """One model alone is right in at most two of five domains; a random one in about a third of all."""
+    baseline = LEARNT[name]()
+    baseline.fit(train_records())
+    em = mean_em(baseline, questions("test"))
+    alone = max(mean_em(OneModel(card.key), questions("test")) for card in CARDS)
+    assert em > by_chance + 0.2 and em > alone + 0.05, (em, by_chance, alone)
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNT if name != "cascade"])
+def test_choices_are_repeatable_and_among_the_cards(name):
+    one, other = LEARNT[name](), LEARNT[name]()
+    for baseline in (one, other):
+        baseline.fit(train_records())
+    asked = [q.question for q in questions("test")[:20]]
+    assert [one.choose(q, CARDS) for q in asked] == [other.choose(q, CARDS[::-1]) for q in asked]
+    assert {one.choose(q, CARDS[1:3]) for q in asked} <= {"Reel", "Aria"}
+
+
+def test_random_and_single_models():
+    asked = [q.question for q in questions("train", None)]
+    drawn = [RandomModel(0).choose(q, CARDS) for q in asked]
+    assert drawn == [RandomModel(0).choose(q, CARDS) for q in asked] != [RandomModel(1).choose(q, CARDS) for q in asked]
+    assert min(drawn.count(card.key) for card in CARDS) > 0.8 * len(asked) / len(CARDS)
+    assert largest(CARDS).key == "Titan" and OneModel("Aria").choose("?", CARDS) == "Aria"
+
+
+def test_a_model_without_trials_is_chosen_by_its_card_alone_or_not_at_all():
+    """Only GraphRouter sees cards: to it a new model is a node without edges. The others pass it over."""
+    twin = dataclasses.replace(CARDS[3], key="Terra", name="Terra")
+    knn, graph = NearestNeighbours(0.0), GraphRouter(CARDS, 0.0, 0)
+    for baseline in (knn, graph):
+        baseline.fit(train_records())
+    asked = [q.question for q in questions("test")]
+    assert {knn.choose(q, (*CARDS, twin)) for q in asked} <= {card.key for card in CARDS}
+    with pytest.raises(ValueError, match="none of Terra was tried"):
+        knn.choose(asked[0], (twin,))
+    assert {graph.choose(q, (*CARDS[:3], twin)) for q in asked} <= {"Titan", "Reel", "Aria", "Terra"}
+
+
+# What they learn from.
+
+
+def trial(em: float, cost: float) -> Trial:
+    return Trial(Reply("r", Outcome.OK, raw_cost=cost), em, em)
+
+
+def test_utilities_are_the_published_reward_and_prefer_the_cheaper_of_equals():
+    rows = [[(1, 1), (1, 100)], [(0, 1), (1, 100)], [(0, 1), (0, 100)]]
+    records = [TrainRecord("q", {k: trial(*t) for k, t in zip("ab", row, strict=True)}) for row in rows]
+    for alpha in (0.0, 0.6):
+        worth = utilities(records, "ab", alpha)
+        # The cheap model's cost is the 5th percentile of all, the dear one's the 95th: components 1 and 0.
+        assert worth == pytest.approx(np.array([[1.0, 1 - alpha], [0, 1 - alpha], [0, 0]]), abs=2e-3)
+        assert worth[0, 0] > worth[0, 1]
+    assert instructive(records) == [records[1]]
+    assert instructive(records[:1]) == records[:1]
+
+
+def test_the_cascade_s_search_finds_the_best_list_of_a_brute_force():
+    """Over all lists of at most three of four models and thresholds of a tenth, written as a plain loop."""
+    rng = np.random.default_rng(0)
+    n, M, alpha = 40, 4, 0.3
+    em = (rng.random((n, M)) < [0.3, 0.4, 0.6, 0.8]).astype(float)
+    raw = rng.uniform(1, 2, (n, M)) * [1, 3, 10, 40]
+    scores = np.clip(em * 0.6 + rng.random((n, M)) * 0.5, 0, 1)
+    low, high = np.quantile(np.sqrt(raw), [0.05, 0.95])
+
+    def value(models, cuts):
+        rewards, costs = [], []
+        for i in range(n):
+            cost, right = 0.0, 0.0
+            for model, cut in zip(models, cuts, strict=True):
+                cost += raw[i, model]
+                if scores[i, model] >= cut:
+                    right = em[i, model]
+                    break
+            cheap = 1 - min(max((np.sqrt(cost) - low) / (high - low), 0), 1)
+            rewards.append(right * (1 - alpha + alpha * cheap))
+            costs.append(cost)
+        return np.mean(rewards) - 1e-6 * np.mean(costs)
+
+    grid = [i / 10 for i in range(1, 11)]
+    best = max(
+        value(models, (*cuts, 0.0))
+        for length in (1, 2)
+        for models in itertools.combinations(range(M), length)
+        for cuts in itertools.product(grid, repeat=length - 1)
+    )
+    found = search(em, raw, scores, alpha)
+    assert value(*zip(*found, strict=True)) >= best - 1e-12
+    assert [model for model, _ in found] == sorted(model for model, _ in found) and found[-1][1] == 0.0
+
+
+def test_the_cascade_stops_at_a_reply_that_its_scorer_believes():
+    """A model that says it does not know is not believed, and the next one is asked."""
+    cascade = Cascade(CARDS, 0.0)
+    cascade.fit(train_records())
+    em = mean_em(cascade, questions("test"))
+    assert em > 0.6
+    first = cascade.choose("Who is the director of Nobody?", CARDS)
+    left = [card for card in CARDS if card.key != first]
+    assert len(cascade._list) == 1 or cascade.choose("Who is the director of Nobody?", left) != first
+
+
+# Losses and features against plain loops.
+
+
+def test_router_dc_s_losses_are_those_of_a_plain_loop():
+    rng = np.random.default_rng(1)
+    cosines, worth = rng.uniform(-1, 1, (5, 4)), np.round(rng.uniform(0, 1, (5, 4)), 1) * (rng.random((5, 4)) < 0.6)
+    queries, cluster = rng.normal(size=(5, 3)), np.array([0, 1, 0, 1, 1])
+    total = weight = 0.0
+    for c, w in zip(cosines / TEMPERATURE, worth, strict=True):
+        least = sorted(w)[-3]  # three are drawn to the query, or as many as are worth anything
+        failed = [j for j in range(4) if w[j] == 0]
+        for i in (i for i in range(4) if w[i] >= least and w[i] > 0):
+            total -= w[i] * (c[i] - np.log(np.exp(c[i]) + sum(np.exp(c[j]) for j in failed)))
+            weight += w[i]
+    assert float(sample_model_loss(jnp.asarray(cosines), jnp.asarray(worth))) == pytest.approx(total / weight, rel=1e-4)
+    logits, losses = queries @ queries.T / TEMPERATURE, []
+    for i, j in itertools.permutations(range(5), 2):
+        if cluster[i] == cluster[j]:
+            others = sum(np.exp(logits[i, k]) for k in range(5) if cluster[k] != cluster[i])
+            losses.append(np.log(np.exp(logits[i, j]) + others) - logits[i, j])
+    value = sample_sample_loss(jnp.asarray(queries), jnp.asarray(cluster))
+    assert float(value) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_router_features_are_means_of_hidden_states():
+    """One by one without padding, and in a padded batch."""
+    features = router_features()
+    texts = [q.question for q in questions("test", None)[:40]]
+    together = features(texts)
+    for text, row in zip(texts[:3], together, strict=False):
+        ids = jnp.asarray([features._tokenizer.encode(text, add_special_tokens=False)])
+        config = ModelConfig(
+            vocab_size=features._params["embed"].shape[0], num_layers=2, width=32, mlp=48, num_heads=2, num_kv_heads=1,
+            head_dim=16,
+        )  # fmt: skip
+        hidden, _ = RouterLM(config).apply({"params": features._params}, ids, method="hidden")
+        assert row == pytest.approx(np.asarray(hidden[0].mean(0)), abs=1e-4)
+        assert features([text])[0] == pytest.approx(row, abs=1e-4)
+
+
+def test_word_features_know_nothing_of_what_they_have_not_read():
+    features = WordFeatures().fit(["Who is the director of Velmora?"])
+    assert features(["Zorbik!"]).sum() == 0 and np.linalg.norm(features(["the director?"])) == pytest.approx(1.0)

@@ -1,0 +1,47 @@
+"""The main on the tiny run: baselines measured, left as episodes, and not measured twice."""
+
+import json
+import shutil
+
+import mains
+import pytest
+
+from router_r1_jax.baselines.__main__ import chosen_names
+from router_r1_jax.config import ConfigError
+
+NAMES = ("direct", "prompt only", "fine-tuned", "random", "knn*", "classifier*", "oracle of one call")
+
+
+@pytest.mark.slow
+def test_baselines_are_measured_on_the_run_s_questions_and_only_once(finished_run, warm_file, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    arguments = (f"warmstart.file={warm_file}", "steps=2", f"--only={','.join(NAMES)}", "--tries=60")
+    mains.succeed("baselines", workdir, *arguments)
+    results = json.loads((workdir / "baselines.json").read_text())
+    lines = {line["name"]: line for line in results["policies"]}
+    assert list(lines) == ["trained router", *NAMES] and results["questions"] == 20
+    trained = json.loads((workdir / "results.json").read_text())["policies"][0]
+    assert lines["trained router"]["em"] == trained["em"]
+    for name in NAMES:
+        ahead = lines[name]["router_ahead"]
+        assert ahead["mean"] == pytest.approx(trained["em"] - lines[name]["em"]) and ahead["ci"][0] <= ahead["ci"][1]
+    assert lines["direct"]["calls_per_question"] == 0 and lines["random"]["calls_per_question"] == 1
+    assert lines["knn*"]["calls_per_question"] > 1
+    assert lines["oracle of one call"]["em"] >= lines["random"]["em"]
+    warm = [p for p in json.loads((workdir / "results.json").read_text())["policies"] if p["name"] == "warm start"]
+    assert lines["prompt only"]["em"] == warm[0]["em"]  # the same parameters, questions and rosters
+    episodes = {path.name: path.stat().st_mtime_ns for path in (workdir / "episodes").glob("*baseline*")}
+    ledger = (workdir / "ledger.jsonl").read_bytes()
+    assert len(episodes) == len(NAMES)
+    mains.succeed("baselines", workdir, *arguments)
+    assert {path.name: path.stat().st_mtime_ns for path in (workdir / "episodes").glob("*baseline*")} == episodes
+    assert (workdir / "ledger.jsonl").read_bytes() == ledger
+    assert json.loads((workdir / "baselines.json").read_text()) == results
+
+
+def test_an_unknown_baseline_is_refused():
+    assert chosen_names(" knn*, random", ["random", "knn", "knn*"]) == ["knn*", "random"]
+    assert chosen_names("", ["random", "knn"]) == ["random", "knn"]
+    with pytest.raises(ConfigError, match="--only names 'bert'; choose from random, knn"):
+        chosen_names("bert", ["random", "knn"])
