@@ -27,10 +27,10 @@ ALLOWED = {
     "data": {"config", "pool", "prompts", "protocol"},  # pool: the cards
     "evaluation": {"pool", "reward", "protocol"},
     "report": {"protocol"},
-    # Policies beside the router, with a main of their own: they meet all rooms, but no other main than those they share.
+    # Policies beside the router, with a main of their own: they meet all rooms.
     "baselines": {
-        "checkpoint", "cli", "config", "data", "evaluation", "learner", "model", "pool", "prompts", "protocol", "report",
-        "reward", "router", "session", "train", "warmstart",
+        "checkpoint", "cli", "config", "data", "evaluation", "learner", "model", "pool", "prompts", "protocol",
+        "report", "reward", "router", "session", "train", "warmstart",
     },
 }  # fmt: skip
 WITHOUT_FRAMEWORK = ("reward", "pool", "protocol", "prompts", "data", "evaluation.statistics", "config")
