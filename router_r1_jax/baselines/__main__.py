@@ -61,7 +61,7 @@ class Bench:
     """What baselines are made from; each part is made when it is first asked for."""
 
     def __init__(self, config: ConfigDict, session: Session, tries: int) -> None:
-        self.config, self.session, self._tries = config, session, tries
+        self.config, self.session, self.tries = config, session, tries
         self._records: list[TrainRecord] | None = None
         self._params: Params | None = None
         self._fitted: dict[str, Baseline] = {}
@@ -104,7 +104,7 @@ class Bench:
         """The train questions that every model was tried on; a random choice of them."""
         if self._records is None:
             questions = self.session.questions("train")
-            order = np.random.default_rng(self.config.seed).permutation(len(questions))[: self._tries]
+            order = np.random.default_rng(self.config.seed).permutation(len(questions))[: self.tries]
             chosen = [questions[i] for i in order]
             print(f"trying {len(self.session.cards)} models on {len(chosen)} train questions")
             self._records = ask.try_all(self.session.pool, self.session.cards, chosen, split="train")
@@ -249,7 +249,7 @@ def main(config: ConfigDict, workdir: Path, only: str = "", tries: str = "") -> 
             entries.append(entry(config, session, name, records, trained))
         results = {
             "config_hash": config_hash(config), "alpha": config.reward.alpha, "split": split,
-            "questions": len(questions), "tries": bench._tries, "price_date": config.pool.price_date,
+            "questions": len(questions), "tries": bench.tries, "price_date": config.pool.price_date,
             "policies": entries,
         }  # fmt: skip
     replace_file(workdir / "baselines.json", (json.dumps(results, indent=2) + "\n").encode())

@@ -1,0 +1,73 @@
+"""Main table: the trained router against all baselines, on the same test questions, pool and scores.
+
+    python experiments/studies/main_table.py --runs=runs/demo_alpha [--trained_only] [--only=knn*,random]
+
+For each run of `configs/sweeps/demo_alpha.py` at alpha 0 the baselines' main is run in its folder (it measures only
+what has no episodes there yet); the table holds means over seeds with Student's 95 % intervals.
+
+Result and what it shows: experiments/studies/README.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+from matplotlib.figure import Figure
+from runner import ROOT, arguments, markdown, over_seeds, save, spelt, trained_runs
+
+
+def take_only() -> str:
+    """--only, taken out of the command line before the shared arguments are read."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--only", default="")
+    own, sys.argv[1:] = parser.parse_known_args()
+    return own.only
+
+
+def draw(results: dict) -> Figure:
+    """EM of every policy: a dot per seed, a bar at the mean."""
+    policies = sorted(results["policies"].items(), key=lambda item: -item[1]["em"]["mean"])
+    figure = Figure(figsize=(7.5, 0.24 * len(policies) + 1), layout="constrained")
+    axes = figure.subplots()
+    for y, (name, line) in enumerate(policies):
+        colour = "#D55E00" if name == "trained router" else "#0072B2"
+        axes.plot([line["em"]["mean"]], [y], "|", color="#222222", markersize=12, markeredgewidth=2)
+        axes.plot([e[name]["em"] for e in results["each"].values()], [y] * len(results["each"]), "o", color=colour,
+                  markersize=4)  # fmt: skip
+    axes.set_yticks(range(len(policies)), [name for name, _ in policies])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("exact match, test split")
+    axes.grid(axis="x", color="#e4e4e4")
+    return figure
+
+
+def main() -> None:
+    only = take_only()
+    options = arguments(__doc__, "demo_alpha")
+    each: dict[int, dict] = {}
+    for run in trained_runs(options, lambda overrides: overrides["reward.alpha"] == 0.0):
+        overrides = [f"--config.{field}={value}" for field, value in run.overrides.items()]
+        subprocess.run(
+            [sys.executable, "-m", "router_r1_jax.baselines", f"--config={ROOT / 'configs/sweeps/demo_alpha.py'}",
+             f"--workdir={run.folder}", f"--only={only}", f"--config.evaluation.questions={options.questions}",
+             *overrides],
+            check=True, cwd=ROOT,
+        )  # fmt: skip
+        lines = json.loads((run.folder / "baselines.json").read_text())["policies"]
+        each[run.overrides["seed"]] = {line["name"]: line for line in lines}
+    names = [name for name in next(iter(each.values())) if all(name in lines for lines in each.values())]
+    policies = {name: over_seeds({seed: lines[name] for seed, lines in each.items()}) for name in names}
+    results = {"policies": policies, "each": each}
+    rows = [
+        [name.replace("*", r"\*"), spelt(p["em"]), spelt(p["dollars_per_question"], ".2e"),
+         spelt(p["calls_per_question"], ".2f")]
+        for name, p in policies.items()
+    ]  # fmt: skip
+    table = f"Seeds {sorted(each)}.\n\n" + markdown(["policy", "EM", "dollars/question", "calls"], rows)
+    save("main_table", results, table, draw(results))
+
+
+if __name__ == "__main__":
+    main()

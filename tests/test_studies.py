@@ -1,0 +1,82 @@
+"""What the studies share: whom a redirected call really reaches, and how runs become tables."""
+
+import runpy
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from router_r1_jax.data.reference import oracle, trees
+from router_r1_jax.data.world import World, query_text
+from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.reward import exact_match
+
+STUDIES = Path(__file__).parents[1] / "experiments" / "studies"
+NAMES = ("main_table", "cost_curve", "unseen_models", "format_reward", "routing_worth")
+
+
+@pytest.fixture(scope="module")
+def studies():
+    """Module name -> its names; they import each other as scripts do."""
+    sys.path.insert(0, str(STUDIES))
+    try:
+        return {name: runpy.run_path(str(STUDIES / f"{name}.py")) for name in (*NAMES, "runner")}
+    finally:
+        sys.path.remove(str(STUDIES))
+
+
+@pytest.fixture(scope="module")
+def world_and_cards():
+    config = runpy.run_path(str(Path(__file__).parent / "tiny_config.py"))["get_config"]()
+    return World(config.data.world), cards_from_config(config.pool)
+
+
+class Pool:
+    """Writes down what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def respond(self, route_text, *, cards, **where):
+        self.asked.append(route_text)
+        return Future()
+
+
+def test_every_study_has_a_main_and_its_command(studies):
+    for name in NAMES:
+        assert callable(studies[name]["main"]) and f"python experiments/studies/{name}.py" in studies[name]["__doc__"]
+
+
+def test_a_redirected_call_reaches_the_chosen_model_and_a_faulty_one_none_other(studies, world_and_cards):
+    _, cards = world_and_cards
+    pool = Pool()
+    redirected = studies["runner"]["Redirected"](pool, lambda query, roster, called: "Atlas")
+    for route in ("Titan: director of Velmora?", "nobody: what?", "no colon"):
+        redirected.respond(route, cards=cards, episode="e", call=0, step=0, split="test")
+    assert pool.asked == ["Atlas: director of Velmora?", "nobody: what?", "no colon"]
+
+
+def test_the_oracle_s_choice_is_the_cheapest_model_that_knows(studies, world_and_cards):
+    """Against the tree of all ways to answer: on one-hop questions both reach the same EM at the same price."""
+    world, cards = world_and_cards
+    choose = studies["routing_worth"]["knowing_model"](world)
+    asked = [q for q in world.questions("train") if len(q.hops) == 1]
+    best = oracle(trees(world, asked, cards), 0.0, (0.0, 1.0))
+    right = 0.0
+    for question in asked:
+        query = query_text(question.hops[0].relation, question.hops[0].subject)
+        card = next(card for card in cards if card.name == choose(query, cards, "Titan"))
+        right += exact_match(world.reply(query, card.performance).split(" is ")[1].rstrip("."), question.golds)
+    assert right / len(asked) == pytest.approx(best.em) and 0.5 < best.em < 1
+    assert choose("the weather?", cards, "Titan") == "Titan"
+
+
+def test_means_over_seeds_carry_student_s_interval(studies):
+    lines = {seed: {"em": em, "dollars_per_question": 1e-5} for seed, em in enumerate((0.9, 0.95, 0.91))}
+    means = studies["runner"]["over_seeds"](lines)
+    interval = stats.ttest_1samp([0.9, 0.95, 0.91], 0).confidence_interval()
+    assert means["em"]["ci"] == pytest.approx([interval.low, interval.high]) and means["seeds"] == [0, 1, 2]
+    assert studies["runner"]["spelt"](means["em"]) == f"0.920 [{interval.low:.3f} .. {interval.high:.3f}]"
+    assert "f1" not in means
