@@ -107,7 +107,11 @@ class Bench:
             order = np.random.default_rng(self.config.seed).permutation(len(questions))[: self.tries]
             chosen = [questions[i] for i in order]
             print(f"trying {len(self.session.cards)} models on {len(chosen)} train questions")
-            self._records = ask.try_all(self.session.pool, self.session.cards, chosen, split="train")
+            tried = ask.try_all(self.session.pool, self.session.cards, chosen, split="train")
+            # A provider's failure says nothing of its model: such a question is left out.
+            whole = [r for r in tried if not any(provider_fault(t.reply.outcome) for t in r.trials.values())]
+            print(f"{len(tried) - len(whole)} of them left out: a provider failed")
+            self._records = whole
         return self._records
 
     def fitted(self, name: str) -> Baseline:

@@ -38,13 +38,15 @@ class Cascade(Baseline):
         self._list = [(keys[i], threshold) for i, threshold in best]
 
     def choose(self, question: str, cards: Sequence[Card]) -> str:
-        """The first model of the list that has not been asked."""
+        """The first model of the list among `cards`; the cheapest card where they hold none."""
         left = {card.key for card in cards}
-        return next((key for key, _ in self._list if key in left), self._list[-1][0])
+        cheapest = min(cards, key=lambda card: card.price_out)
+        return next((key for key, _ in self._list if key in left), cheapest.key)
 
     def accept(self, question: str, key: str, reply: str) -> bool:
-        """Whether the reply's score passes the model's threshold; the last model's always does."""
-        return _score(self._scorers[key], [_text(question, reply)])[0] >= dict(self._list)[key]
+        """Whether the reply's score passes the model's threshold; the last model's, and one outside the list, does."""
+        threshold = dict(self._list).get(key, 0.0)
+        return threshold == 0.0 or _score(self._scorers[key], [_text(question, reply)])[0] >= threshold
 
 
 def search(em: np.ndarray, raw: np.ndarray, scores: np.ndarray, alpha: float) -> list[tuple[int, float]]:

@@ -208,3 +208,13 @@ def test_router_features_are_means_of_hidden_states():
 def test_word_features_know_nothing_of_what_they_have_not_read():
     features = WordFeatures().fit(["Who is the director of Velmora?"])
     assert features(["Zorbik!"]).sum() == 0 and np.linalg.norm(features(["the director?"])) == pytest.approx(1.0)
+
+
+def test_a_cascade_whose_models_are_not_offered_asks_the_cheapest_offered():
+    cascade = Cascade(CARDS, 0.0)
+    cascade.fit(train_records())
+    listed = {key for key, _ in cascade._list}
+    others = [card for card in CARDS if card.key not in listed]
+    for cards in ([others] if others else []) + [[dataclasses.replace(CARDS[0], key="New", name="New")]]:
+        key = cascade.choose("Who is the director of Nobody?", cards)
+        assert key == min(cards, key=lambda card: card.price_out).key and cascade.accept("q", key, "r")
