@@ -133,26 +133,35 @@ class Bench:
 
 def measure(bench: Bench, name: str, questions: Sequence[QuestionRecord]) -> list[Record]:
     """A record per question of one baseline."""
-    config, session, split = bench.config, bench.session, bench.config.evaluation.split
+    session, split = bench.session, bench.config.evaluation.split
+    if name in OWN:
+        return measure_own(bench, name, questions)
+    if name == ORACLE:
+        tried = ask.try_all(session.pool, session.cards, questions, split=split)
+        return judged(bench, questions, ask.hindsight(tried, session.cards), name)
+    baseline = bench.fitted(name.removesuffix(STAR))
+    decompose = bench.decompose() if name.endswith(STAR) else None
     with tqdm(total=len(questions), desc=name, unit="question", dynamic_ncols=True) as bar:
-        if name in OWN:
-            router = session.router
-            params = bench.params()
-            if name == "fine-tuned":
-                with tqdm(total=config.steps, desc="sampling to fine-tune", unit="rollout") as inner:
-                    params = own.fine_tune(config, session, params, on_finish=inner.update)
-            elif name != "prompt only":
-                router = own.AloneRouter(session, own.DIRECT if name == "direct" else own.CHAIN)
-            router.push(params)
-            return own.answer_greedily(config, router, questions, policy=name, split=split, on_finish=bar.update)
-        if name == ORACLE:
-            tried = ask.try_all(session.pool, session.cards, questions, split=split)
-            return judged(bench, questions, ask.hindsight(tried, session.cards), name)
         episodes = ask.answer_all(
-            session.pool, session.cards, bench.fitted(name.removesuffix(STAR)), questions, split=split, name=name,
-            decompose=bench.decompose() if name.endswith(STAR) else None, on_finish=bar.update,
+            session.pool, session.cards, baseline, questions, split=split, name=name, decompose=decompose,
+            on_finish=bar.update,
         )  # fmt: skip
-        return judged(bench, questions, episodes, name)
+    return judged(bench, questions, episodes, name)
+
+
+def measure_own(bench: Bench, name: str, questions: Sequence[QuestionRecord]) -> list[Record]:
+    """A record per question of the router's own language model, as `name` of OWN asks it."""
+    config, session, params = bench.config, bench.session, bench.params()
+    router = session.router
+    if name == "fine-tuned":
+        with tqdm(total=config.steps, desc="sampling to fine-tune", unit="rollout", dynamic_ncols=True) as bar:
+            params = own.fine_tune(config, session, params, on_finish=bar.update)
+    elif name != "prompt only":
+        router = own.AloneRouter(session, own.DIRECT if name == "direct" else own.CHAIN)
+    router.push(params)
+    split = config.evaluation.split
+    with tqdm(total=len(questions), desc=name, unit="question", dynamic_ncols=True) as bar:
+        return own.answer_greedily(config, router, questions, policy=name, split=split, on_finish=bar.update)
 
 
 def judged(
