@@ -16,6 +16,8 @@ import sys
 from matplotlib.figure import Figure
 from runner import ROOT, arguments, markdown, over_seeds, save, spelt, trained_runs
 
+from router_r1_jax.sweep import Run
+
 
 def take_only() -> str:
     """--only, taken out of the command line before the shared arguments are read."""
@@ -23,6 +25,16 @@ def take_only() -> str:
     parser.add_argument("--only", default="")
     own, sys.argv[1:] = parser.parse_known_args()
     return own.only
+
+
+def call_main(main: str, run: Run, questions: int, *more: str) -> None:
+    """A main on one run, in a process of its own."""
+    overrides = [f"--config.{field}={value}" for field, value in run.overrides.items()]
+    subprocess.run(
+        [sys.executable, "-m", f"router_r1_jax.{main}", f"--config={ROOT / 'configs/sweeps/demo_alpha.py'}",
+         f"--workdir={run.folder}", f"--config.evaluation.questions={questions}", *overrides, *more],
+        check=True, cwd=ROOT,
+    )  # fmt: skip
 
 
 def draw(results: dict) -> Figure:
@@ -48,13 +60,9 @@ def main() -> None:
     options = arguments(__doc__, "demo_alpha")
     each: dict[int, dict] = {}
     for run in trained_runs(options, lambda overrides: overrides["reward.alpha"] == 0.0):
-        overrides = [f"--config.{field}={value}" for field, value in run.overrides.items()]
-        subprocess.run(
-            [sys.executable, "-m", "router_r1_jax.baselines", f"--config={ROOT / 'configs/sweeps/demo_alpha.py'}",
-             f"--workdir={run.folder}", f"--only={only}", f"--config.evaluation.questions={options.questions}",
-             *overrides],
-            check=True, cwd=ROOT,
-        )  # fmt: skip
+        if not (run.folder / "results.json").exists():
+            call_main("evaluate", run, options.questions)
+        call_main("baselines", run, options.questions, f"--only={only}")
         lines = json.loads((run.folder / "baselines.json").read_text())["policies"]
         each[run.overrides["seed"]] = {line["name"]: line for line in lines}
     names = [name for name in next(iter(each.values())) if all(name in lines for lines in each.values())]
