@@ -130,6 +130,7 @@ def test_a_finished_run_goes_on_with_more_steps(finished_run, warm_file, tmp_pat
     assert train_lines(workdir)[:4] == train_lines(finished_run)
 
 
+@pytest.mark.slow
 def test_eight_devices_go_on_with_the_numbers_of_one(finished_run, warm_file, tmp_path):
     """On another mesh, from a checkpoint that one device has written; its first one is the reference policy."""
     for step in ("0", "2"):
