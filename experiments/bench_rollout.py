@@ -17,7 +17,7 @@ do the same work in each system:
     python experiments/bench_rollout.py --full     also L8 D512, and episodes per second over slots and over latency
 
 `--keep=FILE` notes each part in a file when it is done, and does not repeat what stands there: a run that was cut goes
-on with the part it was cut in.
+on with the part it was cut in. Ratios of parts that ran hours apart say little: a machine's speed moves.
 
 `step_vs_matmul` is the time of a decode step, all slots running at three quarters of their length, over that of its
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
@@ -27,6 +27,11 @@ Result, 25 November 2026, 2 cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13
 episodes per second 5.51 jitted, 4.85 host-driven, 0.42 by generate, 0.34 by Tunix: ratios 13.2 and 16.3 (aims 10, 10),
 jitted against host-driven 1.14; idle share 0.0006 (aim 0.05); `step_vs_matmul` 1.16 (aim 3). An earlier run gave .70
 for generate on the same machine, so its speed moves; within one run all systems share it.
+
+Of `--full` only parts were measured, 26 November 2026, beside other work that took more than half of the same cores
+(load average 8 to 14): `step_vs_matmul` 1.18 at L4 D256 and 0.98 at L8 D512; episodes per second at L4 D256 3.79 with
+64 slots and 3.77 with 256, idle share 0.0006 and 0.0008. So the cores are full with 64 slots already. The larger size
+against the other systems, and episodes per second over latency, have yet to be run.
 """
 
 import argparse
