@@ -10,15 +10,17 @@ Hardware: 8 devices of 48 GB, each with a replica of the rollout; one needs abou
 says. On one device of 40 GB: `--config.model.dtype=bfloat16 --config.model.lora.rank=16` (26 GB; raise the learning
 rate, 1e-5 to 1e-4 is usual for LoRA). Not run yet: wall time and numbers unknown. With `--config.model.source=` it
 starts from random weights.
+`--config=configs/qwen25_3b_grpo.py:paper` takes the published questions (`use_paper_data`; prepare them first) and the
+paper's models (configs/pools/paper.py; name your endpoint there) instead of the synthetic world's.
 `--config=configs/qwen25_3b_grpo.py:runlocal` runs the same settings with a random 2-layer model on a CPU;
-`:dapo`, or `:runlocal,dapo`, takes another loss by its name in `router_r1_jax.config.LOSSES`.
+`:dapo`, or `:paper,dapo`, takes another loss by its name in `router_r1_jax.config.LOSSES`.
 """
 
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from router_r1_jax.config import base_config, use_loss, use_pool
+from router_r1_jax.config import base_config, use_loss, use_paper_data, use_pool
 from router_r1_jax.model import preset_arch
 
 
@@ -47,7 +49,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.rollout.max_turn_tokens, c.rollout.reply_tokens, c.rollout.max_tokens = 16, 32, 512
         c.validation.questions = 8
         c.evaluation.questions = 16
+    if "paper" in options:
+        use_paper_data(c)
+        use_pool(c, Path(__file__).parent / "pools" / "paper.py")
+        c.pool.simulate = False
     for name in options:
-        if name != "runlocal":
+        if name not in ("runlocal", "paper"):
             use_loss(c, name)
     return c

@@ -1,0 +1,113 @@
+"""Train and evaluate on prepared sets, end to end: files in FlashRAG's form, models behind HTTP, results by set."""
+
+import json
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import mains
+import pytest
+from pool.scripted_provider import Scripted, completion, handler
+from tiny_config import get_config
+
+from router_r1_jax.config import PAPER_SETS
+from router_r1_jax.data import prepare
+from router_r1_jax.data.world import World
+
+pytestmark = pytest.mark.slow
+
+FLASHRAG = Path(__file__).parent / "data" / "flashrag"
+WORLD = World(get_config().data.world)
+KNOWS_ALL = {domain: 1.0 for domain in ("film", "music", "sport", "people", "places")}
+
+
+def write_own_set(folder):
+    """The world's questions as JSONL, with ids that other sets have too."""
+    folder.mkdir()
+    for split, stem in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        rows = [
+            {"id": f"{stem}_{i}", "question": question.text, "golden_answers": list(question.golds), "metadata": {}}
+            for i, question in enumerate(WORLD.questions(split))
+        ]
+        (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """An OpenAI-compatible server whose models know the world, and of everything else that it is somewhere else."""
+
+    def answer(number, body):
+        if body is None:
+            return 200, {}, b"{}"
+        query = body["messages"][-1]["content"]
+        known = WORLD.lookup(query)
+        return completion(WORLD.reply(query, KNOWS_ALL) if known else "The answer is elsewhere.")
+
+    scripted = Scripted(answer)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(scripted, threading.Lock()))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    scripted.base_url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield scripted
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def run(finished_run, models, tmp_path_factory):
+    """Workdir of a router that was trained and evaluated on prepared sets."""
+    root = tmp_path_factory.mktemp("real")
+    write_own_set(root / "mine")
+    prepare.main(["--sets=mine", f"--source={root}", f"--dir={root / 'data'}"])
+    prepare.main(["--sets=paper", f"--source={FLASHRAG}", f"--dir={root / 'data'}"])
+    mains.succeed("export", finished_run, f"--folder={root / 'router'}", "--checkpoint=first")
+    arg = f"data={root / 'data'},pool={models.base_url},source={root / 'router'}"
+    config = f"{Path(__file__).with_name('real_config.py')}:{arg}"
+    mains.succeed("train", root / "run", config=config)
+    mains.succeed("evaluate", root / "run", config=config)
+    return root / "run"
+
+
+def episodes(run, *parts):
+    lines = [line for path in (run / "episodes").glob("*.jsonl") for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in lines]
+    return [record for record in records if record["split"] in parts]
+
+
+def test_every_split_asks_the_questions_of_its_sets_and_no_other(run):
+    asked = {split: {e["id"] for e in episodes(run, split)} for split in ("train", "validation", "test")}
+    suites = {split: {name.partition("/")[0] for name in ids} for split, ids in asked.items()}
+    assert suites["train"] <= {"mine", "hotpotqa"} and "mine" in suites["train"]
+    assert suites["validation"] == {"mine", "nq"}
+    assert suites["test"] == {"mine", *PAPER_SETS}
+    files = {split: {name.split("/")[1] for name in ids if name.startswith("mine/")} for split, ids in asked.items()}
+    assert files == {"train": {"train"}, "validation": {"dev"}, "test": {"test"}}
+
+
+def test_what_was_drawn_is_noted(run):
+    noted = json.loads((run / "data.json").read_text())
+    assert {split: list(noted[split]["sets"]) for split in noted} == {
+        "train": ["mine", "hotpotqa"], "validation": ["mine", "nq"], "test": ["mine", *PAPER_SETS],
+    }  # fmt: skip
+    drawn = [one["questions"] for one in noted["test"]["sets"].values()]
+    assert drawn == [5, 5, 3, 5, 4, 3, 3, 4]  # at most five of each
+    assert noted["train"]["sets"]["hotpotqa"]["overlapping"] == 1  # of which a test question of nq is the double
+    assert noted["train"]["seed"] == 0 and noted["train"]["per_set"] == 40
+
+
+def test_models_are_asked_and_what_they_know_is_rewarded(run, models):
+    assert len(models.requests) > 50
+    played = episodes(run, "train", "test")
+    replies = {call["reply"] for e in played for call in e["calls"]}
+    assert "The answer is elsewhere." in replies
+    right = [e for e in played if e["exact_match"] == 1.0]
+    assert right and {e["id"].partition("/")[0] for e in right} == {"mine"}
+    assert all(e["response"].count("<information>") >= 1 for e in right)
+
+
+def test_the_results_count_every_test_question_once(run):
+    results = json.loads((run / "results.json").read_text())
+    trained = [e for e in episodes(run, "test") if e["policy"] == "trained"]
+    assert len(trained) == len({e["id"] for e in trained}) == 32 == results["questions"]
+    em = sum(e["exact_match"] for e in trained) / 32
+    assert results["policies"][0]["em"] == pytest.approx(em)
