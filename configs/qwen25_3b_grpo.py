@@ -40,6 +40,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.learner.micro_batch = 8
 
     options = arg.split(",") if arg else []
+    if "paper" in options:
+        use_paper_data(c)
+        use_pool(c, Path(__file__).parent / "pools" / "paper.py")
+        c.pool.simulate = False
     if "runlocal" in options:
         c.model.source = ""
         c.model.arch = base_config().model.arch
@@ -49,10 +53,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.rollout.max_turn_tokens, c.rollout.reply_tokens, c.rollout.max_tokens = 16, 32, 512
         c.validation.questions = 8
         c.evaluation.questions = 16
-    if "paper" in options:
-        use_paper_data(c)
-        use_pool(c, Path(__file__).parent / "pools" / "paper.py")
-        c.pool.simulate = False
     for name in options:
         if name not in ("runlocal", "paper"):
             use_loss(c, name)
