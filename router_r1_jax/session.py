@@ -150,9 +150,9 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
     Raises ConfigError, DataError or PoolError with what to mend, before anything is computed.
     """
     cards, world = cards_from_config(config.pool), _world(config)
-    mesh, tokenizer, model, initial = open_router(config, workdir, load_source=load_source)
     with hosts.first_before_others():
-        data_dirs = open_sets(config.data, workdir)
+        data_dirs = open_sets(config.data, workdir)  # before weights are read: a set that is missing is said at once
+    mesh, tokenizer, model, initial = open_router(config, workdir, load_source=load_source)
     with ExitStack() as opening:
         own = _part_of_limits(config, jax.process_count())
         pool = opening.enter_context(_open_pool(own, workdir, cards, opening))

@@ -78,8 +78,9 @@ def fetch_all(base: str, names: list[str], folder: Path) -> None:
             fetch(f"{base.rstrip('/')}/{quote(name)}", path)
         found = check_sum(path, name, sums, str(noted))
         if name not in sums:
-            with open(noted, "a", encoding="utf-8") as file:
-                file.write(f"{found}  {name}\n")
+            fresh = noted.with_name(noted.name + ".new")  # replaced as a whole: a torn line would be no checksum
+            fresh.write_text("".join(f"{sum_}  {n}\n" for n, sum_ in {**sums, name: found}.items()), encoding="utf-8")
+            fresh.replace(noted)
 
 
 def fetch(url: str, path: Path) -> None:

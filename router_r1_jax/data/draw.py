@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from router_r1_jax.data.overlap import text_key
-from router_r1_jax.data.questions import QuestionRecord, StoredQuestions
+from router_r1_jax.data.questions import DataError, QuestionRecord, StoredQuestions
 
 HELD_OUT = ("validation", "test")
 
@@ -70,12 +70,19 @@ def draw_split(data: ConfigDict, folders: Mapping[str, Path], split: str) -> lis
     """
     left_out: set[bytes] = set()
     if split == "train" and data.drop_overlap:
-        asked = {(folders[name], other) for other in HELD_OUT for name in data[other]}
-        left_out = {text_key(record.question) for where in asked for record in StoredQuestions(*where)}
+        asked = [_open(folders, name, other) for other in HELD_OUT for name in data[other]]
+        left_out = {text_key(record.question) for stored in asked for record in stored}
     return [
-        draw(StoredQuestions(folders[name], split), split, count=data.per_set[split], seed=data.seed, left_out=left_out)
+        draw(_open(folders, name, split), split, count=data.per_set[split], seed=data.seed, left_out=left_out)
         for name in data[split]
     ]
+
+
+def _open(folders: Mapping[str, Path], name: str, split: str) -> StoredQuestions:
+    try:
+        return StoredQuestions(folders[name], split)
+    except DataError as error:
+        raise DataError(f"data.{split} names {name!r}: {error}") from error
 
 
 def take_turns(drawn: Sequence[Drawn]) -> list[QuestionRecord]:

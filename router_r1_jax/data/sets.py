@@ -1,5 +1,6 @@
 """Where the prepared sets lie that a configuration names."""
 
+import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -7,6 +8,8 @@ from ml_collections import ConfigDict
 from router_r1_jax.config import SPLITS, ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.questions import OPEN_QA
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")  # other folders there are what is left of an interrupted build
 
 
 def open_sets(data: ConfigDict, workdir: str | Path) -> dict[str, Path]:
@@ -21,10 +24,11 @@ def open_sets(data: ConfigDict, workdir: str | Path) -> dict[str, Path]:
 
 def _find(root: Path, name: str) -> Path:
     """The newest version of a set below `root`."""
-    versions = sorted((root / OPEN_QA / name).glob("*.*.*"), key=lambda path: [int(n) for n in path.name.split(".")])
-    if not versions:
+    folder = root / OPEN_QA / name
+    found = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)] if folder.is_dir() else []
+    if not found:
         raise ConfigError(
             f"data.dir is {str(root)!r}, where no set {name!r} is prepared; run "
             f"python -m router_r1_jax.data.prepare --sets={name} --source=DIR_OR_URL --dir={root}"
         )
-    return versions[-1]
+    return max(found, key=lambda path: [int(number) for number in path.name.split(".")])

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -135,9 +136,22 @@ def test_a_set_that_is_not_prepared_is_named_with_the_command(data, tmp_path):
         open_sets(data, tmp_path)
 
 
+def test_of_several_versions_the_newest_whole_one_is_opened(data, prepared_root, tmp_path):
+    data.train = data.validation = data.test = ("nq",)
+    data.dir = str(shutil.copytree(prepared_root, tmp_path / "copy"))
+    folder = tmp_path / "copy" / "open_qa" / "nq"
+    for name in ("0.9.12", "incomplete.ABCDEF_1.0.1", "1.0.0.incompleteABCDEF"):  # as TFDS names what it has begun
+        (folder / name).mkdir()
+    assert open_sets(data, tmp_path) == {"nq": folder / "1.0.0"}
+    (folder / "1.0.10").mkdir()
+    assert open_sets(data, tmp_path) == {"nq": folder / "1.0.10"}
+
+
 def test_a_split_that_a_set_does_not_have_is_named(data, tmp_path):
     data.train = ("popqa",)
-    with pytest.raises(DataError, match="popqa/1.0.0 has no split 'train'; choose one of test"):
+    with pytest.raises(
+        DataError, match="data.train names 'popqa': .*popqa/1.0.0 has no split 'train'; choose one of test"
+    ):
         draw_split(data, open_sets(data, tmp_path), "train")
 
 
