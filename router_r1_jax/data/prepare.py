@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from router_r1_jax.config import PAPER_SETS
-from router_r1_jax.data.download import check_sum, check_url, fetch_all, is_url, read_sums
+from router_r1_jax.data.download import SUMS_FILE, check_sum, check_url, fetch_all, is_url, read_sums
 from router_r1_jax.data.open_qa import FILES, OpenQA, SetConfig
 from router_r1_jax.data.overlap import text_keys
 from router_r1_jax.data.questions import DataError, StoredQuestions
@@ -60,18 +60,31 @@ def prepare_set(suite: str, source: str, root: Path, *, expected: Path | None = 
     if builder.data_path.exists():
         print(f"{suite}: already prepared in {builder.data_path}; remove that folder to prepare it anew")
         return Path(builder.data_path)
-    folder, names = Path(source), [f"{suite}/{stem}.jsonl" for stem in dict.fromkeys(files.values())]
+    names = [f"{suite}/{stem}.jsonl" for stem in dict.fromkeys(files.values())]
+    folder = root / "downloads" if is_url(source) else Path(source)
     if is_url(source):
-        folder = root / "downloads"
         fetch_all(source, names, folder)
     for name in names:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} does not exist; --source is a folder with <set>/<file>.jsonl, or a URL")
         if expected:
-            check_sum(folder / name, name, read_sums(expected), str(expected))
+            check_sum(folder / name, name, _expected_sums(expected, name), str(expected))
     builder.max_bad, builder.origin = max_bad, source
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
+    try:
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
+    except DataError as error:
+        if not is_url(source):
+            raise
+        fix = f"to download anew, remove {folder / suite} and its lines of {folder / SUMS_FILE}"
+        raise DataError(f"{error}\n{fix}") from error
     return Path(builder.data_path)
+
+
+def _expected_sums(path: Path, name: str) -> dict[str, str]:
+    sums = read_sums(path)
+    if name not in sums:
+        raise DataError(f"--checksums is {path}, which has no line for {name}; add one, or leave the flag out")
+    return sums
 
 
 def describe(suite: str, folder: Path) -> str:

@@ -188,7 +188,20 @@ def test_expected_sums_are_held_against_the_files(tmp_path, flashrag):
     path.write_text(f"{sums['train']}  nq/train.jsonl\n{sums['train']}  nq/dev.jsonl\n")
     with pytest.raises(DataError, match=r"nq/dev\.jsonl has the SHA-256 .*sums says"):
         prepare_set("nq", str(flashrag), tmp_path / "other", expected=path)
+    path.write_text(f"{sums['train']}  nq/train.jsonl\n")
+    with pytest.raises(DataError, match=r"sums, which has no line for nq/dev\.jsonl"):
+        prepare_set("nq", str(flashrag), tmp_path / "other", expected=path)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_page_in_place_of_the_file_is_refused_with_what_to_remove(tmp_path):
+    with serving({"/popqa/test.jsonl": b"<html>\n<p>Please log in</p>\n</html>\n"}) as server:
+        with pytest.raises(DataError, match=r"popqa/test\.jsonl: 3 of 3 lines cannot be used") as refused:
+            prepare_set("popqa", server.url, tmp_path)
+        fix = f"to download anew, remove {tmp_path}/downloads/popqa and its lines of {tmp_path}/downloads/SHA256SUMS"
+        assert str(refused.value).endswith(fix)
+        with pytest.raises(DataError, match="nq/train.jsonl answers HTTP 404"):
+            prepare_set("nq", server.url, tmp_path)
 
 
 def test_overlaps_are_those_of_all_pairs(prepared_root):
