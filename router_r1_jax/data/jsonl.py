@@ -158,7 +158,7 @@ def survey(path: Path, name: str, *, max_bad: float) -> Survey:
     """
     numbers, ids, texts, bad = array("q"), bytearray(), bytearray(), []
     lines = blank = blank_golds = 0
-    for number, found in tqdm(read_questions(path, name), desc=name, unit=" lines", leave=False, dynamic_ncols=True):
+    for number, found in tqdm(read_questions(path, name), desc=name, unit=" lines", leave=False, disable=None):
         lines = number
         if isinstance(found, RawQuestion):
             numbers.append(number)

@@ -128,7 +128,7 @@ def _examples(path: Path, name: str, prefix: str, numbers: np.ndarray) -> Iterat
     """The questions on the lines `numbers`, in ascending order, as TFDS examples."""
     wanted = iter(numbers)
     number = next(wanted, None)
-    for at, found in tqdm(read_questions(path, name), desc=f"writing {name}", unit=" lines", leave=False):
+    for at, found in tqdm(read_questions(path, name), desc=f"writing {name}", unit=" lines", leave=False, disable=None):
         if at == number:
             key = f"{prefix}/{found.id}"
             yield key, {"id": key, "question": found.question, "golden_answers": list(found.golds)}
