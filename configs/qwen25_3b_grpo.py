@@ -7,7 +7,7 @@ Hardware: 8 devices of 48 GB, each with a replica of the rollout; one needs abou
 
     python -m router_r1_jax.model.plan --config=configs/qwen25_3b_grpo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=48
 
-says. On one device of 40 GB: `--config.model.dtype=bfloat16 --config.model.lora.rank=16` (26 GB; raise the learning
+says. On one device of 24 GB: `--config.model.dtype=bfloat16 --config.model.lora.rank=16` (23 GB; raise the learning
 rate, 1e-5 to 1e-4 is usual for LoRA). Not run yet: wall time and numbers unknown. With `--config.model.source=` it
 starts from random weights.
 `--config=configs/qwen25_3b_grpo.py:paper` takes the published questions (`use_paper_data`; prepare them first) and the
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.rollout.slots = 64
     c.rollout.max_calls = 4
     c.learner.learning_rate = 1e-6
-    c.learner.micro_batch = 8
+    c.learner.micro_tokens = 4096
 
     options = arg.split(",") if arg else []
     if "paper" in options:
@@ -51,6 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.steps = 2
         c.rollout.questions, c.rollout.group, c.rollout.slots = 2, 4, 8
         c.rollout.max_turn_tokens, c.rollout.reply_tokens, c.rollout.max_tokens = 16, 32, 512
+        c.learner.length_buckets = 1
         c.validation.questions = 8
         c.evaluation.questions = 16
     for name in options:

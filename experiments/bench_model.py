@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import describe_machine, in_turns, load_torch
 
-from router_r1_jax.learner.logprobs import token_logprobs
+from router_r1_jax.learner.logprobs import read_rows
 from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, Params, RouterLM, count_params, init_params
 
@@ -49,7 +49,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense 
 
 def mean_loss(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """Cross-entropy in nats of tokens [B, T + 1], averaged over all but the first, T of which are read."""
-    logps, _ = token_logprobs(config, params, None, tokens, chunk=LOGIT_CHUNK, temperature=1.0)
+    logps = read_rows(config, params, None, tokens, chunk=LOGIT_CHUNK, temperature=1.0).logps
     return -jnp.mean(logps[:, 1:])
 
 

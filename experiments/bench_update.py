@@ -34,8 +34,7 @@ import numpy as np
 from measure import describe_machine, in_turns, load_torch
 from safetensors.numpy import load_file
 
-from router_r1_jax.learner import Learner, PolicyLoss, Row, init_state, make_batch, make_optimizer
-from router_r1_jax.learner.batch import Batch
+from router_r1_jax.learner import Batch, Layout, Learner, PolicyLoss, Row, init_state, make_batch, make_optimizer
 from router_r1_jax.learner.update import TrainState, batch_gradients
 from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, Params, abstract_params, init_params, save_hf
@@ -63,42 +62,39 @@ class Data:
         self.responses = rng.integers(config.vocab_size, size=(rows, response))
         self.advantages = rng.standard_normal(rows).astype(np.float32)
         self.logps = np.zeros((rows, response), np.float32)
-        learner, _ = make_learner(config, rows)
-        now = learner.reference_logprobs(params, self.batch(shared=True))[:, 1 : response + 1]
+        learner, _ = make_learner(config, Layout((response,), (rows,)))
+        now = np.stack([reading.logps for reading in learner.read(params, *self.rows(shared=True))])
         ratio = np.exp(0.2 * rng.standard_normal(now.shape))
         for edge in (1 - CLIP, 1 + CLIP):
             ratio = np.where(np.abs(ratio - edge) < 0.01, edge + 0.02, ratio)
         self.logps = (now - np.log(ratio)).astype(np.float32)
 
-    def batch(self, *, shared: bool) -> Batch:
-        """The learner's batch. A row begins with the prompt's last token, which predicts the first of its response."""
+    def rows(self, *, shared: bool) -> tuple[np.ndarray, list[Row]]:
+        """The learner's prefix and rows. A row begins with the prompt's last token, which predicts the response."""
         cut = len(self.prompt) - 1 if shared else 0
-        own, mask = self.prompt[cut:], np.ones(self.responses.shape[1])
-        rows = [Row(own, r, mask, p, a) for r, p, a in zip(self.responses, self.logps, self.advantages, strict=True)]
-        return make_batch(self.prompt[:cut], rows)
+        made = zip(self.responses, self.logps, self.advantages, strict=True)
+        return self.prompt[:cut], [Row(self.prompt[cut:], r, logps=p, advantages=a) for r, p, a in made]
 
 
-def make_learner(config: ModelConfig, micro_batch: int) -> tuple[Learner, Callable[[Params], TrainState]]:
+def make_learner(config: ModelConfig, layout: Layout) -> tuple[Learner, Callable[[Params], TrainState]]:
     """A learner of this loss on one device, and what makes its state of parameters."""
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     abstract = abstract_params(config, mesh)
     optimizer, _ = make_optimizer(
         learning_rate=LEARNING_RATE, warmup=1, total=10, decay=False, weight_decay=0.0, max_grad_norm=MAX_NORM
     )
-    learner = Learner(config, optimizer, LOSS, mesh, abstract, micro_batch=micro_batch, chunk=LOGIT_CHUNK)
+    learner = Learner(config, optimizer, LOSS, mesh, abstract, layout=layout, chunk=LOGIT_CHUNK)
     return learner, lambda params: init_state(optimizer, params, abstract, mesh)
 
 
-LOSS = PolicyLoss(clip_low=CLIP, clip_high=CLIP, kl_coef=0.0)
+LOSS = PolicyLoss(clip_low=CLIP, clip_high=CLIP, kl_coef=0.0, kl="none")
 
 
-def our_gradients(config: ModelConfig, params: Params, batch: Batch, micro_batch: int) -> tuple[dict, int]:
+def our_gradients(config: ModelConfig, params: Params, batch: Batch) -> tuple[dict, int]:
     """The gradient by Hugging Face's names, and the bytes of temporary memory of its program."""
-    function = functools.partial(
-        batch_gradients, config, LOSS, micro_batch=micro_batch, chunk=LOGIT_CHUNK, temperature=1.0
-    )
+    function = functools.partial(batch_gradients, config, LOSS, chunk=LOGIT_CHUNK, temperature=1.0)
     compiled = jax.jit(function).lower(params, batch).compile()
-    grads, _ = compiled(params, batch)
+    (grads, _), _ = compiled(params, batch)
     with tempfile.TemporaryDirectory() as folder:
         save_hf(Path(folder) / "gradients", config, grads)
         files = sorted((Path(folder) / "gradients").glob("*.safetensors"))
@@ -146,13 +142,13 @@ def largest_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray
     return max(float(np.abs(ours[n] - theirs[n]).max() / np.abs(theirs[n]).max()) for n in ours)
 
 
-def updater(config: ModelConfig, params: Params, batch: Batch, micro_batch: int) -> Callable[[], None]:
+def updater(config: ModelConfig, params: Params, prefix: np.ndarray, rows: list[Row], layout: Layout) -> Callable:
     """A call that makes one more update of its own copy of the parameters."""
-    learner, start = make_learner(config, micro_batch)
+    learner, start = make_learner(config, layout)
     states = [start(jax.tree.map(jnp.copy, params))]
 
     def update() -> None:
-        states[0], _ = learner.update(states[0], batch)
+        states[0], _ = learner.update(states[0], prefix, rows)
         jax.block_until_ready(states[0])
 
     return update
@@ -166,14 +162,16 @@ def compare_on_cpu(name: str, repeats: int) -> dict[str, Any]:
     torch_update = TorchUpdate(config, params, data)
     torch_update.gradients()
     theirs = {name: p.grad.numpy() for name, p in torch_update.model.named_parameters()}
-    batches = {"ours": data.batch(shared=True), "plain": data.batch(shared=False)}
+    rows = {"ours": data.rows(shared=True), "plain": data.rows(shared=False)}
+    lengths = {"ours": RESPONSE, "plain": PROMPT + RESPONSE}
+    layouts = {system: Layout((lengths[system],), (MICRO_BATCH[system],)) for system in rows}
     result: dict[str, Any] = {}
     memory = {}
-    for system, batch in batches.items():
-        grads, memory[system] = our_gradients(config, params, batch, MICRO_BATCH[system])
+    for system, made in rows.items():
+        grads, memory[system] = our_gradients(config, params, make_batch(*made, layouts[system]))
         result[f"{system}_grad_max_rel_diff"] = largest_difference(grads, theirs)
     print(f"{name}: {result}, temporary memory {memory}", flush=True)
-    calls = {s: updater(config, params, batch, MICRO_BATCH[s]) for s, batch in batches.items()}
+    calls = {system: updater(config, params, *made, layouts[system]) for system, made in rows.items()}
     seconds = in_turns(calls | {"torch": torch_update.update}, repeats)
     return result | {
         **{f"{system}_seconds": round(value, 3) for system, value in seconds.items()},

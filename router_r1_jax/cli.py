@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 import router_r1_jax.config
 from router_r1_jax import hosts
+from router_r1_jax.alarms import CollapseError
 from router_r1_jax.checkpoint import CheckpointError
 from router_r1_jax.config import ConfigError, validate
 from router_r1_jax.data.questions import DataError
@@ -26,8 +27,8 @@ from router_r1_jax.rollout import PromptError
 
 # Errors whose message already says what is wrong, where, and what to do.
 PLAIN_ERRORS = (
-    BrokenFileError, CheckpointError, ConfigError, DataError, HostError, MissingExtraError, PoolError, PromptError,
-    WeightsError,
+    BrokenFileError, CheckpointError, CollapseError, ConfigError, DataError, HostError, MissingExtraError, PoolError,
+    PromptError, WeightsError,
 )  # fmt: skip
 # The system's words for a disk that takes nothing more. Libraries pass them on without the file's name.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

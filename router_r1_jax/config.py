@@ -103,19 +103,24 @@ def use_pool(config: ConfigDict, path: str | Path) -> None:
     config.pool.price_date = pool.PRICE_DATE
 
 
-# What `learner` holds where a published method is taken whole. Groups without a spread are counted, not drawn again,
-# in "dapo" too. In those without clipping the ratio is that of an importance weight.
+# What `learner` holds where a published method is taken whole, beside _PLAIN. In those without clipping the ratio is
+# that of an importance weight.
 _UNCLIPPED = dict(clip_low=1.0, clip_high=1e9)
 LOSSES = {
-    "grpo": dict(advantage="grpo", mean_over="sequence", clip_low=0.2, clip_high=0.2, kl_coef=0.04),
-    "dr_grpo": dict(advantage="dr_grpo", mean_over="constant", clip_low=0.2, clip_high=0.2, kl_coef=0.0),
-    "dapo": dict(advantage="grpo", mean_over="token", clip_low=0.2, clip_high=0.28, kl_coef=0.0),
-    "gspo": dict(
-        advantage="grpo", ratio="sequence", mean_over="sequence", clip_low=3e-4, clip_high=4e-4, kl_coef=0.0
+    "grpo": dict(advantage="grpo", mean_over="sequence", kl_coef=0.04),
+    "dr_grpo": dict(advantage="dr_grpo", mean_over="constant"),
+    "dapo": dict(advantage="grpo", clip_high=0.28, resample=3),
+    "gspo": dict(advantage="grpo", ratio="sequence", mean_over="sequence", clip_low=3e-4, clip_high=4e-4),
+    "rloo": dict(advantage="rloo", mean_over="constant") | _UNCLIPPED,
+    "reinforce": dict(advantage="reinforce") | _UNCLIPPED,
+    "ppo": dict(
+        advantage="gae", kl="k1", kl_in="reward", kl_coef=0.001, entropy_coef=0.001, value_coef=0.1, value_clip=0.5
     ),
-    "rloo": dict(advantage="rloo", mean_over="constant", kl_coef=0.0) | _UNCLIPPED,
-    "reinforce": dict(advantage="reinforce", mean_over="token", kl_coef=0.0) | _UNCLIPPED,
-}  # fmt: skip
+}
+_PLAIN = dict(
+    ratio="token", mean_over="token", clip_low=0.2, clip_high=0.2, dual_clip=0.0, kl="k3", kl_in="loss", kl_coef=0.0,
+    entropy_coef=0.0, value_coef=0.0, value_clip=0.0, resample=0,
+)  # fmt: skip
 
 
 def use_loss(config: ConfigDict, name: str) -> None:
@@ -124,7 +129,7 @@ def use_loss(config: ConfigDict, name: str) -> None:
     Raises ConfigError for another name.
     """
     _one_of("loss", name, tuple(LOSSES))
-    config.learner.update(dict(ratio="token", dual_clip=0.0, kl="k3") | LOSSES[name])
+    config.learner.update(_PLAIN | LOSSES[name])
 
 
 PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -237,6 +242,7 @@ def base_config() -> ConfigDict:
     c.rollout.feed_rows = 8  # rows fed at a time
     c.rollout.feed_wait = 8  # decode steps that a row may be held back until enough others are to be fed; 0: none
     c.rollout.poll_every = 8  # decode steps between looks for replies while rows wait
+    c.rollout.ahead = False  # sample the next step's episodes while this one's update runs: one step off-policy
     c.rollout.driver = "jit"  # jit: one while_loop with a host callback | host: the same step driven from Python
 
     c.reward = ConfigDict()
@@ -254,19 +260,42 @@ def base_config() -> ConfigDict:
     c.learner.weight_decay = 0.0
     c.learner.max_grad_norm = 1.0
     # The loss: `use_loss(c, name)` sets the next fields to a published choice, see LOSSES and `learner.PolicyLoss`.
-    c.learner.advantage = "grpo"  # grpo | dr_grpo | rloo | reinforce: `learner.group_advantages`
+    c.learner.advantage = "grpo"  # grpo | dr_grpo | rloo | reinforce: `learner.group_advantages`; gae: against a critic
+    c.learner.resample = 0  # times that groups without a spread are replaced by those of new questions, at most (DAPO)
     c.learner.ratio = "token"  # token | sequence: what one ratio of policies spans
+    c.learner.old_logps = "sampler"  # sampler | learner: who says what ratios compare with; learner: one pass more
+    c.learner.importance_cap = 0.0  # bound of the weights old policy / sampler's distribution; 0: no weights
     c.learner.mean_over = "token"  # token | sequence | constant: all alike, each row alike, sum over rollout.max_tokens
     c.learner.clip_low = 0.2
     c.learner.clip_high = 0.2
     c.learner.dual_clip = 0.0  # bound, above 1, of the ratios of negative advantages; 0: none
-    c.learner.kl = "k3"  # k1 | k2 | k3: estimate of the KL to the warm-started reference, in the loss
+    c.learner.kl = "k3"  # k1 | k2 | k3: estimate of the KL to the warm-started reference; none: no reference is kept
+    c.learner.kl_in = "loss"  # loss | reward: where it counts
     c.learner.kl_coef = 0.001
+    c.learner.entropy_coef = 0.0
+    c.learner.discount, c.learner.gae_lambda = 1.0, 1.0  # of advantage "gae", per sampled token
+    c.learner.value_coef = 0.0  # factor of the critic's loss: its share in the gradient of the router's body
+    c.learner.value_clip = 0.0  # how far a value may move in one rollout's updates; 0: freely
+    c.learner.value_learning_rate = 1e-5  # of the critic's head
     # Factors of the components' own advantages, each normalised within its group; all 0: those of the total reward.
     c.learner.component_weights = ConfigDict(dict(format=0.0, outcome=0.0, cost=0.0))
-    c.learner.micro_batch = 32  # rows per forward and backward pass
-    c.learner.minibatches = 1  # updates per rollout
+    c.learner.micro_tokens = 16384  # positions, padding included, per device and forward-backward pass; at least a row
+    c.learner.length_buckets = 3  # lengths that rows are padded to, each half of the next, up to rollout.max_tokens
+    c.learner.epochs = 1  # passes over a rollout
+    c.learner.minibatches = 1  # updates per pass
     c.learner.logit_chunk = 64  # positions whose logits are held at a time
+
+    # Signs of collapse, each an alarm in the metrics and on the screen: `alarms.SIGNS`; inf (entropy: 0) turns one off.
+    c.alarms = ConfigDict()
+    c.alarms.entropy = 1e-3  # nats per token; below it the router no longer explores
+    c.alarms.kl = 1.0  # nats per token to the reference
+    c.alarms.malformed = 0.5  # share of the episodes
+    c.alarms.length = 3.0  # times the first step's tokens per episode
+    c.alarms.one_model = 0.95  # share of the calls
+    c.alarms.logp_diff = 0.1  # nats per token between sampler and learner, on average
+    c.alarms.skipped = 0.0  # updates of a step whose loss or gradient was not finite
+    c.alarms.stop = False  # an alarm that stands for `patience` steps ends the run
+    c.alarms.patience = 5
 
     c.warmstart = ConfigDict()
     c.warmstart.seed = 0  # of its own: runs of other seeds start from the same warm start
@@ -294,11 +323,11 @@ def base_config() -> ConfigDict:
 _COUNTS = (
     "rollout.questions", "rollout.tensor", "rollout.slots", "rollout.max_turn_tokens", "rollout.reply_tokens",
     "rollout.max_tokens", "rollout.chunk", "rollout.feed_rows", "rollout.poll_every", "prompt.question_tokens",
-    "pool.concurrency", "pool.max_tokens", "learner.micro_batch", "learner.minibatches", "learner.logit_chunk",
-    "reward.window", "checkpoint.every", "checkpoint.keep", "validation.every", "logging.episodes_every",
-    "evaluation.questions", "evaluation.bootstrap", "warmstart.batch", "model.arch.num_layers", "model.arch.width",
-    "model.arch.mlp", "model.arch.num_heads", "model.arch.num_kv_heads", "model.arch.head_dim",
-    "distributed.processes",
+    "pool.concurrency", "pool.max_tokens", "learner.micro_tokens", "learner.length_buckets", "learner.epochs",
+    "learner.minibatches", "learner.logit_chunk", "reward.window", "checkpoint.every", "checkpoint.keep",
+    "validation.every", "logging.episodes_every", "alarms.patience", "evaluation.questions", "evaluation.bootstrap",
+    "warmstart.batch", "model.arch.num_layers", "model.arch.width", "model.arch.mlp", "model.arch.num_heads",
+    "model.arch.num_kv_heads", "model.arch.head_dim", "distributed.processes",
 )  # fmt: skip
 _POSITIVE = (
     "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "pool.breaker.pause",
@@ -306,14 +335,14 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
-    "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget",
-    "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait",
+    "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget", "reward.router_price",
+    "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait", "alarms.entropy",
     "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds", "validation.questions",
-    "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low",
-    "learner.clip_high", "learner.dual_clip", "learner.kl_coef",
-    "learner.component_weights.format", "learner.component_weights.outcome",
-    "learner.component_weights.cost", "warmstart.seed", "warmstart.steps", "warmstart.learning_rate",
-    "warmstart.warmup", "warmstart.copy_steps", "distributed.process",
+    "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",
+    "learner.dual_clip", "learner.kl_coef", "learner.entropy_coef", "learner.value_coef", "learner.value_clip",
+    "learner.value_learning_rate", "learner.importance_cap", "learner.resample", "learner.component_weights.format",
+    "learner.component_weights.outcome", "learner.component_weights.cost", "warmstart.seed", "warmstart.steps",
+    "warmstart.learning_rate", "warmstart.warmup", "warmstart.copy_steps", "distributed.process",
 )  # fmt: skip
 
 
@@ -360,6 +389,22 @@ def _sets(config: ConfigDict) -> None:
         )
 
 
+def _critic(learner: ConfigDict) -> None:
+    """What belongs to advantage "gae" is there with it, and nowhere else."""
+    for field in ("discount", "gae_lambda"):
+        if not 0.0 <= learner[field] <= 1.0:
+            raise ConfigError(f"learner.{field} is {learner[field]}; it lies in [0, 1]")
+    if learner.advantage != "gae" and learner.value_coef:
+        raise ConfigError(
+            f"learner.value_coef is {learner.value_coef}, but learner.advantage {learner.advantage!r} has no critic; "
+            "set one of them to 0 or 'gae'"
+        )
+    if learner.advantage == "gae" and any(learner.component_weights.values()):
+        raise ConfigError("learner.component_weights compare within groups; learner.advantage 'gae' takes none of them")
+    if learner.advantage == "gae" and not learner.value_coef:
+        raise ConfigError("learner.value_coef is 0; with learner.advantage 'gae' the critic learns by it, 0.1 is usual")
+
+
 def validate(config: ConfigDict) -> None:
     """Raise ConfigError for a configuration that cannot run. Cards are checked where they are built (`pool.cards`)."""
     _at_least(1, config, _COUNTS)
@@ -370,10 +415,13 @@ def validate(config: ConfigDict) -> None:
     _one_of("reward.metric", config.reward.metric, ("em", "f1"))
     _one_of("reward.preset", config.reward.preset, ("official", "paper", "group", "success_gated"))
     _one_of("reward.cost", config.reward.cost, ("output", "tokens", "all", "seconds"))
-    _one_of("learner.advantage", config.learner.advantage, ("grpo", "dr_grpo", "rloo", "reinforce"))
+    _one_of("learner.advantage", config.learner.advantage, ("grpo", "dr_grpo", "rloo", "reinforce", "gae"))
     _one_of("learner.ratio", config.learner.ratio, ("token", "sequence"))
     _one_of("learner.mean_over", config.learner.mean_over, ("token", "sequence", "constant"))
-    _one_of("learner.kl", config.learner.kl, ("k1", "k2", "k3"))
+    _one_of("learner.kl", config.learner.kl, ("k1", "k2", "k3", "none"))
+    _one_of("learner.kl_in", config.learner.kl_in, ("loss", "reward"))
+    _one_of("learner.old_logps", config.learner.old_logps, ("sampler", "learner"))
+    _critic(config.learner)
     if 0.0 < config.learner.dual_clip <= 1.0:
         raise ConfigError(
             f"learner.dual_clip is {config.learner.dual_clip}; it is greater than 1 (3 is usual), or 0 for no bound"
@@ -390,13 +438,17 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(f"rollout.top_p is {config.rollout.top_p}; it lies in (0, 1], and 1 keeps all")
     if not 0.0 <= config.rollout.min_p <= 1.0:
         raise ConfigError(f"rollout.min_p is {config.rollout.min_p}; it lies in [0, 1], and 0 keeps all")
-    if config.rollout.group < 2:
-        raise ConfigError(f"rollout.group is {config.rollout.group}; GRPO compares at least 2 episodes per question")
-    episodes = config.rollout.questions * config.rollout.group
-    if episodes % (config.learner.minibatches * config.learner.micro_batch):
+    needs_group = config.learner.advantage not in ("gae", "reinforce") or config.learner.resample
+    if config.rollout.group < (2 if needs_group else 1):
         raise ConfigError(
-            f"learner.micro_batch is {config.learner.micro_batch}; {episodes} episodes a step "
-            f"(rollout.questions x rollout.group) must be a multiple of learner.minibatches x learner.micro_batch"
+            f"rollout.group is {config.rollout.group}; learner.advantage {config.learner.advantage!r} and "
+            "learner.resample compare at least 2 episodes per question"
+        )
+    episodes = config.rollout.questions * config.rollout.group
+    if episodes % config.learner.minibatches:
+        raise ConfigError(
+            f"learner.minibatches is {config.learner.minibatches}; it must divide the {episodes} episodes of a step "
+            "(rollout.questions x rollout.group)"
         )
     if not 0.0 <= config.pool.fault_weight <= 1.0:
         raise ConfigError(

@@ -24,6 +24,7 @@ from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.data.reference import references
 from router_r1_jax.evaluation.records import Record, make_records, summarise
 from router_r1_jax.evaluation.statistics import bootstrap_mean, paired_bootstrap
+from router_r1_jax.experience import judge
 from router_r1_jax.report import (
     EpisodeWriter,
     calls_per_model,
@@ -36,7 +37,7 @@ from router_r1_jax.report import (
 )
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.session import Session, open_session
-from router_r1_jax.train import config_hash, judge
+from router_r1_jax.train import config_hash
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 

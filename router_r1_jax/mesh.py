@@ -85,9 +85,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows [B, ...] split over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Rows, along an array's `axis`, split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("data", "fsdp")))
 
 
 def place(arrays: Any, shardings: Any) -> Any:

@@ -66,11 +66,29 @@ class Answers:
         """[B] int, equal for episodes of the same question."""
         return np.arange(len(self.episodes)) // self.group
 
+    def take(self, episodes: np.ndarray) -> "Answers":
+        """Some whole groups, by the numbers of their episodes."""
+        return dataclasses.replace(
+            self, questions=[self.questions[i] for i in episodes], episodes=[self.episodes[i] for i in episodes],
+            valid=self.valid[episodes],
+        )  # fmt: skip
+
     def raw_costs(self, reward: ConfigDict) -> np.ndarray:
         """[B] raw costs of the kind and unit that `config.reward` chooses."""
         return np.array(
             [episode_cost(reward.cost, e.replies, int(sum(e.sampled)), reward.router_price) for e in self.episodes]
         )
+
+
+def join_answers(parts: Sequence[Answers]) -> Answers:
+    """Answers of one roster, one after the other; the telemetry is the first's."""
+    return dataclasses.replace(
+        parts[0],
+        questions=[question for part in parts for question in part.questions],
+        episodes=[episode for part in parts for episode in part.episodes],
+        prefix_length=min(part.prefix_length for part in parts),
+        valid=np.concatenate([part.valid for part in parts]),
+    )
 
 
 class Router:
@@ -120,6 +138,10 @@ class Router:
         self._engine.push(self._spread(params))
         return {"push_seconds": time.monotonic() - started, "push_bytes": self._spread.nbytes}
 
+    def stop(self) -> None:
+        """End the rollout that another thread has under way, if there is one."""
+        self._engine.stop()
+
     def roster(self, *seed: int) -> tuple[Card, ...]:
         """The cards as one batch of prompts shows them: shuffled and renamed as the configuration says."""
         pool = self._config.pool
@@ -127,8 +149,11 @@ class Router:
 
     def prompt_ids(self, question: QuestionRecord, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of a question's whole prompt."""
+        return self._prompt_ids(question.question, cards)
+
+    def _prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         prompt = self._config.prompt
-        text = prompts.render(self._template, cards, question.question, self._config.rollout.max_calls)
+        text = prompts.render(self._template, cards, question, self._config.rollout.max_calls)
         return tuple(prompts.encode(self._tokenizer, text, system=prompt.system, thinking=prompt.thinking))
 
     def answer(
@@ -140,13 +165,15 @@ class Router:
         seed: tuple[int, ...],
         step: int,
         split: str,
+        roster_seed: tuple[int, ...] | None = None,
         on_finish: Callable[[Episode], None] | None = None,
     ) -> Answers:
         """Sample `group` episodes per question.
 
-        `seed` decides the roster and every draw. Raises PoolError where most calls failed at their provider.
+        `seed` decides every draw and, where no `roster_seed` does, the roster. Raises PoolError where most calls failed
+        at their provider.
         """
-        cards = at_step(self.roster(*seed), step)
+        cards = at_step(self.roster(*(seed if roster_seed is None else roster_seed)), step)
         repeated = [question for question in questions for _ in range(group)]
         ids = {question.id: self.prompt_ids(question, cards) for question in questions}
         asked = [Prompt(i, ids[question.id]) for i, question in enumerate(repeated)]
@@ -158,7 +185,7 @@ class Router:
             )
 
         mine = [prompt for prompt in asked if hosts.is_mine(prompt.episode // group)]  # whole groups
-        shared = common_prefix([prompt.tokens for prompt in asked])
+        shared = self._shared_tokens(list(ids.values()), cards)
 
         def sample() -> tuple[list[Episode], list[RolloutStats]]:
             if not mine:  # a validation may have fewer questions than there are processes
@@ -178,6 +205,14 @@ class Router:
         valid &= np.array([e.stop != "no_reply" for e in episodes])
         self._refuse_outage(episodes)
         return Answers(repeated, episodes, group, cards, stats.prefix_tokens, valid, stats)
+
+    def _shared_tokens(self, prompts: Sequence[tuple[int, ...]], cards: Sequence[Card]) -> int:
+        """Tokens that the prompts of any questions share on these cards; fewer where a tokenizer joins across them.
+
+        Not what these happen to share: questions that begin alike would make prefixes of another length.
+        """
+        probes = [self._prompt_ids(question, cards) for question in ("0", "Why")]
+        return common_prefix([*prompts, *probes])
 
     def _refuse_outage(self, episodes: Sequence[Episode]) -> None:
         replies = [reply for episode in episodes for reply in episode.replies]

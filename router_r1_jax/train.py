@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -27,28 +28,19 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from router_r1_jax import hosts
+from router_r1_jax.alarms import Alarms
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import Interrupts, launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionIterator, QuestionRecord
 from router_r1_jax.evaluation.records import Record, make_records, summarise
-from router_r1_jax.learner import (
-    Learner,
-    PolicyLoss,
-    Row,
-    TrainState,
-    abstract_state,
-    component_advantages,
-    group_advantages,
-    init_state,
-    make_batch,
-    make_optimizer,
-)
-from router_r1_jax.model import Params, add_adapters
-from router_r1_jax.pool.cards import route_names
+from router_r1_jax.experience import Ahead, Experience, gather, judge
+from router_r1_jax.learner import TrainState
+from router_r1_jax.learning import improve, make_trainer
+from router_r1_jax.model import add_adapters
 from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
-from router_r1_jax.reward import CostNormalizer, Rewards, score
-from router_r1_jax.router import Answers
+from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.router import Answers, join_answers
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.warmstart import warm_start
 
@@ -73,64 +65,6 @@ def estimate(config: ConfigDict) -> str:
         f"{c.rollout.reply_tokens} tokens that is ${dollars[0]:.2f} at the models' mean price, "
         f"${dollars[1]:.2f} at the dearest's"
     )
-
-
-def judge(config: ConfigDict, answers: Answers, normalizer: CostNormalizer) -> Rewards:
-    """Rewards of one rollout; the normaliser's window takes the costs in the episodes' order."""
-    return score(
-        [episode.text for episode in answers.episodes],
-        [question.golds for question in answers.questions],
-        answers.raw_costs(config.reward),
-        route_names(answers.roster),
-        preset=config.reward.preset,
-        alpha=config.reward.alpha,
-        metric=config.reward.metric,
-        normalizer=normalizer,
-        groups=answers.groups,
-        valid=answers.valid,
-    )
-
-
-def compare(config: ConfigDict, answers: Answers, rewards: Rewards) -> tuple[np.ndarray, int]:
-    """Advantages [B] of the total reward, or of its components where they have weights; groups without a spread."""
-    weights = np.where(answers.valid, 1.0, config.pool.fault_weight)
-    shares = config.learner.component_weights.to_dict()
-    if any(shares.values()):
-        components = {"format": rewards.format, "outcome": rewards.outcome, "cost": rewards.cost}
-        return component_advantages(components, shares, answers.groups, weights, kind=config.learner.advantage)
-    return group_advantages(rewards.total, answers.groups, weights, kind=config.learner.advantage)
-
-
-def make_rows(answers: Answers, advantages: np.ndarray) -> list[Row]:
-    """The learner's rows: sampled ids as they were sampled, never text tokenised again."""
-    return [
-        Row(e.prompt[answers.prefix_length :], e.tokens, e.sampled, e.logps, float(advantage))
-        for e, advantage in zip(answers.episodes, advantages, strict=True)
-    ]
-
-
-def update(
-    config: ConfigDict,
-    learner: Learner,
-    state: TrainState,
-    reference: Params | None,
-    answers: Answers,
-    advantages: np.ndarray,
-) -> tuple[TrainState, dict[str, float]]:
-    """One update per mini-batch; metrics are means over the mini-batches.
-
-    `reference` None: the state's own parameters without their adapters, which no update changes.
-    """
-    rows = make_rows(answers, advantages)
-    prefix = answers.episodes[0].prompt[: answers.prefix_length]
-    size = len(rows) // config.learner.minibatches
-    each = []
-    for start in range(0, len(rows), size):
-        batch = make_batch(prefix, rows[start : start + size])
-        batch = batch.replace(reference_logps=learner.reference_logprobs(reference or state.params, batch))
-        state, metrics = learner.update(state, batch)
-        each.append(metrics)
-    return state, {name: float(np.mean([m[name] for m in each])) for name in each[0]}
 
 
 def validate(
@@ -170,16 +104,30 @@ class Run:
     session: Session
     iterator: QuestionIterator
     normalizer: CostNormalizer
+    alarms: Alarms
     first_window: dict[str, Any] | None = None  # the cost window after the first rollout
     state: TrainState | None = None
     step: int = 0
     saved_step: int = -1
+    pushed_step: int = -1  # of the parameters that the rollout has
+    push_figures: dict[str, float] = dataclasses.field(default_factory=dict)  # what that push took
     progress: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def advance(self, state: TrainState, step: int) -> None:
-        """Take the state after `step` updates."""
-        self.state, self.step = state, step
-        self.progress = {
+    def gather(self, config: ConfigDict, step: int) -> Experience:
+        """The episodes of a step, by the parameters pushed last."""
+        experience = gather(config, self.session.router, self.iterator, self.normalizer, step)
+        self.first_window = self.first_window or self.normalizer.state()
+        return experience
+
+    def push(self) -> None:
+        """Give the rollout the present parameters, unless it has them."""
+        if self.pushed_step != self.step:
+            self.push_figures = self.session.router.push(self.state.params)
+            self.pushed_step = self.step
+
+    def look_back(self) -> dict[str, Any]:
+        """What a checkpoint of the step whose episodes were gathered last will hold of the host."""
+        return {
             "data": self.iterator.state(),
             "cost_window": self.normalizer.state(),
             "first_cost_window": self.first_window,
@@ -187,14 +135,25 @@ class Run:
             "config": config_hash(self.session.config),
         }
 
+    def advance(self, state: TrainState, step: int, progress: dict[str, Any]) -> None:
+        """Take the state after `step` updates, and what `look_back` said before the next step's episodes were begun."""
+        self.state, self.step, self.progress = state, step, progress | {"alarms": self.alarms.state()}
+
+    def sound(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """The alarms of this step's metrics; what begins or ends is printed."""
+        figures, lines = self.alarms.look(metrics)
+        for line in lines if hosts.first() else []:
+            tqdm.write(f"step {self.step}: {line}")
+        self.progress["alarms"] = self.alarms.state()
+        return figures
+
     def count_calls(self) -> None:
         """Take the ledger's sums once more: the calls of a validation belong to the step that it follows."""
         self.progress["pools"] = self.session.pool_states()
 
     def save(self, store: CheckpointStore, metric: float | None) -> None:
         """Write a checkpoint of this step."""
-        train = {"opt_state": self.state.opt_state, "step": self.state.step}
-        store.save(self.step, params=self.state.params, train=train, run=self.progress, metric=metric)
+        store.save(self.step, params=self.state.params, train=train_tree(self.state), run=self.progress, metric=metric)
         self.saved_step = self.step
 
     @contextmanager
@@ -215,39 +174,21 @@ class Run:
 
     def restore(self, store: CheckpointStore, step: int, abstract: TrainState) -> None:
         """Become the run that checkpoint `step` holds."""
-        train = {"opt_state": abstract.opt_state, "step": abstract.step}
-        saved = store.restore(step, abstract_params=abstract.params, abstract_train=train)
+        saved = store.restore(step, abstract_params=abstract.params, abstract_train=train_tree(abstract))
         if saved.run["config"] != config_hash(self.session.config):
             hosts.say(f"note: step {step} was made with another configuration; going on with the present one")
         self.iterator.restore(saved.run["data"])
         self.normalizer.restore(saved.run["cost_window"])
         self.first_window = saved.run["first_cost_window"]
         self.session.restore_pools(saved.run["pools"], step)
-        self.advance(TrainState(saved.params, saved.train["opt_state"], saved.train["step"]), step)
+        self.alarms.restore(saved.run["alarms"])
+        self.advance(TrainState(saved.params, **saved.train), step, self.look_back())
         self.saved_step = step
 
 
-def make_loss(config: ConfigDict) -> PolicyLoss:
-    """The loss that `config.learner` describes."""
-    c = config.learner
-    return PolicyLoss(
-        clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef, ratio=c.ratio, mean_over=c.mean_over,
-        length=config.rollout.max_tokens, dual_clip=c.dual_clip, kl=c.kl,
-    )  # fmt: skip
-
-
-def setup_learner(config: ConfigDict, session: Session) -> tuple[Learner, TrainState, Any, Any]:
-    """The learner, an abstract TrainState to restore into, the optimizer and its schedule."""
-    c = config.learner
-    optimizer, schedule = make_optimizer(
-        learning_rate=c.learning_rate, warmup=c.warmup, total=config.steps * c.minibatches, decay=c.decay,
-        weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm,
-    )  # fmt: skip
-    learner = Learner(
-        session.model, optimizer, make_loss(config), session.mesh, session.abstract_params,
-        micro_batch=c.micro_batch, chunk=c.logit_chunk, temperature=config.rollout.temperature,
-    )  # fmt: skip
-    return learner, abstract_state(optimizer, session.abstract_params, session.mesh), optimizer, schedule
+def train_tree(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state beside its parameters."""
+    return {"opt_state": state.opt_state, "step": state.step} | ({"critic": state.critic} if state.critic else {})
 
 
 def hit_rate(answers: Answers) -> float:
@@ -256,18 +197,45 @@ def hit_rate(answers: Answers) -> float:
     return float(np.mean(hits)) if hits else 0.0
 
 
-def rollout_metrics(session: Session, answers: Answers, records: list[Record]) -> dict[str, Any]:
-    """What a step's episodes and its rollout add to the metrics. Times in seconds, money in dollars."""
-    stats = answers.stats
-    return summarise(records, session.cards) | {
+def step_metrics(session: Session, experience: Experience, step: int) -> tuple[list[Record], dict[str, Any]]:
+    """Records of all episodes of a step, and what they and their rollouts add to the metrics.
+
+    Times in seconds, money in dollars; the telemetry is that of the first rollout.
+    """
+    records = [
+        record
+        for answers, rewards in experience.rounds
+        for record in make_records(
+            answers.questions, answers.episodes, rewards, step=step, split="train", policy="training"
+        )
+    ]
+    answers = join_answers([answers for answers, _ in experience.rounds])
+    stats, stops = answers.stats, Counter(episode.stop for episode in answers.episodes)
+    return records, summarise(records, session.cards) | {
+        "rounds": len(experience.rounds),
         "failed_episodes": int(np.sum(~answers.valid)),
         "response_tokens": float(np.mean([len(e.tokens) for e in answers.episodes])),
         "tokens_per_second": stats.decoded_tokens / stats.seconds,
         "tape_hit_rate": hit_rate(answers),
         "spent_dollars": session.spent,
-        **{f"stops/{reason}": count / len(answers.episodes) for reason, count in stats.stops.items()},
+        **{f"stops/{reason}": count / len(answers.episodes) for reason, count in stops.items()},
         **{f"rollout/{name}": value for name, value in stats.metrics().items()},
     }
+
+
+def saves(config: ConfigDict, step: int) -> bool:
+    """Whether the step ends with a checkpoint."""
+    return step == config.steps or step % config.checkpoint.every == 0
+
+
+def validates(config: ConfigDict, step: int) -> bool:
+    """Whether the step ends with a validation."""
+    return config.validation.questions > 0 and (step == config.steps or step % config.validation.every == 0)
+
+
+def pauses(config: ConfigDict, step: int) -> bool:
+    """Whether the next step's episodes wait for the step's end: a run that goes on from a checkpoint draws the same."""
+    return saves(config, step) or validates(config, step)
 
 
 def rollout_trace(answers: Answers, step: int) -> dict[str, Any]:
@@ -300,6 +268,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     hosts.hear_interrupts()
     if config.rollout.temperature == 0:
         raise ConfigError("rollout.temperature is 0; training needs draws that differ, set it to 1.0")
+    if config.rollout.ahead and hosts.several():
+        raise ConfigError("rollout.ahead is True; several processes cannot sample and update at once, set it to False")
     with ExitStack() as stack:
         # ---- pool, model, data --------------------------------------------------------------------------------------
         store = stack.enter_context(CheckpointStore(workdir / "checkpoints", keep=config.checkpoint.keep))
@@ -310,13 +280,16 @@ def main(config: ConfigDict, workdir: Path) -> None:
         hosts.say(estimate(config))
 
         # ---- learner, latest checkpoint: before any file is changed, so that one that cannot be read costs nothing --
-        learner, abstract, optimizer, schedule = setup_learner(config, session)
-        run = Run(session, iterator, CostNormalizer(config.reward.window))
+        trainer = make_trainer(config, session)
+        run = Run(session, iterator, CostNormalizer(config.reward.window), Alarms(config.alarms))
         resume_step = store.latest()
+        reference = None  # then the state's own parameters without their adapters
+        keeps_reference = config.learner.kl != "none" and not session.model.lora
         if resume_step is not None:
             hosts.say(f"going on from step {resume_step}")
-            run.restore(store, resume_step, abstract)
-            reference = None if session.model.lora else store.restore_params(store.first(), session.abstract_params)
+            run.restore(store, resume_step, trainer.abstract_state())
+            if keeps_reference:
+                reference = store.restore_params(store.first(), session.abstract_params)
 
         # ---- logging ------------------------------------------------------------------------------------------------
         writer, episodes_file = stack.enter_context(open_files(config, workdir, resume_step))
@@ -324,11 +297,10 @@ def main(config: ConfigDict, workdir: Path) -> None:
         # ---- first checkpoint: the warm start -----------------------------------------------------------------------
         if resume_step is None:
             params = add_adapters(session.model, warm_start(session, writer), session.mesh, config.seed)
-            # The state's own copy is donated by the first update.
-            reference = None if session.model.lora else jax.tree.map(jnp.copy, params)
-            run.advance(init_state(optimizer, params, session.abstract_params, session.mesh), 0)
+            if keeps_reference:
+                reference = jax.tree.map(jnp.copy, params)  # the state's own is donated by the first update
+            run.advance(trainer.fresh_state(params), 0, run.look_back())
             run.save(store, None)
-        session.router.push(run.state.params)
         stack.enter_context(run.kept_on_error(store))
 
         # ---- steps --------------------------------------------------------------------------------------------------
@@ -342,42 +314,43 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 disable=not hosts.first(),
             )
         )
+        ahead = stack.enter_context(Ahead(session.router, lambda step: run.gather(config, step)))
         while run.step < config.steps:
-            started = time.monotonic()
-            questions = iterator.next()
-            answers = session.router.answer(
-                questions, group=config.rollout.group, temperature=config.rollout.temperature,
-                seed=(config.seed, run.step), step=run.step + 1, split="train",
-            )  # fmt: skip
-            rewards = judge(config, answers, run.normalizer)
-            run.first_window = run.first_window or run.normalizer.state()
-            advantages, without_spread = compare(config, answers, rewards)
-            sampled = time.monotonic()
+            step, started = run.step + 1, time.monotonic()
+            if not ahead.begun:
+                run.push()
+            experience = ahead.take(step)
+            progress, sampled = run.look_back(), time.monotonic()
+            if config.rollout.ahead and not pauses(config, step):
+                run.push()
+                ahead.begin(step + 1)
 
             interrupts.hold()  # the update takes the old state's arrays: cut in it, the run would have neither state
-            state, metrics = update(config, learner, run.state, reference, answers, advantages)
-            run.advance(state, run.step + 1)
+            state, metrics = improve(config, trainer.learner, run.state, reference, *experience.chosen)
+            run.advance(state, step, progress)
             updated = time.monotonic()
-            metrics |= session.router.push(run.state.params)
 
-            records = make_records(
-                answers.questions, answers.episodes, rewards, step=run.step, split="train", policy="training"
+            records, figures = step_metrics(session, experience, step)
+            metrics |= (
+                figures
+                | run.push_figures
+                | {
+                    "rollout_seconds": sampled - started,
+                    "update_seconds": updated - sampled,
+                    "learning_rate": float(trainer.schedule(max(int(state.step) - 1, 0))),
+                }
             )
-            metrics |= rollout_metrics(session, answers, records) | {
-                "zero_variance_groups": without_spread,
-                "rollout_seconds": sampled - started,
-                "update_seconds": updated - sampled,
-                "learning_rate": float(schedule((run.step - 1) * config.learner.minibatches)),
-            }
-            last = run.step == config.steps
-            if last or run.step % config.logging.episodes_every == 0:
+            metrics |= run.sound(metrics)
+            if step == config.steps or step % config.logging.episodes_every == 0:
                 episodes_file.write(records)
                 if hosts.first():
-                    replace_file(workdir / "rollout.json", json.dumps(rollout_trace(answers, run.step)).encode())
+                    trace = rollout_trace(experience.rounds[0].answers, step)
+                    replace_file(workdir / "rollout.json", json.dumps(trace).encode())
             validated = None
             try:
                 interrupts.let_go()
-                if config.validation.questions and (last or run.step % config.validation.every == 0):
+                if validates(config, step):
+                    run.push()
                     figures, validation_records = validate(
                         config, session, validation_questions, run.first_window, run.step
                     )
@@ -387,8 +360,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
                     episodes_file.write(validation_records[:20])
             finally:  # a step whose validation is cut is whole, and kept, without it
                 writer.write(run.step, metrics)
-            if last or run.step % config.checkpoint.every == 0:
+            if saves(config, step):
                 run.save(store, validated)
+            run.alarms.check()
             bar.update()
             bar.set_postfix(
                 em=f"{metrics['em']:.2f}", reward=f"{metrics['reward/total']:.2f}",

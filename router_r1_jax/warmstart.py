@@ -26,7 +26,7 @@ from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
-from router_r1_jax.learner import Batch, Learner, Row, SupervisedLoss, init_state, make_batch, make_optimizer
+from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import roster
@@ -58,11 +58,11 @@ def recipe(config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def scripted_batch(session: Session, step: int) -> Batch:
-    """The rows of one supervised update: scripted episodes on one roster, and at first repeating random sequences.
+def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
+    """The shared prefix and the rows of one supervised update, of scripted episodes and at first random sequences.
 
-    Without the repeating sequences a router of this size learns neither to copy names of several tokens nor to read
-    cards; with them, both within a few hundred updates.
+    The episodes show one roster; the sequences repeat. Without them a router of this size learns neither to copy names
+    of several tokens nor to read cards; with them, both within a few hundred updates.
     """
     config = session.config
     rng = np.random.default_rng([config.warmstart.seed, step])
@@ -82,11 +82,11 @@ def scripted_batch(session: Session, step: int) -> Batch:
             piece = session.tokenizer.encode(text, add_special_tokens=False)
             tokens += piece
             mask += [float(spoken)] * len(piece)
-        rows.append(Row(prompt[shared:], tokens, mask, [0.0] * len(tokens), 0.0))
+        rows.append(Row(prompt[shared:], tokens, mask))
     if copies:
         tokens, repeats = repeating_sequences(rng, copies, COPY_LENGTH, len(session.tokenizer))
-        rows += [Row([], t, m, np.zeros(COPY_LENGTH), 0.0) for t, m in zip(tokens, repeats, strict=True)]
-    return make_batch(ids[0][:shared], rows)
+        rows += [Row([], t, m) for t, m in zip(tokens, repeats, strict=True)]
+    return ids[0][:shared], rows
 
 
 def train_warm_start(session: Session, report: Report) -> Params:
@@ -100,13 +100,18 @@ def train_warm_start(session: Session, report: Report) -> Params:
     optimizer, _ = make_optimizer(
         learning_rate=w.learning_rate, warmup=w.warmup, total=w.steps, decay=True, weight_decay=0.0, max_grad_norm=1.0
     )
+    c, mesh = session.config, session.mesh
+    layout = make_layout(
+        max(c.rollout.max_tokens, COPY_LENGTH), buckets=c.learner.length_buckets, tokens=c.learner.micro_tokens,
+        rows=w.batch, shares=mesh.shape["data"] * mesh.shape["fsdp"],
+    )  # fmt: skip
     learner = Learner(
-        session.model.base, optimizer, SupervisedLoss(), session.mesh, session.abstract_base,
-        micro_batch=w.batch, chunk=session.config.learner.logit_chunk,
+        session.model.base, optimizer, SupervisedLoss(), mesh, session.abstract_base,
+        layout=layout, chunk=c.learner.logit_chunk,
     )  # fmt: skip
     state = init_state(optimizer, session.initial_params(w.seed), session.abstract_base, session.mesh)
     for step in range(w.steps):
-        state, metrics = learner.update(state, scripted_batch(session, step))
+        state, metrics = learner.update(state, *scripted_rows(session, step))
         report(step + 1, metrics)
     return state.params
 

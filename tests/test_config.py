@@ -4,7 +4,7 @@ import pytest
 
 from router_r1_jax.config import LOSSES, ConfigError, base_config, model_card, use_loss, validate
 from router_r1_jax.learner import PolicyLoss
-from router_r1_jax.train import make_loss
+from router_r1_jax.learning import make_loss
 
 
 @pytest.fixture
@@ -29,7 +29,12 @@ def test_every_named_loss_is_a_configuration_that_can_run(config):
         "gspo": ("grpo", PolicyLoss(3e-4, 4e-4, 0.0, ratio="sequence", mean_over="sequence", length=T)),
         "rloo": ("rloo", PolicyLoss(1.0, 1e9, 0.0, mean_over="constant", length=T)),
         "reinforce": ("reinforce", PolicyLoss(1.0, 1e9, 0.0, length=T)),
+        "ppo": (
+            "gae",
+            PolicyLoss(0.2, 0.2, 0.0, kl="k1", length=T, entropy_coef=0.001, value_coef=0.1, value_clip=0.5),
+        ),
     }
+    assert config.learner.kl_in == "reward" and config.learner.kl_coef == 0.001
     with pytest.raises(ConfigError, match="loss is 'grop'; choose one of grpo, dr_grpo"):
         use_loss(config, "grop")
 
@@ -37,10 +42,16 @@ def test_every_named_loss_is_a_configuration_that_can_run(config):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("advantage", "gae", "learner.advantage is 'gae'; choose one of grpo"),
+        ("advantage", "a2c", "learner.advantage is 'a2c'; choose one of grpo"),
+        ("advantage", "gae", "learner.value_coef is 0; with learner.advantage 'gae' the critic learns by it"),
+        ("value_coef", 0.1, "learner.value_coef is 0.1, but learner.advantage 'grpo' has no critic"),
+        ("gae_lambda", 1.5, r"learner.gae_lambda is 1.5; it lies in \[0, 1\]"),
+        ("kl_in", "both", "learner.kl_in is 'both'; choose one of loss, reward"),
+        ("old_logps", "both", "learner.old_logps is 'both'; choose one of sampler, learner"),
+        ("minibatches", 7, "learner.minibatches is 7; it must divide the 128 episodes of a step"),
         ("ratio", "row", "learner.ratio is 'row'; choose one of token, sequence"),
         ("mean_over", "row", "learner.mean_over is 'row'; choose one of token, sequence, constant"),
-        ("kl", "k4", "learner.kl is 'k4'; choose one of k1, k2, k3"),
+        ("kl", "k4", "learner.kl is 'k4'; choose one of k1, k2, k3, none"),
         ("dual_clip", 0.5, "learner.dual_clip is 0.5; it is greater than 1"),
     ],
 )

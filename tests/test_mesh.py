@@ -71,4 +71,5 @@ def test_axes_that_do_not_divide_are_replicated(names, shape, expected):
 def test_rows_are_split_over_data_and_fsdp_and_nothing_else():
     mesh = mesh_of(2, 2, 2)
     assert rows_sharding(mesh).shard_shape((8, 5)) == (2, 5)
+    assert rows_sharding(mesh, axis=1).shard_shape((8, 4, 5)) == (8, 1, 5)
     assert replicated(mesh).shard_shape((8, 5)) == (8, 5)

@@ -104,7 +104,7 @@ def test_a_command_gives_its_process_the_run_s_configuration(config_file, tmp_pa
         ("choices('reward', 0.5)", "get_sweep\\(\\) sets reward to 0.5"),
         ("choices('pool.shuffle', 'maybe')", "pool.shuffle to 'maybe'"),
         ("choices('reward.alpha', 0.5, 2.0)", "run alpha=2.0: reward.alpha is 2.0"),
-        ("choices('rollout.group', 8, 3)", "run group=3: learner.micro_batch"),
+        ("choices('learner.minibatches', 1, 3)", "run minibatches=3: learner.minibatches is 3; it must divide"),
         ("choices('seed', 1, 1)", "holds seed=1 twice"),
         ("[]", "get_sweep\\(\\) is empty"),
         ("[3]", "get_sweep\\(\\)\\[0\\] is 3"),

@@ -14,9 +14,9 @@ import pytest
 from router_r1_jax import warmstart
 from router_r1_jax.data.world import claim, query_text
 from router_r1_jax.evaluation.records import make_records, summarise
+from router_r1_jax.experience import judge
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.session import open_session
-from router_r1_jax.train import judge
 from router_r1_jax.warmstart import load_warm_start
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"

@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.world.update(dict(films=8, songs=8, clubs=8, persons=10, cities=10, countries=4, rivers=4))
     c.pool.update(dict(backoff=0.02, backoff_max=0.2))
     c.rollout.update(dict(questions=4, group=4, slots=8, max_tokens=96, max_turn_tokens=32))
-    c.learner.micro_batch = 16
+    c.learner.micro_tokens, c.learner.length_buckets = 1536, 1
     c.warmstart.update(dict(steps=120, file="", batch=32, copy_steps=0, warmup=10, learning_rate=1e-2))
     c.checkpoint.every = 2
     c.validation.update(dict(every=2, questions=8))

@@ -1,6 +1,6 @@
-"""Advantages, in NumPy: each episode against the others that answered the same question, or against all."""
+"""Advantages, in NumPy: each episode against the others that answered the same question, or tokens against a critic."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -8,11 +8,11 @@ import numpy as np
 # A group whose rewards spread less than this carries no signal; dividing by its spread would only blow up rounding.
 SAME = 1e-8
 
-AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
+GroupKind = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
 
 
 def group_advantages(
-    rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None, *, kind: AdvantageName = "grpo"
+    rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None, *, kind: GroupKind = "grpo"
 ) -> tuple[np.ndarray, int]:
     """Rewards above a baseline.
 
@@ -47,13 +47,18 @@ def group_advantages(
     return advantages, without_spread
 
 
+def groups_with_spread(rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The groups, ascending, whose rewards [B] differ among episodes of a weight above 0."""
+    return np.array([g for g in np.unique(groups) if np.ptp(rewards[(groups == g) & (weights > 0)]) >= SAME], int)
+
+
 def component_advantages(
     components: Mapping[str, np.ndarray],
     shares: Mapping[str, float],
     groups: np.ndarray,
     weights: np.ndarray | None = None,
     *,
-    kind: AdvantageName = "grpo",
+    kind: GroupKind = "grpo",
 ) -> tuple[np.ndarray, int]:
     """Advantages of several rewards, each compared within its group by itself, then added with their shares.
 
@@ -75,3 +80,40 @@ def component_advantages(
         total += np.float32(share) * advantages
         alive |= set(np.unique(groups[advantages != 0]).tolist()) if share else set()
     return total, len(np.unique(groups)) - len(alive)
+
+
+def gae(
+    rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, *, discount: float = 1.0, gae_lambda: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation over one episode's sampled tokens (Schulman et al. 2016, equation 16).
+
+    Injected tokens are no actions and no states: the state that follows a sampled token is the one before the next
+    sampled token, whatever was injected in between.
+
+    Args:
+      rewards: [T] given for each token; only those of sampled ones count.
+      values: [T] the critic's values of the states before the tokens.
+      mask: [T] bool, sampled.
+      discount: gamma, per sampled token.
+      gae_lambda: lambda.
+
+    Returns:
+      advantages [T] and the critic's targets (advantage + value) [T], both 0 on injected tokens.
+    """
+    at = np.flatnonzero(mask)
+    advantages, running, following = np.zeros(len(mask)), 0.0, 0.0
+    for t in at[::-1]:
+        running = rewards[t] + discount * following - values[t] + discount * gae_lambda * running
+        advantages[t], following = running, values[t]
+    return advantages, np.where(mask, advantages + values, 0.0)
+
+
+def whiten(advantages: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Advantages of several episodes with mean 0 and standard deviation 1 over all their sampled tokens, 0 elsewhere.
+
+    Without a spread they are all 0.
+    """
+    sampled = np.concatenate([a[np.asarray(m, bool)] for a, m in zip(advantages, masks, strict=True)])
+    if not len(sampled) or sampled.std() < SAME:
+        return [np.zeros(len(a)) for a in advantages]
+    return [np.where(m, (a - sampled.mean()) / sampled.std(), 0.0) for a, m in zip(advantages, masks, strict=True)]

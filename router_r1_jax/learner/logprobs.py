@@ -1,4 +1,4 @@
-"""Log-probs and entropies of given tokens, without ever holding logits [B, T, V].
+"""What a model says of given tokens: log-probs, entropies, values, without ever holding logits [B, T, V].
 
 The head runs over chunks of positions under `jax.checkpoint`: forward and backward hold one chunk's logits at a time.
 """
@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from router_r1_jax.learner.critic import CriticParams, values_of
+from router_r1_jax.learner.loss import Reading
 from router_r1_jax.mesh import RULES
 from router_r1_jax.model import KV, ModelConfig, Params, Prefix, RouterLM
 
@@ -22,10 +24,17 @@ def prefix_kv(config: ModelConfig, params: Params, prefix: jax.Array) -> KV:
     return jax.tree.map(lambda x: x[:, 0], kv)
 
 
-def token_logprobs(
-    config: ModelConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, chunk: int, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """Log-prob and entropy [B, T] (nats, float32) of each of tokens [B, T] given all before it.
+def read_rows(
+    config: ModelConfig,
+    params: Params,
+    prefix: Prefix,
+    tokens: jax.Array,
+    *,
+    chunk: int,
+    temperature: float,
+    critic: CriticParams | None = None,
+) -> Reading:
+    """Log-prob, entropy (nats) and, with a critic, value of each of tokens [B, T] given all before it; float32 or more.
 
     Logits are divided by `temperature` (that of the sampler), so that ratios compare like with like. Index 0, which
     only the prefix predicts, is 0: a row begins with its question, and no loss falls there. The last token predicts
@@ -33,8 +42,21 @@ def token_logprobs(
     """
     model = RouterLM(config)
     hidden, _ = model.apply({"params": params}, tokens[:, :-1], prefix=prefix, method=RouterLM.hidden)
-    B, T, D = hidden.shape
-    targets = tokens[:, 1:]
+    logps, entropy = _head(config, params, hidden, tokens[:, 1:], chunk, temperature)
+    values = None if critic is None else _behind_first(values_of(critic, hidden))
+    return Reading(_behind_first(logps), _behind_first(entropy), values)
+
+
+def _behind_first(x: jax.Array) -> jax.Array:
+    """[B, T - 1] -> [B, T]: what the state before a token says stands at the token."""
+    return jnp.pad(x, ((0, 0), (1, 0)))
+
+
+def _head(
+    config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, chunk: int, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """Log-prob and entropy [B, T] of targets [B, T] after hidden states [B, T, D], `chunk` positions at a time."""
+    model, (B, T, D) = RouterLM(config), hidden.shape
     n = -(-T // chunk)
     pad = n * chunk - T
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, n, chunk, D).swapaxes(0, 1)
@@ -49,9 +71,4 @@ def token_logprobs(
         return chosen - norm, norm - mean
 
     logps, entropy = jax.lax.map(lambda xs: head(*xs), (hidden, targets))
-
-    def align(x: jax.Array) -> jax.Array:
-        x = x.swapaxes(0, 1).reshape(B, n * chunk)[:, :T]
-        return jnp.pad(x, ((0, 0), (1, 0)))
-
-    return align(logps), align(entropy)
+    return tuple(x.swapaxes(0, 1).reshape(B, n * chunk)[:, :T] for x in (logps, entropy))

@@ -7,11 +7,13 @@ each micro-batch yields a cotangent for them; the sum goes back through the pref
     for each micro-batch:  g_params += dL/dparams,  g_kv += dL/dkv
     g_params += back(g_kv)
 
-That is the exact gradient of the whole batch at the price of one prefix instead of one per row.
+That is the exact gradient of the whole batch at the price of one prefix instead of one per row. The loop over a
+bucket's micro-batches runs as often as there are some with rows, so that one program serves every batch of a run.
 
 With LoRA (`model.lora`) gradients and optimizer state exist for the adapters only.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,20 +24,22 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from router_r1_jax.learner.batch import Batch
-from router_r1_jax.learner.logprobs import prefix_kv, token_logprobs
-from router_r1_jax.learner.loss import Loss, Sums, count_tokens
+from router_r1_jax.learner.batch import Batch, Bucket, Layout, Row, Rows, make_batch, unpack
+from router_r1_jax.learner.critic import Critic, CriticParams
+from router_r1_jax.learner.logprobs import prefix_kv, read_rows
+from router_r1_jax.learner.loss import Figures, Loss, Reading
 from router_r1_jax.mesh import RULES, place, replicated, rows_sharding
 from router_r1_jax.model import ModelConfig, Params, Prefix, join, split_trainable
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All parameters, the optimizer state of those that are trained, and the number of updates made."""
+    """All parameters, the optimizer state of those that are trained, the number of updates made, and PPO's critic."""
 
     params: Params
     opt_state: Any
     step: jax.Array
+    critic: Critic | None = None
 
 
 def make_optimizer(
@@ -67,58 +71,88 @@ def state_shardings(optimizer: optax.GradientTransformation, abstract: Params, m
     return TrainState(shardings, opt, replicated(mesh))
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Params, abstract: Params, mesh: Mesh) -> TrainState:
+def init_state(
+    optimizer: optax.GradientTransformation, params: Params, abstract: Params, mesh: Mesh, critic: Critic | None = None
+) -> TrainState:
     """A fresh TrainState around parameters that are already on the mesh."""
     shardings = state_shardings(optimizer, abstract, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(split_trainable(params)[0])
-    return TrainState(params, opt_state, place(np.int32(0), replicated(mesh)))
+    return TrainState(params, opt_state, place(np.int32(0), replicated(mesh)), critic)
 
 
-def abstract_state(optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh) -> TrainState:
-    """A TrainState of `jax.ShapeDtypeStruct`s with shardings, for restoring."""
+def abstract_state(
+    optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh, critic: Critic | None = None
+) -> TrainState:
+    """A TrainState of `jax.ShapeDtypeStruct`s with shardings, for restoring; `critic` is one of them, or None."""
     shardings = state_shardings(optimizer, abstract, mesh)
     opt = jax.eval_shape(optimizer.init, split_trainable(abstract)[0])
     shapes = TrainState(abstract, opt, jax.ShapeDtypeStruct((), jnp.int32))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return state.replace(critic=critic)
+
+
+def over_rows(batch: Batch, function: Callable[[Any, Rows], Any], carry: Any) -> Any:
+    """`carry` after function(carry, micro-batch) for all micro-batches in use."""
+    for bucket in batch.buckets:
+
+        def body(i: jax.Array, carry: Any, bucket: Bucket = bucket) -> Any:
+            return function(carry, _micro_batch(bucket.rows, i))
+
+        carry = jax.lax.fori_loop(0, bucket.count, body, carry)
+    return carry
+
+
+def _micro_batch(rows: Rows, i: jax.Array | int) -> Rows:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
 
 
 def batch_gradients(
-    config: ModelConfig, loss: Loss, params: Params, batch: Batch, *, micro_batch: int, chunk: int, temperature: float
-) -> tuple[Params, Sums]:
-    """Gradient of the loss, and its metrics: "loss" and means over the masked tokens (see the module docstring).
+    config: ModelConfig,
+    loss: Loss,
+    params: Params,
+    batch: Batch,
+    *,
+    chunk: int,
+    temperature: float,
+    critic: CriticParams | None = None,
+) -> tuple[tuple[Params, CriticParams | None], Figures]:
+    """Gradients of the loss, and its metrics: "loss", and means and maxima over the masked tokens (module docstring).
 
-    The gradient has the tree of what is trained, the first of `split_trainable(params)`.
+    The gradients have the trees of what is trained: the first of `split_trainable(params)`, and the critic's.
     """
-    divisor, tokens = loss.divisor(batch.mask), count_tokens(batch.mask)
+    masks = [bucket.rows.mask for bucket in batch.buckets]
+    tokens = sum(jnp.sum(mask) for mask in masks)
+    divisor = loss.divisor(tokens, sum(jnp.sum(jnp.max(mask, axis=-1)) for mask in masks))
     trainable, frozen = split_trainable(params)
     kv, back = jax.vjp(lambda part: prefix_kv(config, join(part, frozen), batch.prefix), trainable)
-    rows = ("tokens", "mask", "logps", "reference_logps", "advantages")
 
-    def split(x: jax.Array) -> jax.Array:
-        # Strided, so that each micro-batch takes rows from every device's share.
-        return x.reshape(-1, x.shape[0] // micro_batch, *x.shape[1:]).swapaxes(0, 1)
-
-    micro = {name: split(getattr(batch, name)) for name in rows}
-
-    def micro_loss(trainable: Params, kv: Any, part: Batch) -> tuple[jax.Array, Sums]:
+    def micro_loss(trained: Any, kv: Any, rows: Rows) -> tuple[jax.Array, tuple[Figures, Figures]]:
+        trainable, critic = trained
         params, prefix = join(trainable, frozen), Prefix(kv, batch.prefix_length)
-        logps, entropy = token_logprobs(config, params, prefix, part.tokens, chunk=chunk, temperature=temperature)
-        total, sums = loss(logps, entropy, part)
-        mean = total / divisor
-        return mean, {"loss": mean} | {name: x / tokens for name, x in sums.items()}
+        now = read_rows(config, params, prefix, rows.tokens, chunk=chunk, temperature=temperature, critic=critic)
+        sums = loss(now, rows)
+        mean = sums.loss / divisor
+        totals = {name: x / jnp.maximum(tokens, 1.0) for name, x in sums.totals.items()}
+        return mean, ({"loss": mean} | totals, sums.peaks)
 
-    def accumulate(carry: Any, fields: dict[str, jax.Array]) -> tuple[Any, Sums]:
-        grads, sums = jax.grad(micro_loss, argnums=(0, 1), has_aux=True)(trainable, kv, batch.replace(**fields))
-        return jax.tree.map(jnp.add, carry, grads), sums
+    def gradients(rows: Rows) -> tuple[Any, tuple[Figures, Figures]]:
+        return jax.grad(micro_loss, argnums=(0, 1), has_aux=True)((trainable, critic), kv, rows)
 
-    zeros = jax.tree.map(jnp.zeros_like, (trainable, kv))
-    (grads, kv_grads), sums = jax.lax.scan(accumulate, zeros, micro)
+    def accumulate(carry: Any, rows: Rows) -> Any:
+        grads, (totals, peaks) = gradients(rows)
+        new = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], totals))
+        return *new, jax.tree.map(jnp.maximum, carry[2], peaks)
+
+    shapes = jax.eval_shape(lambda rows: gradients(_micro_batch(rows, 0)), batch.buckets[0].rows)
+    figures = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+    zeros = jax.tree.map(jnp.zeros_like, ((trainable, critic), kv))
+    ((grads, critic_grads), kv_grads), totals, peaks = over_rows(batch, accumulate, (zeros, *figures))
     (through_prefix,) = back(kv_grads)
-    return jax.tree.map(jnp.add, grads, through_prefix), {name: jnp.sum(x) for name, x in sums.items()}
+    return (jax.tree.map(jnp.add, grads, through_prefix), critic_grads), totals | peaks
 
 
 class Learner:
-    """Compiled update and log-prob functions for one model, one mesh and one loss."""
+    """Compiled update and reading of rows for one model, one mesh and one loss."""
 
     def __init__(
         self,
@@ -128,55 +162,92 @@ class Learner:
         mesh: Mesh,
         abstract: Params,
         *,
-        micro_batch: int,
+        layout: Layout,
         chunk: int,
         temperature: float = 1.0,
+        critic_optimizer: optax.GradientTransformation | None = None,
     ) -> None:
         """`abstract` gives the parameters' shapes and shardings; nothing is compiled before the first call.
 
         Raises ValueError if a micro-batch does not divide over the devices that share its rows.
         """
         shares = mesh.shape["data"] * mesh.shape["fsdp"]
-        if micro_batch % shares:
+        if any(rows % shares for rows in layout.rows):
             raise ValueError(
-                f"learner.micro_batch is {micro_batch}; it must be a multiple of mesh.data x mesh.fsdp ({shares}), "
+                f"micro-batches have {layout.rows} rows; each must be a multiple of mesh.data x mesh.fsdp ({shares}), "
                 "so that each device takes as many rows"
             )
         self._config, self._optimizer, self._loss, self._mesh = config, optimizer, loss, mesh
-        self._micro_batch, self._chunk, self._temperature = micro_batch, chunk, temperature
-        shardings = state_shardings(optimizer, abstract, mesh)
-        whole, rows = replicated(mesh), rows_sharding(mesh)
-        self._batch_sharding = Batch(whole, whole, rows, rows, rows, rows, rows)
-        self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(shardings, whole))
-        self._reference_logprobs = jax.jit(self._reference_logprobs_fn, out_shardings=whole)
+        self._layout, self._reading = layout, {"chunk": chunk, "temperature": temperature}
+        self._critic_optimizer = critic_optimizer
+        self._whole = replicated(mesh)
+        self._cut_rows = rows_sharding(mesh, axis=1)
+        shardings = state_shardings(optimizer, abstract, mesh).replace(critic=self._whole)
+        self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(shardings, self._whole))
+        self._read = jax.jit(self._read_fn, static_argnames="base", out_shardings=self._whole)
 
-    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
-        """One optimizer step; `state` is donated. Metrics are means over masked tokens, and `grad_norm`."""
+    def place(self, prefix: Sequence[int], rows: Sequence[Row]) -> Batch:
+        """Rows behind their prefix on the mesh, each micro-batch's rows split over data and fsdp."""
+        batch = make_batch(prefix, rows, self._layout)
+        cut = tuple(Bucket(jax.tree.map(lambda _: self._cut_rows, b.rows), self._whole) for b in batch.buckets)
+        return place(batch, Batch(self._whole, self._whole, cut))
+
+    def update(
+        self, state: TrainState, prefix: Sequence[int], rows: Sequence[Row]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """One optimizer step; `state` is donated. A loss or gradient that is not finite leaves it as it was.
+
+        Metrics are means (logp_diff_max: the maximum) over masked tokens, `grad_norm`, and `skipped`, 1 for a step not
+        made.
+        """
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
-            state, metrics = self._update(state, place(batch, self._batch_sharding))
+            state, metrics = self._update(state, self.place(prefix, rows))
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
-    def reference_logprobs(self, params: Params, batch: Batch) -> Any:
-        """Log-probs [B, T] of the batch's tokens under `params` without their adapters, as a NumPy array."""
+    def read(
+        self,
+        params: Params,
+        prefix: Sequence[int],
+        rows: Sequence[Row],
+        *,
+        base: bool = False,
+        critic: CriticParams | None = None,
+    ) -> list[Reading]:
+        """What `params` say of each row's tokens, NumPy [len(row.tokens)]; with `base` without their adapters."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
-            return jax.device_get(self._reference_logprobs(params, place(batch, self._batch_sharding)))
+            found = jax.device_get(self._read(params, critic, self.place(prefix, rows), base=base))
+        fields = (unpack(field, rows, self._layout) for field in found if field is not None)
+        return [Reading(*of_row) for of_row in zip(*fields, strict=True)]
 
-    def _update_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        grads, metrics = batch_gradients(
-            self._config, self._loss, state.params, batch,
-            micro_batch=self._micro_batch, chunk=self._chunk, temperature=self._temperature,
-        )  # fmt: skip
+    def _update_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, Figures]:
+        critic = state.critic and state.critic.params
+        (grads, critic_grads), metrics = batch_gradients(
+            self._config, self._loss, state.params, batch, critic=critic, **self._reading
+        )
         trainable, frozen = split_trainable(state.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, trainable)
         params = join(optax.apply_updates(trainable, updates), frozen)
-        return TrainState(params, opt_state, state.step + 1), metrics | {"grad_norm": optax.global_norm(grads)}
+        new = TrainState(params, opt_state, state.step + 1)
+        if state.critic:
+            updates, opt_state = self._critic_optimizer.update(critic_grads, state.critic.opt_state, critic)
+            new = new.replace(critic=Critic(optax.apply_updates(critic, updates), opt_state))
+        whole = jnp.isfinite(metrics["loss"] + optax.global_norm((grads, critic_grads)))
+        state = jax.tree.map(lambda new, old: jnp.where(whole, new, old), new, state)
+        return state, metrics | {"grad_norm": optax.global_norm(grads), "skipped": 1.0 - whole}
 
-    def _reference_logprobs_fn(self, params: Params, batch: Batch) -> jax.Array:
-        config = self._config.base
+    def _read_fn(self, params: Params, critic: CriticParams | None, batch: Batch, *, base: bool) -> Sequence[Any]:
+        """Fields of a Reading, each a list of [n, m, T] per bucket."""
+        config = self._config.base if base else self._config
         prefix = Prefix(prefix_kv(config, params, batch.prefix), batch.prefix_length)
-        chunk = {"chunk": self._chunk, "temperature": self._temperature}
-        parts = batch.tokens.reshape(-1, batch.tokens.shape[0] // self._micro_batch, batch.tokens.shape[1])
-        logps = jax.lax.map(
-            lambda tokens: token_logprobs(config, params, prefix, tokens, **chunk)[0], parts.swapaxes(0, 1)
-        )
-        return logps.swapaxes(0, 1).reshape(batch.tokens.shape)
+
+        def of_bucket(bucket: Bucket) -> Reading:
+            def body(i: jax.Array, found: Reading) -> Reading:
+                tokens = jax.lax.dynamic_index_in_dim(bucket.rows.tokens, i, keepdims=False)
+                now = read_rows(config, params, prefix, tokens, critic=critic, **self._reading)
+                return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), found, now)
+
+            empty = jnp.zeros(bucket.rows.tokens.shape, jnp.float32)
+            return jax.lax.fori_loop(0, bucket.count, body, Reading(empty, empty, None if critic is None else empty))
+
+        found = [of_bucket(bucket) for bucket in batch.buckets]
+        return [None if fields[0] is None else list(fields) for fields in zip(*found, strict=True)]

@@ -48,13 +48,14 @@ CACHE_BUCKET, SHORT_CACHE = 128, 256  # to which a cache at its longest is padde
 
 @dataclasses.dataclass(frozen=True)
 class UpdateShape:
-    """Sizes of one update: rows of the whole batch, rows of a micro-batch, and tokens."""
+    """Sizes of one update: rows of the whole batch, rows of a micro-batch of the longest bucket, and tokens."""
 
     rows: int
     micro_batch: int
     row_tokens: int  # T, behind the shared prefix
     prefix_tokens: int  # P
     logit_chunk: int  # positions whose logits are held at a time
+    buckets: int = 1  # lengths that rows are padded to, each half of the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +93,13 @@ def optimizer_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
 
 
 def batch_bytes(shape: UpdateShape, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes per device of an update's batch: four values of 4 bytes per token, an advantage per row, the prefix."""
-    rows = shape.rows // _row_shares(mesh)
-    return rows * (4 * shape.row_tokens + 1) * 4 + (shape.prefix_tokens + 1) * 4
+    """Bytes per device of an update's batch: eight values of 4 bytes per token, the prefix, and counts.
+
+    Every bucket has room for all rows, whichever lengths they have.
+    """
+    rows = -(-shape.rows // shape.micro_batch) * shape.micro_batch // _row_shares(mesh)
+    lengths = [-(-shape.row_tokens // 2**k // ROW_BUCKET) * ROW_BUCKET for k in range(shape.buckets)]
+    return sum(8 * 4 * rows * (length + 1) for length in lengths) + (shape.prefix_tokens + 1 + shape.buckets) * 4
 
 
 def saved_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shape: UpdateShape) -> int:
@@ -168,7 +173,7 @@ def plan(
     """
     if update.micro_batch % _row_shares(mesh):
         raise ValueError(
-            f"learner.micro_batch is {update.micro_batch}; it must be a multiple of mesh.data x mesh.fsdp "
+            f"a micro-batch has {update.micro_batch} rows; it must have a multiple of mesh.data x mesh.fsdp "
             f"({_row_shares(mesh)}), so that each device takes as many rows"
         )
     params = param_bytes(config, mesh)
@@ -254,13 +259,14 @@ def model_of(model: Any, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(config, dtype=model.dtype, remat=model.remat, lora=lora_from(model.lora))
 
 
-def shapes_of(config: Any, prefix_tokens: int) -> tuple[UpdateShape, RolloutShape]:
+def shapes_of(config: Any, prefix_tokens: int, mesh: Mesh | AbstractMesh) -> tuple[UpdateShape, RolloutShape]:
     """The sizes that a run's configuration asks for, every row at its longest."""
     r, c = config.rollout, config.learner
     prefix = -(-max(prefix_tokens, 1) // PREFIX_BUCKET) * PREFIX_BUCKET
     longest = -(-(r.max_tokens - 1) // ROW_BUCKET) * ROW_BUCKET  # what the model reads of a row
-    rows = r.questions * r.group // c.minibatches
-    update = UpdateShape(rows, c.micro_batch, longest, prefix, c.logit_chunk)
+    rows, shares = r.questions * r.group // c.minibatches, _row_shares(mesh)
+    micro_batch = min(max(c.micro_tokens // longest, 1), -(-rows // shares)) * shares
+    update = UpdateShape(rows, micro_batch, longest, prefix, c.logit_chunk, c.length_buckets)
     feed_tokens = max(r.reply_tokens + TAG_TOKENS, config.prompt.question_tokens)
     return update, RolloutShape(
         r.slots, r.max_tokens, r.max_turn_tokens, feed_tokens, r.chunk, min(r.feed_rows, r.slots), prefix, r.tensor
@@ -287,7 +293,7 @@ def main(config: Any, devices: int, hbm_gb: float, prefix_tokens: int, vocab_siz
     """Print the plan of a configuration; returns the exit status."""
     mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     model = model_of(config.model, vocab_size)
-    update, rollout = shapes_of(config, prefix_tokens)
+    update, rollout = shapes_of(config, prefix_tokens, mesh)
     moments = plan(model, mesh, update, rollout)
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     abstract = abstract_params(model, mesh)

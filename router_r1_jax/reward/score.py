@@ -1,7 +1,7 @@
 """Scores a batch of episodes: every component beside the sum, so that metrics and presets can use them all."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,19 @@ class Rewards:
     exact_match: np.ndarray
     f1: np.ndarray
     faults: tuple[tuple[str, ...], ...]  # per episode, names of reward.FAULTS
+
+    def take(self, episodes: np.ndarray) -> "Rewards":
+        """Those of some episodes, by number."""
+        faults = tuple(self.faults[i] for i in episodes)
+        arrays = {f.name: getattr(self, f.name)[episodes] for f in fields(self) if f.name != "faults"}
+        return Rewards(**arrays, faults=faults)
+
+    @classmethod
+    def join(cls, parts: Sequence["Rewards"]) -> "Rewards":
+        """Those of several batches, one after the other."""
+        names = [f.name for f in fields(cls) if f.name != "faults"]
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**arrays, faults=sum((part.faults for part in parts), ()))
 
 
 # How the components [B] of well- and malformed episodes become the total [B]: functions of (format, outcome, cost,

@@ -53,6 +53,10 @@ def make_cut(rollout: Any) -> Cut | None:
     return Cut(np.int32(rollout.top_k), np.float32(rollout.top_p), np.float32(rollout.min_p))
 
 
+class RolloutStoppedError(Exception):
+    """Raised by a run that `Engine.stop` has ended."""
+
+
 class Engine:
     """Samples episodes on this process's devices."""
 
@@ -78,6 +82,7 @@ class Engine:
         automaton = build_automaton(STOP_TAGS, token_bytes(tokenizer, model.vocab_size))
         end_of_text = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         groups = [devices[i : i + tensor] for i in range(0, len(devices), tensor)]
+        self._agenda: Agenda | None = None  # of the run in progress
         self._replicas = [Replica(model, limits, group, automaton.next_state, end_of_text, driver) for group in groups]
         self._threads: list[threading.Thread] = []  # of the latest run; none lives when the next one begins
 
@@ -87,6 +92,11 @@ class Engine:
             replica.push(params)
         for replica in self._replicas:
             replica.wait()
+
+    def stop(self) -> None:
+        """End the run that another thread has in progress; there it raises RolloutStoppedError."""
+        if self._agenda is not None:
+            self._agenda.fail(RolloutStoppedError("the rollout was stopped"))
 
     def run(
         self,
@@ -108,7 +118,7 @@ class Engine:
         began = time.monotonic()
         shared = common_prefix([p.tokens for p in prompts]) if prefix_tokens is None else prefix_tokens
         self._check(prompts, shared)
-        agenda = Agenda(prompts, replicas=len(self._replicas), on_finish=on_finish)
+        self._agenda = agenda = Agenda(prompts, replicas=len(self._replicas), on_finish=on_finish)
         args = self._limits, self._tokenizer, agenda, shared, respond, self._manners
         exchanges = [Exchange(*args) for _ in self._replicas]
         prefix, draws = prompts[0].tokens[:shared], {"temperature": temperature, "cut": cut, "seed": seed}

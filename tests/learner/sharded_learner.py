@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from tiny_learner import LOSS, make_config, make_params, make_rows_batch, with_old_policies
+from tiny_learner import LOSS, make_config, make_params, make_rows, with_old_policies
 
 from router_r1_jax import hosts
-from router_r1_jax.learner import Learner, abstract_state, init_state, make_optimizer
+from router_r1_jax.learner import Learner, abstract_state, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import make_mesh, place
 from router_r1_jax.model import LoRA, abstract_params, add_adapters, attention, split_trainable
 
@@ -44,11 +44,14 @@ def three_updates(config, mesh, start, batches):
     """Parameters after one and after three steps of SGD, the losses on the way, and log-probs of the first batch."""
     abstract = abstract_params(config, mesh)
     optimizer = optax.sgd(RATE)
-    learner = Learner(config, optimizer, LOSS, mesh, abstract, micro_batch=8, chunk=16)
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    layout = make_layout(33, buckets=1, tokens=8 * 32 // shares, rows=16, shares=shares)
+    learner = Learner(config, optimizer, LOSS, mesh, abstract, layout=layout, chunk=16)
     state = init_state(optimizer, on_mesh(start, abstract), abstract, mesh)
-    logps, losses, first = learner.reference_logprobs(state.params, batches[0]), [], None
+    logps = [reading.logps for reading in learner.read(state.params, *batches[0], base=True)]
+    losses, first = [], None
     for batch in batches:
-        state, metrics = learner.update(state, batch)
+        state, metrics = learner.update(state, *batch)
         losses.append(metrics["loss"])
         first = first or fetch(state.params)
     return first, fetch(state.params), losses, logps
@@ -104,7 +107,10 @@ def main():
         jax.distributed.initialize(f"127.0.0.1:{args.port}", num_processes=2, process_id=args.process)
     one = make_mesh(1, 1, 1, jax.local_devices()[:1])
     start, lora = make_params(CONFIG), make_params(LORA)
-    batches = [with_old_policies(CONFIG, start, make_rows_batch(rows=16, seed=seed)) for seed in range(3)]
+    batches = []
+    for seed in range(3):
+        prefix, rows = make_rows(rows=16, seed=seed)
+        batches.append((prefix, with_old_policies(CONFIG, start, prefix, rows)))
     report, truth, lora_truth = {}, None, None
     for sizes in SIZES:
         hosts.meet()  # what a process computes for itself may take one longer than a collective waits

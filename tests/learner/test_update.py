@@ -18,14 +18,25 @@ from jax.sharding import AbstractMesh, AxisType
 from tiny_learner import (
     LOSS,
     QUICK_COMPILE,
-    full_logprobs,
+    full_reading,
     make_config,
     make_params,
-    make_rows_batch,
+    make_rows,
+    together,
     with_old_policies,
 )
 
-from router_r1_jax.learner import Learner, PolicyLoss, SupervisedLoss, init_state, make_optimizer
+from router_r1_jax.learner import (
+    Layout,
+    Learner,
+    PolicyLoss,
+    SupervisedLoss,
+    init_critic,
+    init_state,
+    make_batch,
+    make_layout,
+    make_optimizer,
+)
 from router_r1_jax.learner.update import batch_gradients
 from router_r1_jax.mesh import AXES, make_mesh
 from router_r1_jax.model import LoRA, abstract_params, add_adapters, split_trainable
@@ -39,26 +50,33 @@ def all_float64(monkeypatch):
         yield
 
 
-def plain_gradients(config, loss, params, batch, temperature):
-    """Gradient of the mean loss with full logits, all rows at once, the prefix written out in each."""
-
-    P = int(batch.prefix_length)
-
-    def mean_loss(params, batch):
-        logps, entropy = full_logprobs(config, params, batch, P, temperature)
-        total, sums = loss(logps, entropy, batch)
-        mean = total / loss.divisor(batch.mask)
-        return mean, {"loss": mean} | {name: x / batch.mask.sum() for name, x in sums.items()}
-
-    return jax.jit(jax.grad(mean_loss, has_aux=True), compiler_options=QUICK_COMPILE)(params, batch)
+def in_precision(config, tree):
+    """With the floats of a float64 model in float64."""
+    raised = np.float64 if config.dtype == "float64" else np.float32
+    return jax.tree.map(lambda x: x.astype(raised) if x.dtype == np.float32 else x, tree)
 
 
-def shared_gradients(config, loss, params, batch, temperature, micro_batch, chunk):
-    def run(params, batch):
-        kwargs = {"micro_batch": micro_batch, "chunk": chunk, "temperature": temperature}
-        return batch_gradients(config, loss, params, batch, **kwargs)
+def plain_gradients(config, loss, params, prefix, rows, temperature=1.0, critic=None):
+    """Gradients of the mean loss with full logits, all rows at once, the prefix written out in each."""
+    rows = in_precision(config, together(rows))
+    tokens, with_loss = rows.mask.sum(), (rows.mask.max(axis=1) > 0).sum()
 
-    return jax.jit(run, compiler_options=QUICK_COMPILE)(params, batch)
+    def mean_loss(trained, rows):
+        params, critic = trained
+        sums = loss(full_reading(config, params, prefix, rows.tokens, temperature, critic), rows)
+        mean = sums.loss / loss.divisor(tokens, with_loss)
+        return mean, {"loss": mean} | {name: x / tokens for name, x in sums.totals.items()} | sums.peaks
+
+    return jax.jit(jax.grad(mean_loss, has_aux=True), compiler_options=QUICK_COMPILE)((params, critic), rows)
+
+
+def shared_gradients(config, loss, params, prefix, rows, layout, *, chunk, temperature=1.0, critic=None):
+    batch = in_precision(config, make_batch(prefix, rows, layout))
+
+    def run(params, critic, batch):
+        return batch_gradients(config, loss, params, batch, chunk=chunk, temperature=temperature, critic=critic)
+
+    return jax.jit(run, compiler_options=QUICK_COMPILE)(params, critic, batch)
 
 
 def check_close(found, expected, tolerance):
@@ -69,25 +87,40 @@ def check_close(found, expected, tolerance):
         assert size > 0 and error <= tolerance * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
 
 
-def test_shared_prefix_and_micro_batches_are_exact(all_float64):
+LAYOUTS = {
+    "pairs": Layout((32,), (2,)),
+    "buckets": Layout((8, 16, 32), (4, 3, 1)),
+}
+PPO = dataclasses.replace(LOSS, entropy_coef=0.02, value_coef=0.5, value_clip=0.3)
+
+
+def with_targets(rows):
+    """The rows with what PPO adds: advantages per token, importance weights, old values and returns."""
+    rng = np.random.default_rng(8)
+    names = ("advantages", "weights", "values", "returns")
+    return [row._replace(**{name: rng.random(len(row.tokens)) for name in names}) for row in rows]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_shared_prefix_and_micro_batches_are_exact(all_float64, layout):
     config = make_config(dtype="float64")
-    params = make_params(config)
-    batch = with_old_policies(config, params, make_rows_batch(), 0.7)
-    batch = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, batch)
-    expected = plain_gradients(config, LOSS, params, batch, 0.7)
-    found = shared_gradients(config, LOSS, params, batch, 0.7, micro_batch=2, chunk=5)
-    assert found[0]["embed"].dtype == np.float64
+    params, (prefix, rows) = make_params(config), make_rows()
+    rows = with_targets(with_old_policies(config, params, prefix, rows, 0.7))
+    critic = {"kernel": np.random.default_rng(2).normal(size=config.width), "bias": np.float64(0.2)}
+    expected = plain_gradients(config, PPO, params, prefix, rows, 0.7, critic)
+    found = shared_gradients(config, PPO, params, prefix, rows, layout, chunk=5, temperature=0.7, critic=critic)
+    assert found[0][0]["embed"].dtype == np.float64
     check_close(found[0], expected[0], 1e-9)
     check_close(found[1], expected[1], 1e-9)
     assert 0 < found[1]["clip_share"] < 0.5  # both sides of the clip took part
 
 
 def test_remat_changes_memory_and_no_gradient(all_float64):
-    batch = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, make_rows_batch())
+    batch = in_precision(make_config(dtype="float64"), make_batch(*make_rows(), Layout((32,), (3,))))
     found, memory = {}, {}
     for remat in ("none", "dots", "full"):
         config = make_config(dtype="float64", remat=remat, num_layers=4)
-        gradients = functools.partial(batch_gradients, config, LOSS, micro_batch=3, chunk=16, temperature=1.0)
+        gradients = functools.partial(batch_gradients, config, LOSS, chunk=16, temperature=1.0)
         params = make_params(config)
         compiled = jax.jit(gradients).lower(params, batch).compile(QUICK_COMPILE)
         found[remat], memory[remat] = compiled(params, batch), compiled.memory_analysis().temp_size_in_bytes
@@ -99,23 +132,23 @@ def test_remat_changes_memory_and_no_gradient(all_float64):
 
 
 @pytest.mark.parametrize(
-    ("changes", "prefix", "micro_batch", "loss"),
+    ("changes", "prefix", "layout", "loss"),
     [
-        ({"family": "qwen2", "tie_embeddings": False}, 70, 3, LOSS),
-        ({"family": "llama", "remat": "none"}, 0, 6, SupervisedLoss()),
-        ({}, 20, 2, PolicyLoss(0.01, 0.02, 0.1, ratio="sequence", mean_over="sequence", kl="k2")),
-        ({}, 20, 3, PolicyLoss(0.1, 0.2, 0.1, mean_over="constant", length=40, dual_clip=1.5, kl="k1")),
+        ({"family": "qwen2", "tie_embeddings": False}, 70, "buckets", LOSS),
+        ({"family": "llama", "remat": "none"}, 0, "pairs", SupervisedLoss()),
+        ({}, 20, "pairs", PolicyLoss(0.01, 0.02, 0.1, ratio="sequence", mean_over="sequence", kl="k2")),
+        ({}, 20, "buckets", PolicyLoss(0.1, 0.2, 0.1, mean_over="constant", length=40, dual_clip=1.5, kl="k1")),
     ],
     ids=["qwen2 behind a long prefix", "llama without a prefix", "rows alike", "constant length"],
 )
-def test_families_in_float32(changes, prefix, micro_batch, loss):
+def test_families_in_float32(changes, prefix, layout, loss):
     config = make_config(**changes)
-    params = make_params(config)
-    batch = with_old_policies(config, params, make_rows_batch(prefix=prefix))
-    expected = plain_gradients(config, loss, params, batch, 1.0)
-    found = shared_gradients(config, loss, params, batch, 1.0, micro_batch, chunk=64)
+    params, (prefix, rows) = make_params(config), make_rows(prefix=prefix)
+    rows = with_old_policies(config, params, prefix, rows)
+    expected = plain_gradients(config, loss, params, prefix, rows)
+    found = shared_gradients(config, loss, params, prefix, rows, LAYOUTS[layout], chunk=64)
     if prefix:  # a bias on keys shifts all scores of a query alike: its gradient is rounding
-        for grads in (found[0], expected[0]):
+        for grads in (found[0][0], expected[0][0]):
             grads["layers"]["attention"]["k"].pop("bias", None)
     check_close(found[0], expected[0], 1e-4)
     check_close(found[1], expected[1], 1e-4)
@@ -126,14 +159,13 @@ LORA = make_config(lora=LoRA(rank=3, alpha=5.0, targets=("q", "o", "up")))
 
 def test_lora_has_the_gradients_of_its_adapters(all_float64):
     config = dataclasses.replace(LORA, dtype="float64")
-    params = make_params(config)
-    batch = with_old_policies(config, params, make_rows_batch())
-    batch = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, batch)
-    expected = plain_gradients(config, LOSS, params, batch, 1.0)
-    found = shared_gradients(config, LOSS, params, batch, 1.0, micro_batch=2, chunk=5)
-    assert set(found[0]["layers"]) == {"attention", "mlp"} and set(found[0]["layers"]["mlp"]) == {"up"}
-    check_close(found[0], split_trainable(expected[0])[0], 1e-9)
-    check_close(found[1], expected[1], 1e-9)
+    params, (prefix, rows) = make_params(config), make_rows()
+    rows = with_old_policies(config, params, prefix, rows)
+    expected = plain_gradients(config, LOSS, params, prefix, rows)
+    (found, _), metrics = shared_gradients(config, LOSS, params, prefix, rows, LAYOUTS["buckets"], chunk=5)
+    assert set(found["layers"]) == {"attention", "mlp"} and set(found["layers"]["mlp"]) == {"up"}
+    check_close(found, split_trainable(expected[0][0])[0], 1e-9)
+    check_close(metrics, expected[1], 1e-9)
 
 
 CONFIG = make_config()
@@ -149,23 +181,59 @@ def params():
 
 @pytest.fixture(scope="module")
 def learner():
-    return Learner(CONFIG, SGD, LOSS, ONE, ABSTRACT, micro_batch=3, chunk=16)
+    return make_learner()
 
 
-def fresh_state(params):
-    return init_state(SGD, jax.tree.map(jnp.array, params), ABSTRACT, ONE)
+def make_learner(config=CONFIG, optimizer=SGD, abstract=ABSTRACT, **settings):
+    layout = make_layout(33, buckets=2, tokens=96, rows=6)
+    return Learner(config, optimizer, LOSS, ONE, abstract, layout=layout, chunk=16, **settings)
+
+
+def fresh_state(params, critic=None):
+    return init_state(SGD, jax.tree.map(jnp.array, params), ABSTRACT, ONE, critic)
 
 
 def test_an_update_is_one_optimizer_step_along_the_plain_gradient(learner, params):
-    batch = with_old_policies(CONFIG, params, make_rows_batch())
-    state, metrics = learner.update(fresh_state(params), batch)
-    gradient, expected = plain_gradients(CONFIG, LOSS, params, batch, 1.0)
+    prefix, rows = make_rows()
+    rows = with_old_policies(CONFIG, params, prefix, rows)
+    state, metrics = learner.update(fresh_state(params), prefix, rows)
+    (gradient, _), expected = plain_gradients(CONFIG, LOSS, params, prefix, rows)
     check_close(jax.tree.map(lambda new, old: (old - new) / 0.1, state.params, params), gradient, 1e-3)
-    assert int(state.step) == 1
+    assert int(state.step) == 1 and metrics["skipped"] == 0
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(gradient)))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_critic_takes_a_step_of_its_own(params):
+    loss = dataclasses.replace(LOSS, value_coef=0.5)
+    prefix, rows = make_rows()
+    rows = with_targets(with_old_policies(CONFIG, params, prefix, rows))
+    layout = Layout((16, 32), (3, 2))
+    learner = Learner(CONFIG, SGD, loss, ONE, ABSTRACT, layout=layout, chunk=16, critic_optimizer=optax.sgd(0.5))
+    critic = init_critic(optax.sgd(0.5), CONFIG.width, ONE)
+    start = jax.device_get(critic.params)
+    state, _ = learner.update(fresh_state(params, critic), prefix, rows)
+    (gradient, of_critic), _ = plain_gradients(CONFIG, loss, params, prefix, rows, critic=start)
+    check_close(jax.tree.map(lambda new: -new / 0.5, state.critic.params), of_critic, 1e-3)
+    check_close(jax.tree.map(lambda new, old: (old - new) / 0.1, state.params, params), gradient, 1e-3)
+    values = [reading.values for reading in learner.read(state.params, prefix, rows, critic=state.critic.params)]
+    expected = full_reading(CONFIG, state.params, prefix, together(rows).tokens, critic=state.critic.params).values
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(values[i], expected[i, len(row.prompt) : row.length], atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["advantages", "reference_logps"])
+def test_a_step_that_is_not_finite_is_not_made(learner, params, where):
+    prefix, rows = make_rows()
+    rows[2] = rows[2]._replace(**{where: np.where(rows[2].mask, np.inf, 0.0)})
+    assert rows[2].mask.any()
+    state, metrics = learner.update(fresh_state(params), prefix, rows)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
+    assert metrics["skipped"] == 1 and not np.isfinite(metrics["loss"]) and int(state.step) == 0
+    state, metrics = learner.update(state, *make_rows())
+    assert metrics["skipped"] == 0 and int(state.step) == 1
 
 
 def test_lora_leaves_the_base_alone(params):
@@ -174,67 +242,82 @@ def test_lora_leaves_the_base_alone(params):
     optimizer, _ = make_optimizer(
         learning_rate=0.1, warmup=0, total=9, decay=False, weight_decay=0.1, max_grad_norm=1.0
     )
-    learner = Learner(LORA, optimizer, LOSS, ONE, abstract, micro_batch=3, chunk=16)
+    learner = make_learner(LORA, optimizer, abstract)
     base = jax.tree.map(jnp.array, params)
     state = init_state(optimizer, add_adapters(LORA, base, ONE, seed=0), abstract, ONE)
     before, _ = split_trainable(jax.device_get(state.params))
-    batch = make_rows_batch()
-    reference = learner.reference_logprobs(state.params, batch)
-    batch = batch.replace(logps=reference * batch.mask, reference_logps=reference)
+    prefix, rows = make_rows()
+
+    def reference():
+        return [reading.logps for reading in learner.read(state.params, prefix, rows, base=True)]
+
+    first = reference()
+    rows = [row._replace(logps=logps, reference_logps=logps) for row, logps in zip(rows, first, strict=True)]
     kls = []
     for _ in range(2):
-        state, metrics = learner.update(state, batch)
+        state, metrics = learner.update(state, prefix, rows)
         kls.append(metrics["kl"])
     assert kls[0] == pytest.approx(0, abs=1e-9) and kls[1] > 1e-4  # fresh adapters change nothing
     after, frozen = split_trainable(jax.device_get(state.params))
     jax.tree.map(np.testing.assert_array_equal, frozen, params)
     assert all(np.abs(x - y).max() > 0.01 for x, y in zip(*map(jax.tree.leaves, (after, before)), strict=True))
-    np.testing.assert_array_equal(learner.reference_logprobs(state.params, batch), reference)
+    for now, then in zip(reference(), first, strict=True):
+        np.testing.assert_array_equal(now, then)
     for moment in ("mu", "nu"):
         held = optax.tree_utils.tree_get(state.opt_state, moment)
         assert jax.tree.map(jnp.shape, held) == jax.tree.map(jnp.shape, after)
 
 
-def test_padding_and_the_order_of_rows_do_not_matter(learner, params):
-    batch = with_old_policies(CONFIG, params, make_rows_batch())
-    state, metrics = learner.update(fresh_state(params), batch)
+def test_the_order_of_rows_and_what_stands_outside_the_mask_do_not_matter(learner, params):
+    prefix, rows = make_rows()
+    rows = with_old_policies(CONFIG, params, prefix, rows)
+    state, metrics = learner.update(fresh_state(params), prefix, rows)
     rng = np.random.default_rng(0)
-    used = np.cumsum(batch.mask[:, ::-1], axis=1)[:, ::-1] > 0  # up to the last token that carries loss
-    prefix = batch.prefix.copy()
-    prefix[int(batch.prefix_length) :] = 9
-    order = rng.permutation(len(batch.tokens))
-    dirty = batch.replace(
-        prefix=prefix,
-        tokens=np.where(used, batch.tokens, rng.integers(40, size=batch.tokens.shape))[order],
-        logps=np.where(batch.mask > 0, batch.logps, -3)[order],
-        reference_logps=np.where(batch.mask > 0, batch.reference_logps, 5)[order],
-        mask=batch.mask[order],
-        advantages=batch.advantages[order],
-    )
-    other, other_metrics = learner.update(fresh_state(params), dirty)
+    dirty = [rows[i] for i in rng.permutation(len(rows))]
+    dirty = [
+        row._replace(
+            logps=np.where(row.mask, row.logps, -3), reference_logps=np.where(row.mask, row.reference_logps, 5)
+        )
+        for row in dirty
+    ]
+    other, other_metrics = learner.update(fresh_state(params), prefix, dirty)
     check_close(other.params, state.params, 1e-6)
     assert other_metrics == pytest.approx(metrics, rel=1e-5)
 
 
 def test_a_batch_without_loss_moves_nothing(learner, params):
-    batch = make_rows_batch()
-    state, metrics = learner.update(fresh_state(params), batch.replace(mask=np.zeros_like(batch.mask)))
+    prefix, rows = make_rows()
+    state, metrics = learner.update(fresh_state(params), prefix, [row._replace(mask=0.0) for row in rows])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
     assert set(metrics.values()) == {0.0}
 
 
-def test_logprobs_are_those_of_full_logits_row_by_row(learner, params):
-    batch = make_rows_batch()
-    found = learner.reference_logprobs(params, batch)
-    assert isinstance(found, np.ndarray)
-    expected, _ = full_logprobs(CONFIG, params, batch, int(batch.prefix_length))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+def test_readings_are_those_of_full_logits_row_by_row(learner, params):
+    prefix, rows = make_rows()
+    found = learner.read(params, prefix, rows)
+    expected = full_reading(CONFIG, params, prefix, together(rows).tokens)
+    for i, row in enumerate(rows):
+        own = slice(len(row.prompt), row.length)
+        for name in ("logps", "entropy"):
+            assert isinstance(getattr(found[i], name), np.ndarray)
+            np.testing.assert_allclose(getattr(found[i], name), getattr(expected, name)[i, own], atol=1e-4)
+
+
+def test_one_program_serves_batches_of_any_lengths(learner, params, caplog):
+    state = fresh_state(params)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for seed in range(4):
+            caplog.clear()
+            prefix, rows = make_rows(seed=seed)
+            learner.read(state.params, prefix, rows)
+            state, _ = learner.update(state, prefix, rows)
+    assert "Compiling" not in caplog.text  # by the last batch, parameters came from an update before it too
 
 
 def test_a_micro_batch_that_does_not_divide_over_the_devices_is_refused():
     mesh = AbstractMesh((2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    with pytest.raises(ValueError, match=r"learner.micro_batch is 6; .* multiple of mesh.data x mesh.fsdp \(4\)"):
-        Learner(CONFIG, SGD, LOSS, mesh, ABSTRACT, micro_batch=6, chunk=16)
+    with pytest.raises(ValueError, match=r"micro-batches have \(6,\) rows; .* multiple of mesh.data x mesh.fsdp \(4\)"):
+        Learner(CONFIG, SGD, LOSS, mesh, ABSTRACT, layout=Layout((32,), (6,)), chunk=16)
 
 
 @pytest.mark.parametrize("decay", [False, True])

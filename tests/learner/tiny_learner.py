@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from router_r1_jax.learner import PolicyLoss, Row, make_batch
+from router_r1_jax.learner import PolicyLoss, Reading, Row, make_batch, make_layout
 from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, RouterLM, abstract_params
 
@@ -32,35 +32,50 @@ def make_params(config):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def make_rows_batch(rows=6, prefix=7, seed=0):
-    """Ragged rows of a question, then sampled and injected tokens; the policy has moved since they were sampled."""
+def make_rows(rows=6, prefix=7, seed=0):
+    """A prefix, and ragged rows of a question, then sampled and injected tokens."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(rows):
         n = int(rng.integers(1, 24))
-        mask = rng.random(n) > 0.3
         question = rng.integers(VOCABULARY, size=rng.integers(1, 7)).tolist()
-        made.append(Row(question, rng.integers(VOCABULARY, size=n), mask, np.zeros(n), float(rng.normal())))
-    return make_batch(rng.integers(VOCABULARY, size=prefix).tolist(), made)
+        mask = (rng.random(n) > 0.3).astype(float)
+        made.append(Row(question, rng.integers(VOCABULARY, size=n), mask, advantages=float(rng.normal())))
+    return rng.integers(VOCABULARY, size=prefix).tolist(), made
 
 
-def full_logprobs(config, params, batch, P, temperature=1.0):
-    """Log-probs and entropies [B, T] from full logits, the P tokens of the prefix written out before each row."""
-    T = batch.tokens.shape[1]
-    whole = jnp.concatenate([jnp.tile(batch.prefix[:P], (len(batch.tokens), 1)), batch.tokens], axis=1)
-    logits = RouterLM(config).apply({"params": params}, whole) / temperature
-    logps = jax.nn.log_softmax(logits[:, P : P + T - 1], axis=-1)  # predict the row's tokens 1 .. T-1
-    chosen = jnp.take_along_axis(logps, batch.tokens[:, 1:, None], axis=-1)[..., 0]
+def together(rows):
+    """All rows as one micro-batch."""
+    layout = make_layout(max(row.length for row in rows), buckets=1, tokens=10**6, rows=len(rows))
+    [bucket] = make_batch([], rows, layout).buckets
+    order = np.argsort([row.length for row in rows], kind="stable")
+    return jax.tree.map(lambda x: x[0][np.argsort(order)], bucket.rows)
+
+
+def full_reading(config, params, prefix, tokens, temperature=1.0, critic=None):
+    """Log-probs, entropies and values [B, T] of tokens from full logits, the prefix written out before each row."""
+    P, T = len(prefix), tokens.shape[1]
+    whole = jnp.concatenate([jnp.tile(jnp.array(prefix, int), (len(tokens), 1)), tokens], axis=1)
+    model = RouterLM(config)
+    hidden, _ = model.apply({"params": params}, whole, method=RouterLM.hidden)
+    hidden = hidden[:, P : P + T - 1]  # predicts the row's tokens 1 .. T-1
+    logps = jax.nn.log_softmax(model.apply({"params": params}, hidden, method=RouterLM.logits) / temperature, axis=-1)
+    chosen = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-    return jnp.pad(chosen, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
+    values = None if critic is None else hidden @ critic["kernel"] + critic["bias"]
+    return Reading(*(None if x is None else jnp.pad(x, ((0, 0), (1, 0))) for x in (chosen, entropy, values)))
 
 
-_full_logprobs = jax.jit(full_logprobs, static_argnames=("config", "P"), compiler_options=QUICK_COMPILE)
+_full_reading = jax.jit(full_reading, static_argnames=("config",), compiler_options=QUICK_COMPILE)
 
 
-def with_old_policies(config, params, batch, temperature=1.0, spread=0.3):
-    """The batch with log-probs of a sampler and a reference that lie near those of `params`."""
+def with_old_policies(config, params, prefix, rows, temperature=1.0, spread=0.3):
+    """The rows with log-probs of a sampler and a reference that lie near those of `params`."""
     rng = np.random.default_rng(5)
-    now = np.asarray(_full_logprobs(config, params, batch, int(batch.prefix_length), temperature)[0])
-    near = [(now + spread * rng.normal(size=now.shape)).astype(np.float32) for _ in range(2)]
-    return batch.replace(logps=near[0] * batch.mask, reference_logps=near[1])
+    now = np.asarray(_full_reading(config, params, prefix, together(rows).tokens, temperature).logps)
+    near = [now + spread * rng.normal(size=now.shape) for _ in range(2)]
+    made = []
+    for i, row in enumerate(rows):
+        own = slice(len(row.prompt), row.length)
+        made.append(row._replace(logps=near[0][i, own] * row.mask, reference_logps=near[1][i, own]))
+    return made

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from router_r1_jax.learner import Batch, Learner, PolicyLoss, abstract_state, make_optimizer
+from router_r1_jax.learner import Layout, Learner, PolicyLoss, Row, abstract_state, make_optimizer
 from router_r1_jax.mesh import RULES, make_mesh
 from router_r1_jax.model import ModelConfig, Prefix, RouterLM, abstract_params, empty_cache, unroll
 from router_r1_jax.model.plan import TAG_STATES, UpdateShape
@@ -41,15 +41,9 @@ def compiled_update(config, mesh, shape):
         learning_rate=1e-6, warmup=2, total=9, decay=False, weight_decay=0.0, max_grad_norm=1.0
     )
     loss = PolicyLoss(clip_low=0.2, clip_high=0.2, kl_coef=0.001)
-    sizes = {"micro_batch": shape.micro_batch, "chunk": shape.logit_chunk}
-    learner = Learner(config, optimizer, loss, mesh, abstract, **sizes)
-    floats = Shape((shape.rows, shape.row_tokens), jnp.float32)
-    batch = Batch(
-        prefix=Shape((shape.prefix_tokens,), jnp.int32), prefix_length=Shape((), jnp.int32),
-        tokens=Shape(floats.shape, jnp.int32), mask=floats, logps=floats, reference_logps=floats,
-        advantages=Shape((shape.rows,), jnp.float32),
-    )  # fmt: skip
-    batch = jax.tree.map(lambda x, s: Shape(x.shape, x.dtype, sharding=s), batch, learner._batch_sharding)
+    layout = Layout((shape.row_tokens,), (shape.micro_batch,))
+    learner = Learner(config, optimizer, loss, mesh, abstract, layout=layout, chunk=shape.logit_chunk)
+    batch = learner.place([0] * shape.prefix_tokens, [Row([0], [0] * shape.row_tokens)] * shape.rows)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         return needed(learner._update.lower(abstract_state(optimizer, abstract, mesh), batch))
 

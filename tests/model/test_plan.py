@@ -13,6 +13,7 @@ import pytest
 from compiled_memory import MESHES, SHARDED, compiled_step, compiled_update
 
 from router_r1_jax.learner import batch
+from router_r1_jax.learning import learner_layout
 from router_r1_jax.mesh import abstract_mesh, make_mesh
 from router_r1_jax.model import LoRA, ModelConfig, plan, preset
 from router_r1_jax.model.hf_config import config_to_hf
@@ -107,13 +108,14 @@ def test_step_is_what_xla_needs(config, changes):
 
 def test_shapes_are_those_of_learner_and_rollout():
     """model/ may not import them: what it repeats is held here."""
-    assert (plan.ROW_BUCKET, plan.PREFIX_BUCKET) == (batch.LENGTH_BUCKET, batch.PREFIX_BUCKET)
+    assert (plan.ROW_BUCKET, plan.PREFIX_BUCKET) == (batch.ROW_MULTIPLE, batch.PREFIX_MULTIPLE)
     assert (plan.TAG_TOKENS, plan.PREFIX_BUCKET) == (engine.TAG_TOKENS, replica.PREFIX_BUCKET)
     assert (plan.CACHE_BUCKET, plan.SHORT_CACHE) == (replica.LENGTH_BUCKET, replica.SHORTEST_CACHE)
     assert len(build_automaton(STOP_TAGS, [b"a"]).next_state) <= plan.TAG_STATES
     config = configuration("configs/qwen25_3b_grpo.py")
-    update, rollout = plan.shapes_of(config, prefix_tokens=700)
-    assert update == UpdateShape(128, 8, 4096, 704, 64)
+    update, rollout = plan.shapes_of(config, prefix_tokens=700, mesh=ONE)
+    layout = learner_layout(config, 1)
+    assert update == UpdateShape(128, layout.rows[-1], layout.lengths[-1], 704, 64, len(layout.lengths))
     limits = engine.make_limits(config.rollout, config.prompt.question_tokens)._asdict()
     fields = dataclasses.asdict(rollout)
     assert {name: limits[name] for name in fields if name in limits} == {k: v for k, v in fields.items() if k in limits}
@@ -153,7 +155,7 @@ def test_a_tensor_parallel_rollout_shares_weights_and_caches():
 
 
 def test_rows_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"learner.micro_batch is 8; .* \(16\)"):
+    with pytest.raises(ValueError, match=r"a micro-batch has 8 rows; .* \(16\)"):
         plan.plan(SMALL, abstract_mesh(2, 8, 1, 16), UPDATE, STEP)
 
 

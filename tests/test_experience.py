@@ -1,0 +1,132 @@
+"""What a step learns from: groups without a spread are replaced, and the next step's episodes may come ahead."""
+
+import dataclasses
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from router_r1_jax.config import base_config
+from router_r1_jax.experience import Ahead, gather
+from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.rollout import Episode
+from router_r1_jax.router import Answers
+
+GROUP = 2
+
+
+class Questions:
+    """Hands out batches of numbered questions; those divisible by `dead` are answered alike by all episodes."""
+
+    def __init__(self, batch, dead):
+        self.batch, self.dead, self.given = batch, dead, 0
+
+    def next(self):
+        made = [SimpleNamespace(id=str(n), golds=("yes",), dead=n % self.dead == 0) for n in self.numbers()]
+        self.given += self.batch
+        return made
+
+    def numbers(self):
+        return range(self.given, self.given + self.batch)
+
+
+class FakeRouter:
+    """Answers at once; the second episode of a live group is wrong."""
+
+    def __init__(self):
+        self.seeds, self.rosters = [], []
+
+    def answer(self, questions, *, group, seed, roster_seed, **_):
+        self.seeds.append(seed)
+        self.rosters.append(roster_seed)
+        repeated = [q for q in questions for _ in range(group)]
+        episodes = []
+        for i, question in enumerate(repeated):
+            word = "no" if i % group and not question.dead else "yes"
+            text = f"<think> {question.id} </think><answer> {word} </answer>"
+            episodes.append(Episode(id=i, prompt=(1, 2), text=text))
+        valid = np.ones(len(episodes), bool)
+        return Answers(repeated, episodes, group, (), 1 + len(self.seeds), valid, stats=None)
+
+
+@pytest.fixture
+def config():
+    config = base_config()
+    config.rollout.questions, config.rollout.group = 4, GROUP
+    return config
+
+
+def chosen_ids(experience):
+    ids = [question.id for question in experience.chosen.answers.questions]
+    assert ids[::GROUP] == ids[1::GROUP]  # groups stay whole
+    return list(map(int, ids[::GROUP]))
+
+
+@pytest.mark.parametrize(
+    ("dead", "resample", "ids", "rounds"),
+    [
+        (100, 3, [0, 1, 2, 3], 2),  # one dead group: a second round
+        (100, 0, [0, 1, 2, 3], 1),
+        (2, 3, [1, 3, 5, 7], 2),
+        (1, 2, [0, 1, 2, 3], 3),  # nothing but dead groups: as many rounds as are allowed, and the first episodes
+        (3, 1, [1, 2, 4, 5], 2),
+    ],
+)
+def test_groups_without_a_spread_are_replaced(config, dead, resample, ids, rounds):
+    config.learner.resample = resample
+    questions, router = Questions(4, dead), FakeRouter()
+    if dead == 100 and resample:
+        ids = [1, 2, 3, 4]  # 0 is dead
+    experience = gather(config, router, questions, CostNormalizer(10), 5)
+    assert len(experience.rounds) == rounds and questions.given == 4 * rounds
+    assert chosen_ids(experience) == ids
+    answers, rewards = experience.chosen
+    assert [e.text for e in answers.episodes] == [
+        f"<think> {q.id} </think><answer> {'no' if i % GROUP and not q.dead else 'yes'} </answer>"
+        for i, q in enumerate(answers.questions)
+    ]
+    for i, episode in enumerate(answers.episodes):
+        assert rewards.exact_match[i] == float("yes" in episode.text)
+    assert {len(getattr(rewards, f.name)) for f in dataclasses.fields(rewards)} == {4 * GROUP}
+    assert len(set(router.seeds)) == rounds and set(router.rosters) == {(0, 4)}  # one prefix, other draws
+    assert answers.prefix_length == 2
+
+
+class SlowGather:
+    def __init__(self):
+        self.threads, self.stopped = [], threading.Event()
+
+    def __call__(self, step):
+        self.threads.append(threading.current_thread())
+        if step == "fails":
+            raise OSError("no more")
+        if step == "endless":
+            self.stopped.wait(20)
+            raise RuntimeError("stopped")
+        return step
+
+    def stop(self):
+        self.stopped.set()
+
+
+def test_a_step_begun_ahead_is_taken_from_the_thread_and_others_are_made_at_once():
+    slow = SlowGather()
+    with Ahead(slow, slow) as ahead:
+        assert ahead.take(1) == 1 and not ahead.begun
+        ahead.begin(2)
+        assert ahead.begun and ahead.take(2) == 2 and not ahead.begun
+        ahead.begin("fails")
+        with pytest.raises(OSError, match="no more"):
+            ahead.take("fails")
+        assert not ahead.begun
+    assert slow.threads[0] is threading.main_thread() is not slow.threads[1]
+
+
+def test_leaving_ends_the_rollout_that_is_under_way():
+    slow, began = SlowGather(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Ahead(slow, slow) as ahead:
+        ahead.begin("endless")
+        raise KeyboardInterrupt
+    assert slow.stopped.is_set() and time.monotonic() - began < 15
