@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from router_r1_jax.learner import (
@@ -71,16 +72,17 @@ def make_loss(config: ConfigDict) -> PolicyLoss:
     )  # fmt: skip
 
 
-def learner_layout(config: ConfigDict, shares: int) -> Layout:
-    """Shapes of the learner's micro-batches, whose rows `shares` devices share."""
-    c, r = config.learner, config.rollout
-    rows = r.questions * r.group // c.minibatches
-    return make_layout(r.max_tokens, buckets=c.length_buckets, tokens=c.micro_tokens, rows=rows, shares=shares)
+def learner_layout(config: ConfigDict, mesh: Mesh, *, rows: int) -> Layout:
+    """Shapes of the micro-batches in which a learner on this mesh takes batches of so many rows."""
+    c, shares = config.learner, mesh.shape["data"] * mesh.shape["fsdp"]
+    longest = config.rollout.max_tokens
+    return make_layout(longest, buckets=c.length_buckets, tokens=c.micro_tokens, rows=rows, shares=shares)
 
 
 def make_trainer(config: ConfigDict, session: Session) -> Trainer:
     """What `config.learner` describes, for the session's model and mesh. Nothing is compiled yet."""
     c, mesh = config.learner, session.mesh
+    rows = config.rollout.questions * config.rollout.group // c.minibatches
     settings = dict(
         warmup=c.warmup, total=config.steps * c.minibatches * c.epochs, decay=c.decay, weight_decay=c.weight_decay,
         max_grad_norm=c.max_grad_norm,
@@ -91,7 +93,7 @@ def make_trainer(config: ConfigDict, session: Session) -> Trainer:
         critic_optimizer, _ = make_optimizer(learning_rate=c.value_learning_rate, **settings)
     learner = Learner(
         session.model, optimizer, make_loss(config), mesh, session.abstract_params,
-        layout=learner_layout(config, mesh.shape["data"] * mesh.shape["fsdp"]), chunk=c.logit_chunk,
+        layout=learner_layout(config, mesh, rows=rows), chunk=c.logit_chunk,
         temperature=config.rollout.temperature, critic_optimizer=critic_optimizer,
     )  # fmt: skip
     return Trainer(learner, optimizer, schedule, critic_optimizer, session)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from router_r1_jax.config import base_config, use_loss
 from router_r1_jax.learner import Reading, gae, whiten
 from router_r1_jax.learning import distance, learner_layout, make_rows, weigh, with_advantages
+from router_r1_jax.mesh import abstract_mesh
 from router_r1_jax.reward import Rewards
 from router_r1_jax.rollout import Episode
 from router_r1_jax.router import Answers
@@ -148,5 +149,5 @@ def test_the_layout_follows_the_configuration():
     config = base_config()
     config.rollout.update(dict(questions=4, group=4, max_tokens=513))
     config.learner.update(dict(micro_tokens=1024, length_buckets=2, minibatches=2))
-    assert learner_layout(config, 1) == ((256, 512), (4, 2))
-    assert learner_layout(config, 8) == ((256, 512), (8, 8))  # eight rows of a mini-batch, one on each device
+    assert learner_layout(config, abstract_mesh(1, 1, 1, 1), rows=8) == ((256, 512), (4, 2))
+    assert learner_layout(config, abstract_mesh(2, 2, 1, 4), rows=8) == ((256, 512), (8, 8))  # two rows on each device

@@ -78,8 +78,8 @@ def test_the_kept_warm_start_knows_the_format_and_not_whom_to_ask(tmp_path):
 # `python tests/test_warmstart.py` prints.
 RECORD = {
     "batches": {
-        0: "d5bad4a65ffa8be1", 1: "b2e5ef3c6f8421e3", 249: "4bf0c445094c6edf", 250: "5fdc5a5c7935740d",
-        699: "c254d72c05c8062d",
+        0: "e60efa0d7849055e", 1: "d0d0bfc4277c44fb", 249: "a5e1a707e219cd72", 250: "b61c8b22061cf850",
+        699: "876973e4622c96ce",
     },
     "losses": [
         7.3475, 7.3516, 7.3336, 7.2874, 7.2590, 7.2205, 7.2021, 7.1747, 7.1517, 7.1446,
@@ -93,11 +93,11 @@ def late_losses(session, params, steps, monkeypatch):
     """Losses of these parameters on the batches of the given steps."""
     found = {}
     for step in steps:
-        batch = warmstart.scripted_batch(session, step)
+        batch = warmstart.scripted_rows(session, step)
         with monkeypatch.context() as patch:
             copy = jax.tree.map(jnp.copy, params)  # an update takes its arrays
             patch.setattr(session, "initial_params", lambda seed, copy=copy: copy)
-            patch.setattr(warmstart, "scripted_batch", lambda session, _, batch=batch: batch)
+            patch.setattr(warmstart, "scripted_rows", lambda session, _, batch=batch: batch)
             found[step] = first_updates(session, 1)[0]
     return found
 
@@ -119,9 +119,10 @@ def first_updates(session, count):
     return losses
 
 
-def digest(batch):
+def digest(prefix, rows):
     """Of all that a supervised update reads."""
-    content = b"".join(np.asarray(part).tobytes() for part in (batch.prefix, batch.tokens, batch.mask))
+    parts = [prefix, *(part for row in rows for part in ([*row.prompt, *row.tokens], row.mask))]
+    content = b"|".join(np.asarray(part, np.int32).tobytes() for part in parts)
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -137,7 +138,7 @@ def trace(workdir, monkeypatch):
     with open_session(runpy.run_path(str(DEMO))["get_config"](), workdir, load_source=False) as session:
         kept = load_warm_start(DEMO.parent / "demo_warmstart.safetensors", session)
         found = {
-            "batches": {step: digest(warmstart.scripted_batch(session, step)) for step in (0, 1, 249, 250, 699)},
+            "batches": {step: digest(*warmstart.scripted_rows(session, step)) for step in (0, 1, 249, 250, 699)},
             "losses": first_updates(session, 20),
             "end": late_losses(session, kept, (300, 699), monkeypatch),
         }

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 from router_r1_jax import prompts
 from router_r1_jax.data.questions import QuestionIterator, QuestionRecord
 from router_r1_jax.evaluation.records import Record, make_records
-from router_r1_jax.learner import Batch, Learner, SupervisedLoss, init_state, make_batch, make_optimizer
+from router_r1_jax.experience import judge
+from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_optimizer
+from router_r1_jax.learning import learner_layout, make_rows
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.router import Router
 from router_r1_jax.session import Session
-from router_r1_jax.train import judge, make_rows
 
 DIRECT = "Answer the question. Write the answer alone, between <answer> and </answer>.\nQuestion: {question}\n"
 CHAIN = (
@@ -69,11 +70,11 @@ def answer_greedily(
 
 def best_episodes(
     config: ConfigDict, session: Session, *, rollouts: int, on_finish: Callable[[], Any] = lambda: None
-) -> list[Batch]:
+) -> list[tuple[Sequence[int], list[Row]]]:
     """Sample as a training run does, from the parameters pushed last, and keep per question the best rewarded episode.
 
-    A batch for each rollout, because each has a prompt of its own; questions that nobody got right are left out. Rows
-    are repeated until each batch holds rollout.questions: one shape.
+    A prefix and rows for each rollout, because each has a prompt of its own; questions that nobody got right are left
+    out. Rows are repeated until each batch holds rollout.questions: one shape.
     """
     iterator = QuestionIterator(session.questions("train"), seed=config.seed, batch=config.rollout.questions)
     normalizer, batches = CostNormalizer(config.reward.window), []
@@ -83,11 +84,11 @@ def best_episodes(
             seed=(config.seed, 2, i), step=0, split="train",
         )  # fmt: skip
         totals = judge(config, answers, normalizer).total.reshape(-1, config.rollout.group)
-        rows = make_rows(answers, totals.ravel())
+        rows = make_rows(config, answers)
         best = [int(totals[q].argmax()) + q * config.rollout.group for q in range(len(totals)) if totals[q].max() > 0]
         if best:
             kept = [rows[best[j % len(best)]] for j in range(config.rollout.questions)]
-            batches.append(make_batch(answers.episodes[0].prompt[: answers.prefix_length], kept))
+            batches.append((answers.episodes[0].prompt[: answers.prefix_length], kept))
         on_finish()
     return batches
 
@@ -112,11 +113,11 @@ def fine_tune(
     )  # fmt: skip
     learner = Learner(
         session.model, optimizer, SupervisedLoss(), session.mesh, session.abstract_params,
-        micro_batch=config.rollout.questions, chunk=config.learner.logit_chunk,
+        layout=learner_layout(config, session.mesh, rows=config.rollout.questions), chunk=config.learner.logit_chunk,
     )  # fmt: skip
     own = jax.tree.map(jnp.copy, params)  # the state's arrays are donated by the first update
     state = init_state(optimizer, own, session.abstract_params, session.mesh)
     for _ in range(EPOCHS):
         for batch in batches:
-            state, _ = learner.update(state, batch)
+            state, _ = learner.update(state, *batch)
     return state.params

@@ -114,7 +114,7 @@ def test_shapes_are_those_of_learner_and_rollout():
     assert len(build_automaton(STOP_TAGS, [b"a"]).next_state) <= plan.TAG_STATES
     config = configuration("configs/qwen25_3b_grpo.py")
     update, rollout = plan.shapes_of(config, prefix_tokens=700, mesh=ONE)
-    layout = learner_layout(config, 1)
+    layout = learner_layout(config, ONE, rows=128)
     assert update == UpdateShape(128, layout.rows[-1], layout.lengths[-1], 704, 64, len(layout.lengths))
     limits = engine.make_limits(config.rollout, config.prompt.question_tokens)._asdict()
     fields = dataclasses.asdict(rollout)
