@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from file_server import serving
 
-from router_r1_jax.config import PAPER_SETS
+from router_r1_jax.config import PAPER_SETS, ConfigError, base_config
 from router_r1_jax.data import open_qa, prepare, questions
 from router_r1_jax.data.open_qa import FILES
 from router_r1_jax.data.overlap import text_key, text_keys
 from router_r1_jax.data.prepare import overlaps, prepare_set
 from router_r1_jax.data.questions import DataError
+from router_r1_jax.data.sets import open_sets
 
 # Which file a split comes from, written out once more: test where there is one, else dev; never a file twice.
 HAS_TEST = {"nq", "triviaqa", "popqa", "bamboogle"}
@@ -140,6 +142,40 @@ def test_a_refused_set_leaves_nothing_that_passes_for_one(tmp_path, flashrag):
     path.unlink()
     with pytest.raises(DataError, match=r"nq/test\.jsonl does not exist"):
         prepare_set("nq", str(source), tmp_path / "other")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from router_r1_jax.data import open_qa, prepare
+
+write = open_qa._examples
+
+def write_some(path, *rest):
+    for i, example in enumerate(write(path, *rest)):
+        if (path.stem, i) == ("dev", 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield example
+
+open_qa._examples = write_some
+prepare.prepare_set("nq", sys.argv[1], Path(sys.argv[2]))
+"""
+
+
+def test_a_build_that_is_killed_is_none_and_the_next_one_is_whole(tmp_path, flashrag, prepared_root):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(flashrag), str(tmp_path)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (rest,) = (tmp_path / "open_qa" / "nq").iterdir()
+    assert list(rest.glob("*-train.*"))  # it was in the middle
+    data = base_config().data
+    data.train = data.validation = data.test = ("nq",)
+    data.dir = str(tmp_path)
+    with pytest.raises(ConfigError, match="no set 'nq' is prepared"):
+        open_sets(data, tmp_path)
+    folder = prepare_set("nq", str(flashrag), tmp_path)
+    assert open_sets(data, tmp_path) == {"nq": folder}
+    for split in ("train", "validation", "test"):
+        assert loaded(folder, split) == loaded(folder_of(prepared_root, "nq"), split)
 
 
 def test_what_is_prepared_is_left_alone(tmp_path, flashrag, capsys):
