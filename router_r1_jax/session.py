@@ -19,7 +19,7 @@ from router_r1_jax import hosts, prompts
 from router_r1_jax.config import SPLITS, ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.draw import Drawn, draw_split, take_turns
-from router_r1_jax.data.questions import QuestionRecord
+from router_r1_jax.data.questions import DataError, QuestionRecord
 from router_r1_jax.data.sets import open_sets
 from router_r1_jax.data.tokenizer import corpus, train_tokenizer
 from router_r1_jax.data.world import World
@@ -78,7 +78,9 @@ class Session:
         drawn = draw_split(self.config.data, self.data_dirs, split)
         if hosts.first():
             _note_draw(self.workdir / "data.json", self.config.data, split, drawn)
-        return take_turns(drawn)
+        records = take_turns(drawn)
+        refuse_long(records, self.tokenizer, self.config.prompt.question_tokens)
+        return records
 
     def pool_states(self) -> list[dict[str, Any]]:
         """What a checkpoint needs of the pools of all processes, by process. All processes call it."""
@@ -162,6 +164,24 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
             config, workdir, mesh, cards, tokenizer, model, abstract_params(model, mesh), data_dirs, world, pool,
             router, initial, opening.pop_all(),
         )  # fmt: skip
+
+
+def refuse_long(records: Sequence[QuestionRecord], tokenizer: PreTrainedTokenizerBase, most: int) -> None:
+    """Raise DataError for questions of more than `most` tokens, else a run would end where the first of them is drawn.
+
+    What a chat template adds behind the question is not counted here; the engine counts the whole prompt.
+    """
+    if not records:
+        return
+    encoded = tokenizer([record.question for record in records], add_special_tokens=False)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    longest = max(range(len(records)), key=lengths.__getitem__)
+    if lengths[longest] > most:
+        count = sum(length > most for length in lengths)
+        raise DataError(
+            f"{count} of {len(records)} questions have more tokens than prompt.question_tokens ({most}); the longest, "
+            f"{records[longest].id!r}, has {lengths[longest]}: raise the field, or leave them out of the set"
+        )
 
 
 def _note_draw(path: Path, data: ConfigDict, split: str, drawn: Sequence[Drawn]) -> None:
