@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import mains
 import numpy as np
@@ -10,7 +11,9 @@ from mains import assert_same_checkpoint, checkpoint_arrays, train_lines
 
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.pool.ledger import read_ledger
+from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.report import read_episodes
+from router_r1_jax.train import hit_rate
 
 MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 STEP_METRICS = {
@@ -20,6 +23,18 @@ STEP_METRICS = {
     "push_seconds", "push_bytes",
     *(f"calls/share/{model}" for model in MODELS),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("replies", "rate"),
+    [([("a", True), ("a", False), ("", False), ("b", True), ("b", True)], 0.75), ([("", False)], 0.0), ([], 0.0)],
+)
+def test_the_tapes_hit_rate_is_of_calls_that_reached_a_model(replies, rate):
+    made = [Reply("", Outcome.OK, model, hit=hit) for model, hit in replies]
+    assert (
+        hit_rate(SimpleNamespace(episodes=[SimpleNamespace(replies=made[:2]), SimpleNamespace(replies=made[2:])]))
+        == rate
+    )
 
 
 # What a finished run leaves.
