@@ -1,12 +1,13 @@
 """TFDS builder of the seven sets of questions that the paper uses, and of a user's own, from FlashRAG-style JSONL.
 
 Each set is one configuration. The files lie in the manual folder as <set>/{train,dev,test}.jsonl; `data.prepare` puts
-them there, or finds them there. Examples go from the file to the shard one by one, in the order of the file.
+them there, or finds them there. Examples go from the file to the shards in the order of the file.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ FILES = {
     "musique": {"train": "train", "test": "dev"},
     "bamboogle": {"test": "test"},
 }
+SHARD = 1 << 14  # examples; TFDS holds those of one shard in memory while it writes them
 HELD_OUT = 0.02  # share of the train file's questions that become validation where no file is left for it
 
 
@@ -85,7 +87,7 @@ class OpenQA(tfds.core.ShardBasedBuilder):
             },
         )
         return {
-            split: [functools.partial(_examples, folder / names[stem], names[stem], f"{suite}/{stem}", numbers)]
+            split: _shards(_examples(folder / names[stem], names[stem], f"{suite}/{stem}", numbers), len(numbers))
             for split, (stem, numbers) in chosen.items()
         }
 
@@ -122,6 +124,11 @@ def _describe(path: Path, found: Survey) -> dict[str, Any]:
         "blank_lines": found.blank,
         "blank_answers": found.blank_golds,
     }
+
+
+def _shards(examples: Iterator, count: int) -> list[Callable[[], Iterator]]:
+    """The shards of a split, which TFDS writes one after the other: each takes `examples` up where the last left it."""
+    return [functools.partial(itertools.islice, examples, SHARD) for _ in range(0, count, SHARD)]
 
 
 def _examples(path: Path, name: str, prefix: str, numbers: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:

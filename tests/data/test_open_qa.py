@@ -144,6 +144,16 @@ def test_a_refused_set_leaves_nothing_that_passes_for_one(tmp_path, flashrag):
         prepare_set("nq", str(source), tmp_path / "other")
 
 
+@pytest.mark.parametrize("shard", [1, 3, 4, 11, 12])
+def test_shards_change_nothing_but_the_files(tmp_path, flashrag, monkeypatch, shard):
+    monkeypatch.setattr(open_qa, "SHARD", shard)
+    folder = prepare_set("hotpotqa", str(flashrag), tmp_path)
+    assert len(list(folder.glob("*-train.*"))) == -(-11 // shard)
+    assert loaded(folder, "test") == expected(flashrag, "hotpotqa", "dev")
+    train = questions.load(folder, "train") + questions.load(folder, "validation")
+    assert {r.id: (r.question, r.golds) for r in train} == expected(flashrag, "hotpotqa", "train") and len(train) == 12
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
