@@ -1,0 +1,57 @@
+"""Baselines that are the router's own language model: which episodes fine-tuning keeps."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_world import CARDS, questions
+
+from router_r1_jax.baselines.own import best_episodes
+from router_r1_jax.config import base_config
+from router_r1_jax.pool.outcomes import Outcome, Reply
+from router_r1_jax.rollout import Episode
+from router_r1_jax.router import Answers
+
+GROUP = 3
+
+
+def episode(number: int, answer: str, cost: float) -> Episode:
+    """An episode of one call that ends in `answer`; its tokens are its number."""
+    reply = Reply("r", Outcome.OK, "Titan", "q", raw_cost=cost)
+    text = "<think> t </think>\n<search> Titan: q </search>\n<information> r </information>\n<think> t </think>\n"
+    made = Episode(number, prompt=(1, 2, 3 + number), replies=[reply], stop="answer")
+    made.sample([100 + number] * 4, [-1.0] * 4, [-1.0] * 4)
+    made.text = f"{text}<answer> {answer} </answer>"
+    return made
+
+
+class FakeRouter:
+    """Deals the same episodes whatever it is asked: of the first question the second and third are right."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def answer(self, questions, *, group, temperature, seed, step, split) -> Answers:
+        assert (group, temperature, split) == (GROUP, 1.0, "train")
+        self.asked.append([question.id for question in questions])
+        answers = [("no", 1.0), (questions[0].golds[0], 9.0), (questions[0].golds[0], 1.0)] + [("no", 1.0)] * GROUP
+        episodes = [episode(i, *said) for i, said in enumerate(answers)]
+        repeated = [question for question in questions for _ in range(group)]
+        return Answers(repeated, episodes, group, CARDS, 2, np.ones(len(episodes), bool), None)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_fine_tuning_keeps_the_best_right_episode_of_each_question(alpha):
+    """A question without a right one is left out; where cost counts, the cheap one of two right ones is kept."""
+    config = base_config()
+    config.rollout.update(dict(questions=2, group=GROUP))
+    config.reward.alpha = alpha
+    session = SimpleNamespace(questions=lambda split: questions(split)[:6], router=FakeRouter())
+    batches = best_episodes(config, session, rollouts=2)
+    assert len(batches) == 2 and session.router.asked[0] != session.router.asked[1]
+    for batch in batches:
+        kept = 2 if alpha else 1
+        assert batch.tokens.shape[0] == 2  # repeated until the batch is full
+        assert batch.prefix[: batch.prefix_length].tolist() == [1, 2]
+        for row, mask in zip(batch.tokens, batch.mask, strict=True):
+            assert row[:5].tolist() == [3 + kept] + [100 + kept] * 4 and mask[:6].tolist() == [0, 1, 1, 1, 1, 0]
