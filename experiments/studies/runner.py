@@ -157,7 +157,7 @@ def measured(
     config.update_from_flattened_dict(dict(variant.overrides))
     pool = Redirected(session.pool, variant.choose) if variant.choose else session.pool
     cards = tuple(map(variant.shown, session.cards))
-    router = Router(config, session.model, session.tokenizer, cards, pool)
+    router = Router(config, session.model, session.tokenizer, cards, pool, session.mesh)
     router.push(params)
     split = config.evaluation.split
     records = answer_greedily(config, router, questions, policy=variant.name, split=split)

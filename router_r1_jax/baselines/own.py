@@ -37,7 +37,7 @@ class AloneRouter(Router):
         """`instruction` holds {question}."""
         config = session.config.copy_and_resolve_references()
         config.rollout.max_calls = 0
-        super().__init__(config, session.model, session.tokenizer, session.cards, session.pool)
+        super().__init__(config, session.model, session.tokenizer, session.cards, session.pool, session.mesh)
         self._instruction, self._reader = instruction, session.tokenizer
 
     def prompt_ids(self, question: QuestionRecord, cards: Sequence[Card]) -> tuple[int, ...]:
