@@ -61,9 +61,10 @@ def main() -> None:
     each: dict[str, dict[int, dict]] = {}
     found = {}
     for run in runs_of(options):
-        with opened(run_config(options, run), run.folder) as (session, params):
+        with opened(run_config(options, run), run.folder) as checkpoint:
+            session = checkpoint.session
             questions = session.questions("test")[: options.questions]
-            records = measured(session, params, Variant("as trained"), questions, study="routing")
+            records = measured(checkpoint, Variant("as trained"), questions, study="routing")
             line = figures(records, session.cards)
             each.setdefault(str(run.overrides["reward.alpha"]), {})[run.overrides["seed"]] = line
             found = found or references(session.world, session.cards, {question.id for question in questions})

@@ -88,20 +88,8 @@ def draw(results: dict) -> Figure:
     return figure
 
 
-def main() -> None:
-    options = arguments(__doc__, "demo_alpha")
-    each: dict[int, dict] = {}
-    for run in trained_runs(options, lambda overrides: overrides["reward.alpha"] == 0.0):
-        config = run_config(options, run)
-        with opened(config, run.folder) as (session, params):
-            questions = session.questions("test")[: options.questions]
-            lines = {}
-            for variant in variants(session.cards, session.world):
-                # A model that is asked under another's name still costs its own price and counts as itself.
-                records = measured(session, params, variant, questions, study="routing")
-                lines[variant.name] = figures(records, session.cards)
-                print(f"seed {run.overrides['seed']}, {variant.name}: EM {lines[variant.name]['em']:.3f}", flush=True)
-            each[run.overrides["seed"]] = lines
+def write(each: dict[int, dict]) -> None:
+    """Results of the seeds that are there; a study that is cut keeps them."""
     names = next(iter(each.values()))
     results = {
         "variants": {name: over_seeds({seed: lines[name] for seed, lines in each.items()}) for name in names},
@@ -117,6 +105,23 @@ def main() -> None:
         ],
     )  # fmt: skip
     save("routing_worth", results, table, draw(results))
+
+
+def main() -> None:
+    options = arguments(__doc__, "demo_alpha")
+    each: dict[int, dict] = {}
+    for run in trained_runs(options, lambda overrides: overrides["reward.alpha"] == 0.0):
+        config = run_config(options, run)
+        with opened(config, run.folder) as checkpoint:
+            session, lines = checkpoint.session, {}
+            questions = session.questions("test")[: options.questions]
+            for variant in variants(session.cards, session.world):
+                # A model that is asked under another's name still costs its own price and counts as itself.
+                records = measured(checkpoint, variant, questions, study="routing")
+                lines[variant.name] = figures(records, session.cards)
+                print(f"seed {run.overrides['seed']}, {variant.name}: EM {lines[variant.name]['em']:.3f}", flush=True)
+            each[run.overrides["seed"]] = lines
+        write(each)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ def run_config(options: argparse.Namespace, run: Run, **more: Any) -> ConfigDict
 Choose = Callable[[str, Sequence[Card], str], str]  # (query, roster, name that was called) -> name that is asked
 
 
+def as_called(query: str, roster: Sequence[Card], called: str) -> str:
+    """Whom the router called."""
+    return called
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A checkpoint under changed circumstances.
@@ -106,21 +111,24 @@ class Variant:
     Attributes:
       name: in tables.
       overrides: of the configuration's fields, for the router alone.
-      shown: what the cards look like in the prompt; the pool is asked as before.
+      shown: what the cards look like in the prompt, where it is changed; the pool is asked as before.
       choose: whom a call really goes to.
     """
 
     name: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    shown: Callable[[Card], Card] = lambda card: card
-    choose: Choose | None = None
+    shown: Callable[[Card], Card] | None = None
+    choose: Choose = as_called
 
 
 class Redirected:
-    """A pool that asks another model than the one that was called, under the called one's name."""
+    """A pool that asks another model than the one that was called, under the called one's name.
 
-    def __init__(self, pool: Any, choose: Choose) -> None:
-        self._pool, self._choose = pool, choose
+    `choose` can be replaced between rollouts: routers over one pool share their compiled programs.
+    """
+
+    def __init__(self, pool: Any, choose: Choose = as_called) -> None:
+        self._pool, self.choose = pool, choose
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
@@ -129,39 +137,55 @@ class Redirected:
         """As `Pool.respond`; a call that cannot be made goes on as it is."""
         route = parse_route(route_text, route_names(cards))
         if not isinstance(route, RouteFault):
-            route_text = f"{self._choose(route.query, cards, route.name)}: {route.query}"
+            route_text = f"{self.choose(route.query, cards, route.name)}: {route.query}"
         return self._pool.respond(route_text, cards=cards, **where)
 
 
+class Checkpoint:
+    """Parameters and session of one checkpoint; variants that change only whom a call reaches share a router."""
+
+    def __init__(self, session: Session, params: Any) -> None:
+        self.session, self.params = session, params
+        self._pool = Redirected(session.pool)
+        self._routers: dict[tuple, Router] = {}
+
+    def router(self, variant: Variant) -> Router:
+        """Ready to answer as the variant says."""
+        self._pool.choose = variant.choose
+        key = (tuple(variant.overrides.items()), variant.shown)
+        if key not in self._routers:
+            session, config = self.session, self.session.config.copy_and_resolve_references()
+            config.update_from_flattened_dict(dict(variant.overrides))
+            cards = tuple(map(variant.shown, session.cards)) if variant.shown else session.cards
+            self._routers[key] = Router(config, session.model, session.tokenizer, cards, self._pool, session.mesh)
+            self._routers[key].push(self.params)
+        return self._routers[key]
+
+
 @contextmanager
-def opened(config: ConfigDict, workdir: Path, checkpoint: str = "best") -> Iterator[tuple[Session, Any]]:
-    """A run's session and the parameters of a checkpoint."""
+def opened(config: ConfigDict, workdir: Path, checkpoint: str = "best") -> Iterator[Checkpoint]:
+    """A checkpoint of a run, with the run's session."""
     with (
         CheckpointStore(workdir / "checkpoints", keep=None) as store,
         open_session(config, workdir, load_source=False) as session,
     ):
-        yield session, store.restore_params(store.resolve(checkpoint), session.abstract_params)
+        yield Checkpoint(session, store.restore_params(store.resolve(checkpoint), session.abstract_params))
 
 
 def measured(
-    session: Session, params: Any, variant: Variant, questions: Sequence[QuestionRecord], *, study: str
+    checkpoint: Checkpoint, variant: Variant, questions: Sequence[QuestionRecord], *, study: str
 ) -> list[Record]:
     """Greedy records of a variant; read where they were measured on these very questions."""
+    folder, config = checkpoint.session.workdir / "studies", checkpoint.session.config
     name = f"{study}_{variant.name}".replace(" ", "_")
-    path = session.workdir / "studies" / "episodes" / f"{name}.jsonl"
+    path = folder / "episodes" / f"{name}.jsonl"
     if path.exists():
         records = [json.loads(line) for line in path.read_text().splitlines()]
         if [record["id"] for record in records] == [question.id for question in questions]:
             return records
-    config = session.config.copy_and_resolve_references()
-    config.update_from_flattened_dict(dict(variant.overrides))
-    pool = Redirected(session.pool, variant.choose) if variant.choose else session.pool
-    cards = tuple(map(variant.shown, session.cards))
-    router = Router(config, session.model, session.tokenizer, cards, pool, session.mesh)
-    router.push(params)
-    split = config.evaluation.split
+    router, split = checkpoint.router(variant), config.evaluation.split
     records = answer_greedily(config, router, questions, policy=variant.name, split=split)
-    writer = EpisodeWriter(session.workdir / "studies", name)
+    writer = EpisodeWriter(folder, name)
     writer.write(records)
     writer.close()
     return records

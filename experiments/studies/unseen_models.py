@@ -77,9 +77,10 @@ def main() -> None:
     each: dict[str, dict[int, dict]] = {name: {} for name in CASES}
 
     def measure(case: str, config: ConfigDict, folder: Path, seed: int) -> None:
-        with opened(config, folder) as (session, params):
+        with opened(config, folder) as checkpoint:
+            session = checkpoint.session
             questions = session.questions("test")[: options.questions]
-            line = figures(measured(session, params, Variant(case), questions, study="unseen"), session.cards)
+            line = figures(measured(checkpoint, Variant(case), questions, study="unseen"), session.cards)
             share = sum(line["calls_share"].get(key, 0.0) for key in SWEEP["UNSEEN"])
             each[case][seed] = line | {"unseen_share": share}
 
