@@ -25,7 +25,7 @@ ALLOWED = {
     "reward": {"protocol"},
     "pool": {"config", "protocol", "data"},  # data: the simulated models answer from the synthetic world
     "data": {"config", "pool", "prompts", "protocol"},  # pool: the cards
-    "evaluation": {"pool", "reward", "protocol"},
+    "evaluation": {"config", "pool", "reward", "report", "protocol"},  # report: JSON lines
     "report": {"protocol"},
     # Policies beside the router, with a main of their own: they meet all rooms.
     "baselines": {

@@ -7,7 +7,8 @@ import numpy as np
 
 from router_r1_jax.evaluation.watch import hacking_rates
 from router_r1_jax.pool.cards import Card
-from router_r1_jax.reward import FAULTS, Rewards
+from router_r1_jax.pool.outcomes import Outcome, provider_fault
+from router_r1_jax.reward import FAULTS, Rewards, extract_answer, sub_exact_match
 
 Record = dict[str, Any]
 
@@ -28,20 +29,26 @@ def make_records(
         ]  # fmt: skip
         records.append(
             {
-                "id": question.id, "split": split, "step": step, "policy": policy, "question": question.question,
-                "golds": list(question.golds), "hops": question.hops, "domains": list(question.domains),
-                "response": episode.text, "calls": calls,
+                "id": question.id, "suite": question.suite, "split": split, "step": step, "policy": policy,
+                "question": question.question, "golds": list(question.golds), "hops": question.hops,
+                "domains": list(question.domains), "response": episode.text, "calls": calls,
                 "reward": {
                     "total": float(rewards.total[i]), "format": float(rewards.format[i]),
                     "outcome": float(rewards.outcome[i]), "cost": float(rewards.cost[i]),
                 },
                 "exact_match": float(rewards.exact_match[i]), "f1": float(rewards.f1[i]),
+                "sub_exact_match": _sub_exact_match(episode.text, question.golds),
                 "dollars": sum(call["charged"] for call in calls),
                 "raw_cost": sum(call["raw_cost"] for call in calls), "faults": list(rewards.faults[i]),
-                "stop": episode.stop,
+                "stop": episode.stop, "failed": any(provider_fault(Outcome(call["outcome"])) for call in calls),
             }
         )  # fmt: skip
     return records
+
+
+def _sub_exact_match(response: str, golds: Sequence[str]) -> float:
+    answer = extract_answer(response)
+    return 0.0 if answer is None else sub_exact_match(answer, golds)
 
 
 def best_models(cards: Sequence[Card]) -> dict[str, str]:

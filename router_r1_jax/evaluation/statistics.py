@@ -1,4 +1,7 @@
-"""Bootstrap intervals of a mean over questions, and of the mean difference of two policies on the same questions."""
+"""Bootstrap intervals of a mean over questions, and how two policies differ on the same questions.
+
+For the difference there are an interval of its mean and the sign test.
+"""
 
 import math
 from collections.abc import Sequence
@@ -30,19 +33,25 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, resamples: int, seed
         ValueError: for no values, a value that is not finite, no resamples, or a level outside (0, 1).
     """
     sample = _checked("values", values)
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; it must be at least 1 (10000 is usual)")
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level is {level}; it lies between 0 and 1 (0.95 is usual)")
-    n = len(sample)
+    _check(resamples, level)
+    return _interval(sample.mean(), _resampled_means(sample, resamples, np.random.default_rng(seed)), level)
+
+
+def bootstrap_mean_of_sets(
+    sets: Sequence[Sequence[float] | np.ndarray], *, resamples: int, seed: int, level: float = 0.95
+) -> Interval:
+    """Interval of the mean of the sets' means: a set of 125 questions weighs as much as one of 500.
+
+    `sets` holds one sequence of numbers per data set; questions are resampled within their own set. Other arguments and
+    errors as for `bootstrap_mean`, which gives the same for a single set.
+    """
+    samples = [_checked(f"sets[{i}]", values) for i, values in enumerate(sets)]
+    _check(resamples, level)
+    if not samples:
+        raise ValueError("sets is empty; give one sequence of numbers per data set")
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    rows = max(1, _CHUNK // n)
-    for start in range(0, resamples, rows):
-        stop = min(start + rows, resamples)
-        means[start:stop] = sample[rng.integers(0, n, size=(stop - start, n))].mean(axis=1)
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Interval(float(sample.mean()), float(low), float(high))
+    means = np.mean([_resampled_means(sample, resamples, rng) for sample in samples], axis=0)
+    return _interval(np.mean([sample.mean() for sample in samples]), means, level)
 
 
 def paired_bootstrap(
@@ -62,6 +71,51 @@ def paired_bootstrap(
     if len(first) != len(second):
         raise ValueError(f"a has {len(first)} values and b has {len(second)}; pair them by question first")
     return bootstrap_mean(first - second, resamples=resamples, seed=seed, level=level)
+
+
+class SignTest(NamedTuple):
+    """On how many questions a policy was better, worse and equal, and how likely so uneven a split is by chance."""
+
+    better: int
+    worse: int
+    equal: int
+    p: float
+
+
+def sign_test(differences: Sequence[float] | np.ndarray) -> SignTest:
+    """Exact two-sided sign test: ties are left out, and each other question is a fair coin under the null hypothesis.
+
+    Where scores are 0 or 1 this is McNemar's exact test. `differences` holds one number per question; errors as for
+    `bootstrap_mean`.
+    """
+    sample = _checked("differences", differences)
+    better, worse = int(np.sum(sample > 0)), int(np.sum(sample < 0))
+    decided = better + worse
+    tail = sum(math.comb(decided, k) for k in range(min(better, worse) + 1))  # whole numbers: nothing underflows
+    return SignTest(better, worse, len(sample) - decided, min(1.0, 2 * tail / 2**decided))
+
+
+def _check(resamples: int, level: float) -> None:
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; it must be at least 1 (10000 is usual)")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is {level}; it lies between 0 and 1 (0.95 is usual)")
+
+
+def _resampled_means(sample: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """[resamples] means of as many draws with replacement."""
+    n = len(sample)
+    means = np.empty(resamples)
+    rows = max(1, _CHUNK // n)
+    for start in range(0, resamples, rows):
+        stop = min(start + rows, resamples)
+        means[start:stop] = sample[rng.integers(0, n, size=(stop - start, n))].mean(axis=1)
+    return means
+
+
+def _interval(mean: float, means: np.ndarray, level: float) -> Interval:
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(float(mean), float(low), float(high))
 
 
 def _checked(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:

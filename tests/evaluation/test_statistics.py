@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from router_r1_jax.evaluation import statistics
-from router_r1_jax.evaluation.statistics import Interval, bootstrap_mean, paired_bootstrap
+from router_r1_jax.evaluation.statistics import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_mean_of_sets,
+    paired_bootstrap,
+    sign_test,
+)
 
 
 def enumerated(values, level):
@@ -84,3 +90,41 @@ def test_bad_input_is_named(values, options, message):
 def test_unpaired_lengths_are_refused():
     with pytest.raises(ValueError, match="a has 2 values and b has 1"):
         paired_bootstrap([1.0, 2.0], [1.0], resamples=10, seed=0)
+
+
+def test_sets_weigh_the_same_and_questions_are_drawn_within_theirs():
+    big, small = np.r_[np.zeros(300), np.ones(100)], np.r_[np.zeros(5), np.ones(5)]
+    got = bootstrap_mean_of_sets([big, small], resamples=20_000, seed=0)
+    assert got.mean == pytest.approx((0.25 + 0.5) / 2)
+    error = np.sqrt(big.var() / 400 + small.var() / 10) / 2
+    half = NormalDist().inv_cdf(0.975) * error
+    assert got.low == pytest.approx(got.mean - half, abs=0.06 * half)
+    assert got.high == pytest.approx(got.mean + half, abs=0.06 * half)
+
+
+def test_a_single_set_is_the_plain_bootstrap():
+    values = np.random.default_rng(1).random(50)
+    draws = {"resamples": 300, "seed": 4}
+    assert bootstrap_mean_of_sets([values], **draws) == bootstrap_mean(values, **draws)
+    with pytest.raises(ValueError, match="sets is empty"):
+        bootstrap_mean_of_sets([], **draws)
+    with pytest.raises(ValueError, match=r"sets\[1\]\[0\] is NaN"):
+        bootstrap_mean_of_sets([[1.0], [float("nan")]], **draws)
+
+
+@pytest.mark.parametrize(("better", "worse", "equal"), [(0, 0, 3), (1, 0, 0), (5, 1, 2), (4, 7, 0), (6, 6, 1)])
+def test_the_sign_test_counts_every_way_that_coins_can_fall(better, worse, equal):
+    differences = [1.0] * better + [-0.5] * worse + [0.0] * equal
+    n = better + worse
+    falls = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
+    as_uneven = sum(abs(heads - n / 2) >= abs(better - n / 2) for heads in falls)
+    got = sign_test(differences)
+    assert got[:3] == (better, worse, equal)
+    assert got.p == pytest.approx(as_uneven / len(falls))
+
+
+def test_the_sign_test_of_many_questions_neither_overflows_nor_vanishes():
+    got = sign_test([1.0] * 2000 + [-1.0] * 1500)
+    z = (2000 - 1750 - 0.5) / np.sqrt(3500 / 4)  # with correction for continuity
+    assert got.p == pytest.approx(2 * NormalDist().cdf(-z), rel=0.05)
+    assert 0.0 < sign_test([1.0] * 1000).p < 1e-300

@@ -1,0 +1,39 @@
+"""The published figures, and a verdict that is a test of the difference of two proportions."""
+
+import numpy as np
+import pytest
+
+from router_r1_jax.evaluation import paper
+
+
+def table(em, n=500):
+    half = 1.96 * np.sqrt(em * (1 - em) / n)
+    return {"em": em, "em_ci": [em - half, em + half]}
+
+
+@pytest.mark.parametrize(("family", "mean"), [("qwen2", 0.416), ("llama", 0.409)])
+def test_the_published_mean_is_that_of_the_sets(family, mean):
+    """The paper states the mean too: a mistyped figure would show."""
+    published = paper.EXACT_MATCH[paper.base_model(family)]
+    assert np.mean(list(published.values())) == pytest.approx(mean, abs=5e-4) and len(published) == 7
+    same = paper.beside({name: table(em) for name, em in published.items()}, family)
+    assert same["mean"]["em"] == pytest.approx(mean, abs=5e-4)
+    assert {row["verdict"] for row in same.values()} == {"within noise"}
+
+
+def test_only_the_papers_sets_are_held_against_it():
+    assert list(paper.beside({"synthetic": table(0.9), "nq": table(0.4)}, "qwen3")) == ["nq"]
+
+
+@pytest.mark.parametrize(("name", "n"), [("nq", 500), ("bamboogle", 125)])
+def test_the_verdict_is_wrong_as_often_as_it_may_be(name, n):
+    """Two samples of one proportion: "differs" about one time in twenty; of quite different ones: nearly always."""
+    rng, trials = np.random.default_rng(0), 4000
+    published = paper.EXACT_MATCH["Qwen2.5-3B-Instruct"][name]
+    # The paper's figure is held fixed by the module, so the true proportion is drawn around it instead.
+    truth = published + rng.standard_normal(trials) * np.sqrt(published * (1 - published) / n)
+    ours = rng.binomial(n, truth) / n
+    differs = [paper.beside({name: table(em, n)}, "qwen2")[name]["verdict"] == "differs" for em in ours]
+    assert 0.03 < np.mean(differs) < 0.07
+    far = paper.beside({name: table(published + 0.2, n)}, "qwen2")[name]
+    assert far["verdict"] == "differs" and far["ci"][0] > 0 and far["difference"] == pytest.approx(0.2)
