@@ -64,7 +64,7 @@ def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
     """The cards of `config.pool`, in declared order. Raises ConfigError for the first field that cannot be meant."""
     providers = [provider.name for provider in pool_config.providers]
     cards = tuple(_card(f"pool.models[{i}]", entry, providers) for i, entry in enumerate(pool_config.models))
-    _check_names(cards)
+    check_names(cards)
     return cards
 
 
@@ -145,8 +145,8 @@ def _check_number(field: str, value: float, rule: str, *, most: float = math.inf
         raise ConfigError(f"{field} is {value}; {rule}")
 
 
-def _check_names(cards: Sequence[Card]) -> None:
-    """Every spelling can be written in a call, and means one model in any case."""
+def check_names(cards: Sequence[Card]) -> None:
+    """Raise ConfigError unless every spelling can be written in a call, and means one model in any case."""
     declared: dict[str, str] = {}
     for i, card in enumerate(cards):
         fields = {f"pool.models[{i}].name": card.name}
