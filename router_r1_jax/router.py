@@ -6,7 +6,7 @@ several processes each samples its share of the questions on its own devices, an
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import jax
@@ -50,6 +50,7 @@ class Answers:
       group: episodes per question.
       roster: the cards in the prompt's order, under the names it shows.
       prefix_length: tokens that all prompts share.
+      stats: of the rollout; None where no episode was left to sample.
       valid: [B] bool, False where a provider failed: such an episode is nobody's fault and teaches nothing.
     """
 
@@ -59,7 +60,7 @@ class Answers:
     roster: tuple[Card, ...]
     prefix_length: int
     valid: np.ndarray
-    stats: RolloutStats
+    stats: RolloutStats | None
 
     @property
     def groups(self) -> np.ndarray:
@@ -142,6 +143,10 @@ class Router:
         """End the rollout that another thread has under way, if there is one."""
         self._engine.stop()
 
+    def show(self, cards: Sequence[Card]) -> None:
+        """From now on prompts show these cards, and calls are taken and charged by them."""
+        self._cards = tuple(cards)
+
     def roster(self, *seed: int) -> tuple[Card, ...]:
         """The cards as one batch of prompts shows them: shuffled and renamed as the configuration says."""
         pool = self._config.pool
@@ -167,16 +172,23 @@ class Router:
         split: str,
         roster_seed: tuple[int, ...] | None = None,
         on_finish: Callable[[Episode], None] | None = None,
+        finished: Mapping[int, Episode] | None = None,
     ) -> Answers:
         """Sample `group` episodes per question.
 
-        `seed` decides every draw and, where no `roster_seed` does, the roster. Raises PoolError where most calls failed
-        at their provider.
+        `seed` decides every draw and, where no `roster_seed` does, the roster. `finished` are episodes by number that an
+        interrupted call of the same arguments has finished: they are not sampled again, and the others become what they
+        would have been with them. `on_finish` is called with every episode that is sampled, one at a time, in another
+        thread. Raises PoolError where most calls failed at their provider.
         """
         cards = at_step(self.roster(*(seed if roster_seed is None else roster_seed)), step)
+        finished = finished or {}
         repeated = [question for question in questions for _ in range(group)]
-        ids = {question.id: self.prompt_ids(question, cards) for question in questions}
-        asked = [Prompt(i, ids[question.id]) for i, question in enumerate(repeated)]
+        ids = [self.prompt_ids(question, cards) for question in questions]
+        shared = self._shared_tokens(ids, cards)  # of all prompts, whichever are left
+        mine = [i for i in range(len(repeated)) if hosts.is_mine(i // group)]  # whole groups
+        kept = [finished[i] for i in mine if i in finished]
+        asked = [Prompt(i, ids[i // group]) for i in mine if i not in finished]
         name = "-".join(map(str, (split, *seed)))
 
         def respond(route: str, *, episode: int, call: int) -> Future:
@@ -184,27 +196,24 @@ class Router:
                 route, cards=cards, episode=f"{name}-{episode}", call=call, step=step, split=split
             )
 
-        mine = [prompt for prompt in asked if hosts.is_mine(prompt.episode // group)]  # whole groups
-        shared = self._shared_tokens(list(ids.values()), cards)
-
         def sample() -> tuple[list[Episode], list[RolloutStats]]:
-            if not mine:  # a validation may have fewer questions than there are processes
-                return [], []
+            if not asked:  # all are finished, or there are fewer questions than processes
+                return kept, []
             episodes, stats = self._engine.run(
-                mine, respond, temperature=temperature, cut=self._cut, seed=_draw_seed(seed), prefix_tokens=shared,
+                asked, respond, temperature=temperature, cut=self._cut, seed=_draw_seed(seed), prefix_tokens=shared,
                 on_finish=on_finish,
             )  # fmt: skip
             read = stats.prefix_tokens + stats.fed_tokens
             self._pool.note_router(step=step, split=split, read_tokens=read, sampled_tokens=stats.decoded_tokens)
-            return episodes, [stats]
+            return kept + episodes, [stats]
 
         parts = hosts.together(sample)
         episodes = sorted((e for part, _ in parts for e in part), key=lambda episode: episode.id)
-        stats = joined([s for _, part in parts for s in part])
-        valid = np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes])
-        valid &= np.array([e.stop != "no_reply" for e in episodes])
+        all_stats = [s for _, part in parts for s in part]
+        stats = joined(all_stats) if all_stats else None
+        valid = np.array([is_valid(episode) for episode in episodes])
         self._refuse_outage(episodes)
-        return Answers(repeated, episodes, group, cards, stats.prefix_tokens, valid, stats)
+        return Answers(repeated, episodes, group, cards, shared, valid, stats)
 
     def _shared_tokens(self, prompts: Sequence[tuple[int, ...]], cards: Sequence[Card]) -> int:
         """Tokens that the prompts of any questions share on these cards; fewer where a tokenizer joins across them.
@@ -223,6 +232,11 @@ class Router:
                 f"{len(failed)} of {len(replies)} calls failed at their provider (the last one: model {last.model!r}, "
                 f"{last.outcome}, {last.error}); see ledger.jsonl, mend the provider and run the same command again"
             )
+
+
+def is_valid(episode: Episode) -> bool:
+    """Whether every call of the episode was answered: False where a provider failed, which is nobody's fault."""
+    return episode.stop != "no_reply" and not any(provider_fault(reply.outcome) for reply in episode.replies)
 
 
 def make_manners(config: ConfigDict, *, replicas: int) -> Manners:

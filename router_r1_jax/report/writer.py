@@ -7,7 +7,7 @@ every line after the restored step; the steps are then played again and the file
 import json
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,7 +69,7 @@ class MetricsWriter:
             self._mirrors.append(_TensorBoard(workdir / "tensorboard", resume_step))
         if wandb:
             self._mirrors.append(_Wandb(workdir, wandb, resume_step))
-        self._lines = _JsonLines(workdir / METRICS_FILE, resume_step)
+        self._lines = JsonLines(workdir / METRICS_FILE, keep=_until(resume_step))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append {"step": step, **metrics}.
@@ -94,7 +94,7 @@ class EpisodeWriter:
     """Appends episodes to `<workdir>/episodes/<name>.jsonl`; `resume_step` as in `MetricsWriter`."""
 
     def __init__(self, workdir: str | Path, name: str, *, resume_step: int | None = None) -> None:
-        self._lines = _JsonLines(Path(workdir) / EPISODES_FOLDER / f"{name}.jsonl", resume_step)
+        self._lines = JsonLines(Path(workdir) / EPISODES_FOLDER / f"{name}.jsonl", keep=_until(resume_step))
 
     def write(self, episodes: Iterable[Mapping[str, Any]]) -> None:
         """Append one line per episode, all in one piece. Numbers that are not finite become null."""
@@ -111,26 +111,29 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     Raises:
         BrokenFileError: a line before the last is no JSON object.
     """
-    return _read(Path(workdir) / METRICS_FILE)
+    return read_lines(Path(workdir) / METRICS_FILE)
 
 
 def read_episodes(workdir: str | Path) -> list[dict[str, Any]]:
     """All episodes of `<workdir>/episodes/*.jsonl`, file by file in order of name. Errors as `read_metrics`."""
-    return [episode for path in sorted((Path(workdir) / EPISODES_FOLDER).glob("*.jsonl")) for episode in _read(path)]
+    return [
+        episode for path in sorted((Path(workdir) / EPISODES_FOLDER).glob("*.jsonl")) for episode in read_lines(path)
+    ]
 
 
-class _JsonLines:
+class JsonLines:
     """An append-only file of JSON objects, one per line."""
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
+    def __init__(self, path: Path, *, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Of an existing file the lines stay that `keep` says; a torn last one goes. Raises BrokenFileError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [] if resume_step is None else [line for line in _read(path) if _survives(line, resume_step)]
-            replace_file(path, _encode(kept))
+            replace_file(path, _encode(filter(keep, read_lines(path))))
         self._path = path
         self._file = path.open("ab", buffering=0)
 
-    def append(self, records: list[dict[str, Any]]) -> None:
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write a line for each, all in one piece. Raises OSError that names the file."""
         data = memoryview(_encode(records))
         whole = self._path.stat().st_size
         try:
@@ -142,11 +145,15 @@ class _JsonLines:
             raise OSError(error.errno, f"{self._path}: {message}") from error
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
-def _survives(record: Mapping[str, Any], resume_step: int) -> bool:
-    return record.get("phase") == "warmstart" or record.get("step", 0) <= resume_step
+def _until(resume_step: int | None) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a line survives going back to this step."""
+    if resume_step is None:
+        return lambda line: False
+    return lambda line: line.get("phase") == "warmstart" or line.get("step", 0) <= resume_step
 
 
 def _encode(records: Iterable[Mapping[str, Any]]) -> bytes:
@@ -154,7 +161,8 @@ def _encode(records: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode("ascii")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSON-lines file, [] where there is none. Errors as `read_metrics`."""
     if not path.exists():
         return []
     complete, _, _ = path.read_bytes().rpartition(b"\n")  # what follows the last line break is torn
