@@ -1,51 +1,66 @@
-"""Readable episodes for the report: which ones to show, and their HTML with every external character escaped."""
+"""Readable episodes for the report: which ones the page holds, and their data for the script that draws them.
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+The page draws a question when a reader comes to it. Its data stand in a block of JSON in which no character means
+anything to HTML, and the script puts them into the page as text, never as markup.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
-from router_r1_jax.protocol import ANSWER, INFORMATION, SEARCH, THINK, parse_response
-from router_r1_jax.report.style import dollars
+from router_r1_jax.protocol import parse_response
 
 Episode = Mapping[str, Any]
 
-_COLUMNS = 3  # episodes of one question side by side
-_LABELS = {THINK: "think", SEARCH: "route", INFORMATION: "reply", ANSWER: "answer", "text": "other"}
+MOST_BYTES = 24_000_000  # of episodes in a page; a browser reads that much in about a second
+TRAINING_BYTES = 2_000_000  # of it, for what training has left; the rest is for evaluations
+TRAINING = ("train", "validation")
 
 
-def choose_questions(episodes: Iterable[Episode], *, per_split: Mapping[str, int]) -> list[list[Episode]]:
-    """A varied sample of questions, each with its episodes from the earliest checkpoint to the latest.
+class Packed(NamedTuple):
+    """The data block, and how many of the episodes are in it."""
 
-    Of one policy at one step a question keeps one episode, and at most three in all. Questions that more policies
-    answered come first; among them hops and outcomes (right, wrong, improved, spoilt) take turns, so that a rare case
-    is seen even in a large file.
+    data: str
+    shown: int
+    total: int
+
+
+def pack(
+    episodes: Sequence[Episode], colours: Mapping[str, str], order: Sequence[str] = (), *, most_bytes: int = MOST_BYTES
+) -> Packed:
+    """JSON of the episodes, question by question, evaluated ones first, for a <script type="application/json">.
+
+    Where there are too many, sets and outcomes take turns, so that a rare case is kept even of a large file; questions
+    that more policies answered come first.
 
     Args:
         episodes: records of episodes/*.jsonl.
-        per_split: how many questions to take of each split, in the order in which the splits shall come.
+        colours: model name -> CSS colour.
+        order: policies that come first, in this order: the page opens with the first two.
+        most_bytes: room for all of them; training episodes get at most TRAINING_BYTES of it.
     """
-    questions: dict[tuple[str, str], dict[tuple[str, int], Episode]] = {}
+    groups: dict[tuple[bool, str, str, str], list[Episode]] = {}
     for episode in episodes:
-        answers = questions.setdefault((str(episode.get("split")), str(episode.get("id"))), {})
-        answers.setdefault((str(episode.get("policy")), episode.get("step") or 0), episode)
-    chosen: list[list[Episode]] = []
-    for split, limit in per_split.items():
-        inside = [_thin(list(answers.values())) for (name, _), answers in questions.items() if name == split]
-        compared = [question for width in range(_COLUMNS, 0, -1) for question in _take_turns(inside, width)]
-        chosen.extend(compared[:limit])
-    return chosen
-
-
-def _take_turns(questions: Iterable[list[Episode]], width: int) -> list[list[Episode]]:
-    """The questions that have `width` episodes, one of each kind in turn; those that training put right begin."""
-    kinds: dict[tuple, list[list[Episode]]] = {}
-    for question in questions:
-        if len(question) == width:
-            right = [is_right(episode) for episode in question]
-            kinds.setdefault((not right[-1], *right, -int(question[0].get("hops") or 0)), []).append(question)
-    turns = zip_longest(*(kinds[kind] for kind in sorted(kinds)))
-    return [question for turn in turns for question in turn if question is not None]
+        split = str(episode.get("split"))
+        key = (split in TRAINING, split, str(episode.get("suite") or ""), str(episode.get("id")))
+        groups.setdefault(key, []).append(episode)
+    met = dict.fromkeys(str(episode.get("policy")) for own in _by_place(groups) for episode in own)
+    names = [*(name for name in order if name in met), *(name for name in met if name not in order)]
+    left, shown, packed = most_bytes, 0, []
+    for training in (False, True):
+        left = min(left, TRAINING_BYTES) if training else left
+        for own in _take_turns((own for key, own in groups.items() if key[0] == training), names):
+            text = json.dumps(_question(own, names), separators=(",", ":"))
+            if (left := left - len(text)) < 0:
+                break
+            packed.append(text)
+            shown += len(own)
+    head = json.dumps({"policies": names, "colours": list(colours.items())}, separators=(",", ":"))
+    data = f'{head[:-1]},"questions":[{",".join(packed)}]}}'
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return Packed(data, shown, len(episodes))
 
 
 def is_right(episode: Episode) -> bool:
@@ -53,76 +68,62 @@ def is_right(episode: Episode) -> bool:
     return bool(episode.get("exact_match"))
 
 
-def render_question(episodes: Sequence[Episode], colours: Mapping[str, str]) -> str:
-    """One question with its gold answers and all its episodes; `colours` maps model names to CSS colours."""
+def _by_place(groups: Mapping[tuple, list[Episode]]) -> Iterator[list[Episode]]:
+    """Evaluated questions before those of training: their policies come first in every list."""
+    return (groups[key] for key in sorted(groups, key=lambda key: key[0]))
+
+
+def _take_turns(questions: Iterable[list[Episode]], names: Sequence[str]) -> list[list[Episode]]:
+    """One question of each kind in turn; those that the most policies answered begin, of them those that part them."""
+    widths: dict[int, dict[tuple, list[list[Episode]]]] = {}  # policies that answered -> kind -> questions
+    for own in questions:
+        first: dict[str, bool] = {}
+        for episode in own:
+            first.setdefault(str(episode.get("policy")), is_right(episode))
+        wrong = tuple(not first[name] for name in names if name in first)
+        kind = (len(set(wrong[:2])) == 1, wrong, str(own[0].get("suite") or ""), str(own[0].get("split")))
+        widths.setdefault(len(first), {}).setdefault(kind, []).append(own)
+    turns = [zip_longest(*(own for _, own in sorted(kinds.items()))) for _, kinds in sorted(widths.items())]
+    return [own for width in reversed(turns) for turn in width for own in turn if own is not None]
+
+
+def _question(episodes: Sequence[Episode], names: Sequence[str]) -> dict[str, Any]:
+    """One question with all its episodes, by step."""
     first = episodes[0]
-    golds = " · ".join(escape(str(gold)) for gold in first.get("golds") or ())
-    hops = first.get("hops") or "?"
-    facts = f"{escape(str(first.get('split')))} · {escape(str(first.get('id')))} · {escape(str(hops))}-hop"
-    change = f"{_verdict(episodes[0])}-{_verdict(episodes[-1])}" if len(episodes) > 1 else ""
-    return (
-        f'<article class="question" data-hops="{escape(str(hops))}" data-split="{escape(str(first.get("split")))}" '
-        f'data-change="{change}"><h3>{escape(str(first.get("question")))}</h3>'
-        f'<p class="facts"><span class="gold">gold: {golds}</span> {facts}</p>'
-        f'<div class="episodes">{"".join(_render_episode(episode, colours) for episode in episodes)}</div></article>'
-    )
-
-
-def _thin(episodes: list[Episode]) -> list[Episode]:
-    """At most three, by step: the first, the middle and the last."""
     ordered = sorted(episodes, key=lambda episode: episode.get("step") or 0)
-    if len(ordered) <= _COLUMNS:
-        return ordered
-    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    return {
+        "id": str(first.get("id")),
+        "set": str(first.get("suite") or ""),
+        "split": str(first.get("split")),
+        "hops": first.get("hops"),
+        "question": str(first.get("question")),
+        "golds": [str(gold) for gold in first.get("golds") or ()],
+        "episodes": [_episode(episode, names.index(str(episode.get("policy")))) for episode in ordered],
+    }
 
 
-def _verdict(episode: Episode) -> str:
-    return "right" if is_right(episode) else "wrong"
-
-
-def _render_episode(episode: Episode, colours: Mapping[str, str]) -> str:
-    policy, verdict = escape(str(episode.get("policy"))), _verdict(episode)
+def _episode(episode: Episode, policy: int) -> dict[str, Any]:
     reward = episode.get("reward") or {}
-    parts = " · ".join(f"{name} {_number(reward.get(name))}" for name in ("format", "outcome", "cost"))
     segments = parse_response(str(episode.get("response") or ""))
-    body = "".join(_render_segment(segment.kind, segment.text, colours) for segment in segments)
-    calls = "".join(_render_call(call, colours) for call in episode.get("calls") or ())
-    return (
-        f'<section class="episode {verdict}" data-policy="{policy}" data-verdict="{verdict}">'
-        f'<header><b>{policy}</b> <span class="muted">step {escape(str(episode.get("step")))}</span>'
-        f'<span class="verdict">{verdict}</span></header>'
-        f'<p class="score">reward <b>{_number(reward.get("total"))}</b> · cost <b>{dollars(episode.get("dollars"))}</b>'
-        f" · F1 {_number(episode.get('f1'))}</p>"
-        f'<p class="score muted">{parts} · ended by {escape(str(episode.get("stop")))}</p>'
-        f'<div class="response">{body}</div>'
-        + (f'<ol class="calls">{calls}</ol>' if calls else '<p class="calls muted">no call</p>')
-        + "</section>"
-    )
+    return {
+        "policy": policy,
+        "step": episode.get("step"),
+        "right": int(is_right(episode)),
+        "f1": _rounded(episode.get("f1")),
+        "stop": str(episode.get("stop")),
+        "dollars": episode.get("dollars"),
+        "reward": [_rounded(reward.get(part)) for part in ("total", "format", "outcome", "cost")],
+        "faults": [str(fault) for fault in episode.get("faults") or ()],
+        "segments": [[segment.kind, segment.text.strip()] for segment in segments],
+        "calls": [
+            [
+                str(call.get("model") or ""), str(call.get("outcome")), call.get("completion_tokens"),
+                call.get("charged"), _rounded(call.get("latency")),
+            ]
+            for call in episode.get("calls") or ()
+        ],
+    }  # fmt: skip
 
 
-def _render_segment(kind: str, text: str, colours: Mapping[str, str]) -> str:
-    body = escape(text.strip())
-    if kind == SEARCH:
-        name, _, query = text.partition(":")
-        if name.strip() in colours:
-            body = f"{_model(name.strip(), colours)}: {escape(query.strip())}"
-    return f'<div class="segment {kind}"><span class="tag">{_LABELS[kind]}</span><bdi>{body}</bdi></div>'
-
-
-def _render_call(call: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    latency = call.get("latency")
-    seconds = "–" if latency is None else f"{latency:.2f} s"
-    return (
-        f"<li>{_model(str(call.get('model')), colours)} "
-        f'<span class="outcome">{escape(str(call.get("outcome")))}</span> '
-        f"{escape(str(call.get('completion_tokens')))} tokens · {dollars(call.get('charged'))} · {seconds}</li>"
-    )
-
-
-def _model(name: str, colours: Mapping[str, str]) -> str:
-    dot = f'<i class="dot" style="background:{colours[name]}"></i>' if name in colours else ""
-    return f'<span class="model">{dot}{escape(name)}</span>'
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

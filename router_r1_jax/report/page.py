@@ -14,13 +14,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from router_r1_jax.report.episodes import Episode, choose_questions, render_question
+from router_r1_jax.report.episodes import Episode, Packed, pack
 from router_r1_jax.report.style import dollars, model_colours, model_names, percent, significant_decimals
 from router_r1_jax.report.writer import read_episodes, read_metrics, replace_file
 
-_EVALUATED, _TRAINED = 60, 24  # questions shown of an evaluated split, and of the training episodes
-
 _CAPTIONS = {
+    "em_by_set": "Exact match on every set; orange lines are the published figures.",
+    "calls_by_set": "Whom the router asks.",
     "em_against_cost": "Exact match over price: stars are the best possible policies, dots always ask one model, the "
     "arrow leads from the warm start to the trained router. Bars are 95 % intervals.",
     "learning_curves": "Each metric over the training steps: raw values faint, running mean bold.",
@@ -29,13 +29,12 @@ _CAPTIONS = {
     "free one takes the next question.",
 }  # in this order on the page; other pictures follow
 
-_SELECTS = (("policy", "policy"), ("split", "split"), ("hops", "hops"))
 
-
-def write_report(workdir: str | Path) -> Path:
+def write_report(workdir: str | Path, others: Mapping[str, Sequence[Episode]] | None = None) -> Path:
     """Write `<workdir>/report.html` from results.json, metrics.jsonl, config.json, plots/*.png and episodes/*.jsonl.
 
-    What is missing or unreadable is said on the page, and the rest is shown.
+    What is missing or unreadable is said on the page, and the rest is shown. `others` are episodes of other runs by the
+    name of their policy, to be read beside this run's.
 
     Raises:
         FileNotFoundError: workdir is not a folder.
@@ -48,6 +47,10 @@ def write_report(workdir: str | Path) -> Path:
     config = _try_json(workdir / "config.json", notices, "")
     metrics = _try_lines(read_metrics, workdir, notices)
     episodes = _try_lines(read_episodes, workdir, notices)
+    for name, theirs in (others or {}).items():
+        episodes = [*episodes, *({**episode, "policy": name} for episode in theirs)]
+    own = [str(policy["name"]) for policy in results.get("policies") or ()]
+    order = [*own[:1], *(others or {}), *own[1:]]
     colours = model_colours(model_names(metrics, results))
     script = _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -60,7 +63,7 @@ def write_report(workdir: str | Path) -> Path:
         notices="".join(f'<p class="notice">{escape(notice)}</p>' for notice in notices),
         headline=_headline(results, colours),
         plots=_plots(sorted((workdir / "plots").glob("*.png"))),
-        episodes=_episodes(episodes, colours),
+        episodes=_episodes(pack(episodes, colours, order)),
         facts=_facts(results, metrics, config),
     )
     path = workdir / "report.html"
@@ -102,6 +105,8 @@ def _subtitle(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) 
         parts.append(f"{max(steps)} training steps")
     if results.get("questions"):
         parts.append(f"evaluated on {results['questions']} questions of the {results.get('split')} split")
+    if results.get("changes"):
+        parts.append(f"with the pool changed: {', '.join(map(str, results['changes']))}")
     return ", ".join(parts)
 
 
@@ -122,10 +127,110 @@ def _headline(results: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     )  # fmt: skip
     legend = "".join(f'<span><i class="dot" style="background:{c}"></i>{escape(n)}</span>' for n, c in colours.items())
     return (
-        f'{_tiles(results)}<h2>Results</h2><div class="card"><div class="scroll"><table><thead><tr>'
+        f'{_tiles(results)}<h2>Results, answered greedily</h2><div class="card"><div class="scroll"><table><thead><tr>'
         f"{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f'<div class="legend">{legend}</div></div>'
+        f'<div class="legend">{legend}</div></div>{_sets(results)}{_comparison(results)}'
     )
+
+
+def _sets(results: Mapping[str, Any]) -> str:
+    """Per policy its sets, the published figure beside them, and the samples at a temperature."""
+    rows, published = [], any(policy.get("paper") for policy in results["policies"])
+    for policy in results["policies"]:
+        tables = [(policy, "greedy")]
+        if samples := policy.get("samples"):
+            tables.append((samples, f"{samples['per_question']} samples at temperature {samples['temperature']:g}"))
+        for table, how in tables:
+            suites, paper = table.get("suites") or {}, table.get("paper") or {}
+            if len(suites) < 2 and how == "greedy" and not paper:
+                continue  # the table above says it all
+            own = [*suites.items(), *([("mean over sets", table)] if len(suites) > 1 else [])]
+            title = f"{escape(str(policy['name']))}, {how}"
+            rows.append(f'<tr class="section"><td colspan="10">{title}</td></tr>')
+            for name, entry in own:
+                beside = (paper.get("mean" if entry is table else name),) if published else ()
+                rows.append(_set_row(name, entry, beside))
+    if not rows:
+        return ""
+    heads = (
+        "", "questions", "exact match", *(("paper's",) if published else ()), "F1", "sub-EM", "calls", "dollars",
+        "malformed", "seconds in calls",
+    )  # fmt: skip
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    model = escape(str(results.get("paper_model")))
+    note = (
+        f'<p class="muted">The paper\'s exact match is that of {model}; "differs" and "within noise" count the noise '
+        "of both. More intervals stand in results.md.</p>"
+    )
+    return (
+        f'<h2>By set</h2><div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{note if published else ''}</div>"
+    )
+
+
+def _set_row(name: str, entry: Mapping[str, Any], papers: Sequence[Mapping[str, Any] | None]) -> str:
+    """One set; `papers` has one entry where there is a column for the published figure."""
+    cells = (
+        escape(name),
+        str(entry["questions"]),
+        _em(entry),
+        *(f"{percent(paper['em'])}: {escape(str(paper['verdict']))}" if paper else "" for paper in papers),
+        percent(entry["f1"]),
+        percent(entry["sub_em"]),
+        f"{entry['calls_per_question']:.2f}",
+        dollars(entry["dollars_per_question"]),
+        percent(entry["malformed_share"]),
+        f"{entry['call_seconds_per_question']:.2f}",
+    )
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _em(row: Mapping[str, Any]) -> str:
+    """Exact match in percent, with its interval where there is one."""
+    em = percent(row.get("em"))
+    if row.get("em_ci"):
+        em += ' <span class="interval">[{:.1f}, {:.1f}]</span>'.format(*(100 * end for end in row["em_ci"]))
+    return em
+
+
+def _comparison(results: Mapping[str, Any]) -> str:
+    """What separates the first policy from the baseline and from the other run, question by question."""
+    found = []
+    if results.get("gain") and len(results["policies"]) > 1:
+        found.append((results["policies"][1]["name"], results["gain"]))
+    if results.get("comparison"):
+        found.append((results["comparison"]["with"], results["comparison"]))
+    rows = []
+    for name, table in found:
+        rows.append(f'<tr class="section"><td colspan="5">minus {escape(str(name))}</td></tr>')
+        for key, label, show in _DIFFERENCES:
+            if key in table:
+                ends, signs = " to ".join(map(show, table[key]["ci"])), table[key]["sign_test"]
+                counts = f"{signs['better']} / {signs['worse']}"
+                cells = (label, show(table[key]["mean"]), ends, counts, f"{signs['p']:.2g}")
+                rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    if not rows:
+        return ""
+    heads = ("", "difference", "95 % interval", "questions higher / lower", "sign test, p")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    title = f"{escape(str(results['policies'][0]['name']))} against others, on the same questions"
+    return (
+        f'<h2>{title}</h2><div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></div>"
+    )
+
+
+def _points(value: float) -> str:
+    return f"{_signed(100 * value)} points"
+
+
+_DIFFERENCES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("em", "exact match", _points),
+    ("f1", "F1", _points),
+    ("sub_em", "sub-EM", _points),
+    ("calls_per_question", "calls per question", lambda value: f"{value:+.2f}".replace("-", "−")),
+    ("dollars_per_question", "dollars per question", dollars),
+)
 
 
 def _tiles(results: Mapping[str, Any]) -> str:
@@ -163,9 +268,6 @@ def _policy_row(row: Mapping[str, Any], colours: Mapping[str, str], decimals: in
     name = escape(str(row["name"]))
     if row.get("checkpoint") is not None:
         name += f' <span class="interval">step {escape(str(row["checkpoint"]))}</span>'
-    em = percent(row.get("em"))
-    if row.get("em_ci"):
-        em += ' <span class="interval">[{:.1f}, {:.1f}]</span>'.format(*(100 * end for end in row["em_ci"]))
     shares = "".join(
         f'<span title="{escape(model)} {percent(share)}" style="width:{100 * share:.2f}%;background:{colours[model]}">'
         "</span>"
@@ -175,7 +277,7 @@ def _policy_row(row: Mapping[str, Any], colours: Mapping[str, str], decimals: in
     shown = ("best_model_share", "two_hop_two_calls", "malformed_share")
     cells = (
         name,
-        em,
+        _em(row),
         percent(row["f1"]) if "f1" in row else "",
         dollars(row.get("dollars_per_question"), decimals),
         f"{row['calls_per_question']:.2f}" if row.get("calls_per_question") is not None else "",
@@ -204,35 +306,29 @@ def _plots(paths: Iterable[Path]) -> str:
     return f"<h2>Plots</h2>{''.join(figures)}"
 
 
-def _episodes(episodes: Sequence[Episode], colours: Mapping[str, str]) -> str:
-    if not episodes:
+_FILTERS = (
+    ("split", "questions of"), ("left", "policy"), ("right", "beside"), ("set", "set"), ("hops", "hops"),
+    ("outcome", "outcome"), ("model", "asks"), ("stop", "ended by"),
+)  # fmt: skip
+
+
+def _episodes(packed: Packed) -> str:
+    """The filters and an empty list, which the script fills from the data block."""
+    if not packed.total:
         return ""
-    splits = sorted({str(episode.get("split")) for episode in episodes}, key=lambda split: (split == "train", split))
-    questions = choose_questions(
-        episodes, per_split={split: _TRAINED if split == "train" else _EVALUATED for split in splits}
+    selects = "".join(f'<label>{label} <select name="{name}"></select></label>' for name, label in _FILTERS)
+    left_out = f" {packed.total - packed.shown} of {packed.total} are left out for the page's size." * (
+        packed.shown < packed.total
     )
-    shown = [episode for question in questions for episode in question]
-    selects = "".join(_select(name, label, sorted({str(e.get(name)) for e in shown})) for name, label in _SELECTS)
-    changes = [f"{a}-{b}" for a in ("wrong", "right") for b in ("right", "wrong")]
     return (
-        '<h2>Episodes</h2><p class="muted">A sample that shows every kind of outcome: '
-        f"{len(shown)} of {len(episodes)} episodes. Shares here are not the run's shares; those are in the table.</p>"
-        f'<div class="filters">{selects}{_select("verdict", "answer", ["right", "wrong"])}'
-        f"{_select('change', 'first to last', changes)}"
-        '<label>text <input name="words" type="search" size="14"></label>'
-        '<span id="count" class="muted"></span></div>'
-        f"{''.join(render_question(question, colours) for question in questions)}"
+        '<h2 id="episodes">Episodes</h2><p class="muted">Open a question to read what each policy did with it. Kinds '
+        f"of outcome take turns in this list, so its order says nothing of their shares.{left_out}</p>"
+        f'<div class="filters">{selects}<label>text <input name="words" type="search" size="14"></label>'
+        '<span id="count" class="muted"></span></div><noscript><p class="notice">Episodes are drawn by a script of '
+        "this page; allow scripts to read them.</p></noscript>"
+        '<div id="questions"></div><button id="more" hidden></button>'
+        f'<script type="application/json" id="data">{packed.data}</script>'
     )
-
-
-def _select(name: str, label: str, values: Sequence[str]) -> str:
-    if len(values) < 2:
-        return ""
-    options = "".join(
-        f'<option value="{escape(value)}">{escape(value.replace("-", " → ") if name == "change" else value)}</option>'
-        for value in values
-    )
-    return f'<label>{label} <select name="{name}"><option value="">all</option>{options}</select></label>'
 
 
 def _facts(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:

@@ -13,14 +13,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from router_r1_jax.report.style import ALONE_SUFFIX, SHARE_PREFIX, model_colours, model_names
+from router_r1_jax.report.style import (
+    ALONE_SUFFIX,
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    PINK,
+    SHARE_PREFIX,
+    model_colours,
+    model_names,
+)
 
 Metrics = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
 
-_DPI = 130
-_INK, _MUTED, _GRID = "#222222", "#6b6b6b", "#e4e4e4"
-_BLUE, _ORANGE, _GREEN, _PINK, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
+DPI = 130
 _FAULT_PREFIX = "format/"
 
 
@@ -41,70 +52,68 @@ _PANELS = (
     _Panel(
         "Reward per episode",
         (
-            _Series("reward/total", "total", _BLUE),
-            _Series("reward/outcome", "outcome", _GREEN),
-            _Series("reward/cost", "cost", _ORANGE),
-            _Series("reward/format", "format", _GREY),
+            _Series("reward/total", "total", BLUE),
+            _Series("reward/outcome", "outcome", GREEN),
+            _Series("reward/cost", "cost", ORANGE),
+            _Series("reward/format", "format", GREY),
         ),
     ),
-    _Panel(
-        "Exact match", (_Series("em", "train, sampled", _BLUE), _Series("val/em", "validation", _ORANGE, True)), "%"
-    ),
+    _Panel("Exact match", (_Series("em", "train, sampled", BLUE), _Series("val/em", "validation", ORANGE, True)), "%"),
     _Panel(
         "Calls to a model that is best for the domain",
         (
-            _Series("best_model_share", "train, sampled", _BLUE),
-            _Series("val/best_model_share", "validation", _ORANGE, True),
+            _Series("best_model_share", "train, sampled", BLUE),
+            _Series("val/best_model_share", "validation", ORANGE, True),
         ),
         "%",
     ),
     _Panel(
         "Dollars per question",
         (
-            _Series("dollars_per_question", "train, sampled", _BLUE),
-            _Series("val/dollars_per_question", "validation", _ORANGE, True),
+            _Series("dollars_per_question", "train, sampled", BLUE),
+            _Series("val/dollars_per_question", "validation", ORANGE, True),
         ),
         "$",
     ),
     _Panel(
         "Calls per question",
         (
-            _Series("calls_per_question", "train, sampled", _BLUE),
-            _Series("val/calls_per_question", "validation", _ORANGE, True),
+            _Series("calls_per_question", "train, sampled", BLUE),
+            _Series("val/calls_per_question", "validation", ORANGE, True),
         ),
     ),
-    _Panel("Malformed episodes", (_Series("malformed_share", "train, sampled", _BLUE),), "%"),
+    _Panel("Malformed episodes", (_Series("malformed_share", "train, sampled", BLUE),), "%"),
     _Panel(
         "Habits to watch",
         (
-            _Series("watch/answer_from_question", "answer from the question", _BLUE),
-            _Series("watch/reply_ignored", "reply ignored", _ORANGE),
-            _Series("watch/query_is_question", "whole question passed on", _GREEN),
-            _Series("watch/repeated_call", "call repeated", _PINK),
+            _Series("watch/answer_from_question", "answer from the question", BLUE),
+            _Series("watch/reply_ignored", "reply ignored", ORANGE),
+            _Series("watch/query_is_question", "whole question passed on", GREEN),
+            _Series("watch/repeated_call", "call repeated", PINK),
         ),
         "%",
     ),
-    _Panel("KL to the reference", (_Series("kl", "estimate", _BLUE),), "nats per token"),
-    _Panel("Entropy of the sampler", (_Series("entropy", "entropy", _BLUE),), "nats per token"),
-    _Panel("Gradient norm", (_Series("grad_norm", "before clipping", _BLUE),)),
-    _Panel("Tokens whose ratio was clipped", (_Series("clip_share", "clipped", _BLUE),), "%"),
-    _Panel("Questions without a learning signal", (_Series("zero_variance_groups", "equal rewards", _BLUE),), "groups"),
+    _Panel("KL to the reference", (_Series("kl", "estimate", BLUE),), "nats per token"),
+    _Panel("Entropy of the sampler", (_Series("entropy", "entropy", BLUE),), "nats per token"),
+    _Panel("Gradient norm", (_Series("grad_norm", "before clipping", BLUE),)),
+    _Panel("Tokens whose ratio was clipped", (_Series("clip_share", "clipped", BLUE),), "%"),
+    _Panel("Questions without a learning signal", (_Series("zero_variance_groups", "equal rewards", BLUE),), "groups"),
     _Panel(
         "Log-prob: sampler against learner",
-        (_Series("logp_diff_mean", "mean difference", _BLUE), _Series("logp_diff_max", "largest", _ORANGE)),
+        (_Series("logp_diff_mean", "mean difference", BLUE), _Series("logp_diff_max", "largest", ORANGE)),
         "nats",
     ),
     _Panel(
         "Seconds per step",
-        (_Series("rollout_seconds", "rollout", _BLUE), _Series("update_seconds", "update", _ORANGE)),
+        (_Series("rollout_seconds", "rollout", BLUE), _Series("update_seconds", "update", ORANGE)),
         "s",
     ),
-    _Panel("Sampled tokens per second", (_Series("tokens_per_second", "rollout", _BLUE),)),
-    _Panel("Sampled tokens per episode", (_Series("response_tokens", "response", _BLUE),)),
+    _Panel("Sampled tokens per second", (_Series("tokens_per_second", "rollout", BLUE),)),
+    _Panel("Sampled tokens per episode", (_Series("response_tokens", "response", BLUE),)),
 )
 _WARMSTART_PANELS = (
-    _Panel("Warm start: loss", (_Series("warmstart/loss", "supervised loss", _GREY),), "nats per token"),
-    _Panel("Warm start: accuracy", (_Series("warmstart/accuracy", "next token", _GREY),), "%"),
+    _Panel("Warm start: loss", (_Series("warmstart/loss", "supervised loss", GREY),), "nats per token"),
+    _Panel("Warm start: accuracy", (_Series("warmstart/accuracy", "next token", GREY),), "%"),
 )
 
 
@@ -127,14 +136,14 @@ def learning_curves(metrics: Metrics, path: str | Path) -> Path | None:
         return None
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.3 * columns, 2.7 * rows), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(4.3 * columns, 2.7 * rows), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
     for index, (panel, lines) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw_panel(axes, panel, lines)
         if index >= len(panels) - columns:
-            axes.set_xlabel("step", color=_MUTED, fontsize=9)
-    return _save(figure, path)
+            axes.set_xlabel("step", color=MUTED, fontsize=9)
+    return save(figure, path)
 
 
 def _fault_panel(lines: Metrics) -> _Panel:
@@ -146,7 +155,7 @@ def _fault_panel(lines: Metrics) -> _Panel:
     often = sorted((key for key, mean in means.items() if mean > 0), key=lambda key: -means[key])
     series = tuple(
         _Series(key, key.removeprefix(_FAULT_PREFIX).replace("_", " "), colour)
-        for key, colour in zip(often, (_BLUE, _ORANGE, _GREEN, _PINK, _GREY), strict=False)
+        for key, colour in zip(often, (BLUE, ORANGE, GREEN, PINK, GREY), strict=False)
     )
     return _Panel("Faults of form, the commonest", series, "%")
 
@@ -163,22 +172,22 @@ def calls_per_model(metrics: Metrics, path: str | Path) -> Path | None:
     steps = np.array([line["step"] for line in lines])
     shares = np.array([[line.get(SHARE_PREFIX + name) or 0.0 for line in lines] for name in names])
     shares = np.array([_smooth(row) for row in shares])
-    figure = Figure(figsize=(9.2, 5.4), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(9.2, 5.4), dpi=DPI, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     colours = model_colours(names)
     upper.stackplot(steps, shares, colors=[colours[name] for name in names], edgecolor="white", linewidth=0.6)
-    _dress(upper, "Which model is asked: share of the calls", "%")
+    dress(upper, "Which model is asked: share of the calls", "%")
     upper.set_ylim(0, 1)
     upper.margins(x=0)
     _label_bands(upper, names, shares[:, -1], colours)
     calls = _curve(lines, "calls_per_question")
     if len(calls[0]):
-        lower.plot(calls[0], _smooth(calls[1]), color=_INK, linewidth=1.6)
+        lower.plot(calls[0], _smooth(calls[1]), color=INK, linewidth=1.6)
         lower.margins(x=0)
         lower.set_ylim(bottom=0, top=max(1.0, 1.15 * float(np.max(calls[1]))))
-    _dress(lower, "Calls per question", "")
-    lower.set_xlabel("step", color=_MUTED, fontsize=9)
-    return _save(figure, path)
+    dress(lower, "Calls per question", "")
+    lower.set_xlabel("step", color=MUTED, fontsize=9)
+    return save(figure, path)
 
 
 def em_against_cost(results: Mapping[str, Any], path: str | Path) -> Path | None:
@@ -202,9 +211,9 @@ def em_against_cost(results: Mapping[str, Any], path: str | Path) -> Path | None
     free = min(paid, default=1e-6) / 3
     places = {row["name"]: (row["dollars_per_question"] or free, row["em"]) for row in rows}
 
-    figure = Figure(figsize=(9.2, 5.8), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(9.2, 5.8), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    _dress(axes, "Exact match against cost", "%")
+    dress(axes, "Exact match against cost", "%")
     for row in rows:
         _draw_policy(axes, row, places[row["name"]], row["name"] in policies, colours)
     if {"warm start", "trained"} <= policies & set(places):
@@ -215,10 +224,10 @@ def em_against_cost(results: Mapping[str, Any], path: str | Path) -> Path | None
     labels = {row["name"]: row["name"] + ("" if row["dollars_per_question"] else " · $0") for row in rows}
     bars = [(places[row["name"]][0], *row["em_ci"]) for row in rows if row.get("em_ci")]
     _place_labels(axes, places, labels, bars, bold=policies)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-_DOING = {"decode": (_BLUE, "decoding"), "feed": (_ORANGE, "reading"), "wait": ("#d9d9d9", "waiting for a reply")}
+_DOING = {"decode": (BLUE, "decoding"), "feed": (ORANGE, "reading"), "wait": ("#d9d9d9", "waiting for a reply")}
 
 
 def slots_over_time(trace: Mapping[str, Any], path: str | Path) -> Path | None:
@@ -234,7 +243,7 @@ def slots_over_time(trace: Mapping[str, Any], path: str | Path) -> Path | None:
     if not trace.get("spans"):
         return None
     rows = trace["rows"]
-    figure = Figure(figsize=(9.2, 1.6 + min(6.0, 0.09 * rows + 1.0)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(9.2, 1.6 + min(6.0, 0.09 * rows + 1.0)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     for kind, (colour, label) in _DOING.items():
         spans = [(row, start, end - start) for row, what, start, end in trace["spans"] if what == kind]
@@ -242,18 +251,18 @@ def slots_over_time(trace: Mapping[str, Any], path: str | Path) -> Path | None:
         bottoms, starts, widths = ([span[i] for span in spans] for i in range(3))
         style = {"align": "edge", "color": colour, "linewidth": 0, "label": f"{label} {100 * busy:.0f} %"}
         axes.barh([row - 0.42 for row in bottoms], widths, 0.84, starts, **style)
-    _dress(axes, f"Rows of the rollout of step {trace['step']}", "row")
+    dress(axes, f"Rows of the rollout of step {trace['step']}", "row")
     axes.grid(axis="y", visible=False)
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xlim(0, trace["seconds"])
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(8))
     axes.set_xlabel(
-        f"seconds; in {100 * trace['idle_share']:.1f} % of them no row could go on by itself", color=_MUTED, fontsize=9
+        f"seconds; in {100 * trace['idle_share']:.1f} % of them no row could go on by itself", color=MUTED, fontsize=9
     )
-    legend = {"fontsize": 8, "frameon": False, "labelcolor": _INK, "ncols": 3, "loc": "lower right"}
+    legend = {"fontsize": 8, "frameon": False, "labelcolor": INK, "ncols": 3, "loc": "lower right"}
     axes.legend(bbox_to_anchor=(1.0, 1.0), **legend)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _curve(lines: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -281,23 +290,24 @@ def _draw_panel(axes: Axes, panel: _Panel, lines: Metrics) -> None:
             continue
         axes.plot(steps, values, color=series.colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smooth(values), color=series.colour, linewidth=1.7, label=series.label)
-    _dress(axes, panel.title, panel.unit)
+    dress(axes, panel.title, panel.unit)
     axes.margins(y=0.12)
     if panel.unit == "%":  # no share lies below 0
         bottom, _ = axes.get_ylim()
         top = axes.dataLim.ymax * 1.12 or 0.01
         axes.set_ylim(max(bottom, -0.04 * top), top)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(fontsize=7.5, frameon=True, framealpha=0.8, edgecolor="none", labelcolor=_INK, borderpad=0.2)
+        axes.legend(fontsize=7.5, frameon=True, framealpha=0.8, edgecolor="none", labelcolor=INK, borderpad=0.2)
 
 
-def _dress(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left", color=_INK, fontweight="bold")
-    axes.grid(color=_GRID, linewidth=0.7)
+def dress(axes: Axes, title: str, unit: str) -> None:
+    """Title, grid, ticks and axis in this package's manner; `unit` as in `_Panel`."""
+    axes.set_title(title, fontsize=10, loc="left", color=INK, fontweight="bold")
+    axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-    axes.tick_params(colors=_MUTED, labelsize=8)
+    axes.tick_params(colors=MUTED, labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if unit == "%":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
@@ -306,7 +316,7 @@ def _dress(axes: Axes, title: str, unit: str) -> None:
     else:
         # Plain numbers: matplotlib's shared factor ("1e-6" above the axis) would run into the title.
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_ylabel(unit, color=_MUTED, fontsize=8)
+        axes.set_ylabel(unit, color=MUTED, fontsize=8)
 
 
 def _label_bands(axes: Axes, names: Sequence[str], last: np.ndarray, colours: Mapping[str, str]) -> None:
@@ -315,7 +325,7 @@ def _label_bands(axes: Axes, names: Sequence[str], last: np.ndarray, colours: Ma
     for name, share, y in zip(names, last, _spread(middles, 0.055, 0.98), strict=True):
         spot = {"xycoords": "axes fraction", "va": "center", "fontsize": 9}
         axes.annotate("■", (1.012, y), color=colours[name], **spot)
-        axes.annotate(f"{name}  {100 * share:.0f} %", (1.032, y), color=_INK, **spot)
+        axes.annotate(f"{name}  {100 * share:.0f} %", (1.032, y), color=INK, **spot)
 
 
 def _spread(wanted: np.ndarray, gap: float, top: float) -> np.ndarray:
@@ -334,23 +344,23 @@ def _draw_policy(axes: Axes, row: Mapping[str, Any], place: Point, own: bool, co
     """One marker: own policies large with an interval, oracles stars, single models dots, anything else a diamond."""
     name = row["name"]
     if own:
-        colour = _BLUE if name == "trained" else _MUTED
+        colour = BLUE if name == "trained" else MUTED
         low, high = row.get("em_ci") or (row["em"], row["em"])
         axes.vlines(place[0], low, high, color=colour, linewidth=1.6, zorder=5)
         axes.plot([place[0]] * 2, [low, high], "_", color=colour, markersize=9, markeredgewidth=1.6, zorder=5)
         axes.plot(*place, "o", color=colour, markersize=10, markeredgecolor="white", zorder=6)
     elif name.startswith("oracle"):
-        axes.plot(*place, "*", color="#F0B400", markersize=18, markeredgecolor=_INK, markeredgewidth=0.7, zorder=4)
+        axes.plot(*place, "*", color="#F0B400", markersize=18, markeredgecolor=INK, markeredgewidth=0.7, zorder=4)
     elif name.endswith(ALONE_SUFFIX):
         axes.plot(*place, "o", color=colours[name.removesuffix(ALONE_SUFFIX)], markersize=8, zorder=3)
     else:
-        axes.plot(*place, "D", color=_GREY, markersize=7, zorder=3)
+        axes.plot(*place, "D", color=GREY, markersize=7, zorder=3)
 
 
 def _arrow(axes: Axes, start: Point, end: Point) -> None:
     axes.annotate(
         "", xy=end, xytext=start, zorder=4,
-        arrowprops=dict(arrowstyle="-|>", color=_BLUE, linewidth=1.6, shrinkA=8, shrinkB=8, mutation_scale=14),
+        arrowprops=dict(arrowstyle="-|>", color=BLUE, linewidth=1.6, shrinkA=8, shrinkB=8, mutation_scale=14),
     )  # fmt: skip
 
 
@@ -363,7 +373,7 @@ def _frame_costs(axes: Axes, costs: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(_tick_dollars))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("dollars per question (log scale)", color=_MUTED, fontsize=9)
+    axes.set_xlabel("dollars per question (log scale)", color=MUTED, fontsize=9)
 
 
 def _tick_dollars(value: float, _position: int) -> str:
@@ -390,7 +400,7 @@ def _place_labels(
         taken.extend(Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in line)
     inside = axes.get_window_extent(renderer)
     for name, label in labels.items():
-        style = {"fontsize": 9, "fontweight": "bold" if name in bold else "normal", "color": _INK}
+        style = {"fontsize": 9, "fontweight": "bold" if name in bold else "normal", "color": INK}
         probe = axes.text(0, 0, label, **style)
         size = probe.get_window_extent(renderer).size
         probe.remove()
@@ -428,7 +438,8 @@ def _area(box: Bbox | None) -> float:
     return 0.0 if box is None else float(box.width * box.height)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a picture; its folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi="figure", facecolor="white")

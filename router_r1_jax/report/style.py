@@ -7,6 +7,8 @@ from typing import Any
 
 SHARE_PREFIX = "calls/share/"  # metric key of one model's share of the calls
 ALONE_SUFFIX = " alone"  # a reference policy that always asks one model
+INK, MUTED, GRID = "#222222", "#6b6b6b", "#e4e4e4"  # of plots: text, lesser text, lines
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
 
 # Six hues of Okabe and Ito (2008) and four of Tol's "muted" scheme: told apart with any colour blindness, and none so
 # light that it is lost on white or so dark that it is lost on the dark page.

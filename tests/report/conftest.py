@@ -72,6 +72,7 @@ def fake_results():
             "calls_share": dict(zip(PRICES, shares, strict=True)),
         }  # fmt: skip
 
+    signs = {"better": 220, "worse": 14, "equal": 166, "p": 3.4e-49}
     references = [
         ("oracle (alpha 0)", 0.842, 1.6e-5),
         ("oracle (alpha 0.6)", 0.801, 5.1e-6),
@@ -92,14 +93,38 @@ def fake_results():
             policy("warm start", 0, 0.2375, 0.262, 2.55e-5, 0.22, 0.97, 0.04, [0.21, 0.19, 0.2, 0.2, 0.2]),
         ],
         "references": [
-            {"name": name, "em": em, "dollars_per_question": cost}
+            {"name": name, "em": em, "dollars_per_question": cost, "calls_per_question": 1.5}
             for name, em, cost in references + [(f"{name} alone", em, cost) for name, em, cost in alone]
         ],
+        "paper_model": "Qwen2.5-3B-Instruct",
         "gain": {
-            "em": {"mean": 0.5155, "ci": [0.4625, 0.568]},
-            "dollars_per_question": {"mean": -1.31e-5, "ci": [-1.5e-5, -1.1e-5]},
+            "em": {"mean": 0.5155, "ci": [0.4625, 0.568], "sign_test": signs},
+            "dollars_per_question": {"mean": -1.31e-5, "ci": [-1.5e-5, -1.1e-5], "sign_test": signs},
         },
     }  # fmt: skip
+
+
+def fake_sets(em=0.4):
+    """What `evaluation.figures.tabulate` says of four sets, three of them the paper's, and their mean."""
+    rng = np.random.default_rng(3)
+
+    def table(em, questions):
+        keys = ("em", "f1", "sub_em", "malformed_share", "failed_share")
+        values = dict.fromkeys(keys, em) | {"calls_per_question": 1.2, "call_seconds_per_question": 0.8}
+        values |= {"dollars_per_question": 1.3e-5, "raw_cost_per_question": 11.2}
+        shares = rng.dirichlet(np.ones(len(PRICES)))
+        return values | {f"{key}_ci": [0.9 * value, 1.1 * value] for key, value in values.items()} | {
+            "questions": questions, "calls_share": dict(zip(PRICES, shares, strict=True)),
+            "stops": {"answer": 0.95, "call_limit": 0.05}, "call_seconds": {"median": 0.4, "p95": 2.1},
+        }  # fmt: skip
+
+    sizes = {"nq": 500, "popqa": 500, "bamboogle": 125, "synthetic": 490}
+    suites = {name: table(em + 0.1 * i, size) for i, (name, size) in enumerate(sizes.items())}
+    paper = {
+        name: {"em": 0.41, "difference": table["em"] - 0.41, "ci": [-0.06, 0.04], "verdict": verdict}
+        for (name, table), verdict in zip(suites.items(), ("within noise", "differs", "differs"), strict=False)
+    }
+    return table(em + 0.15, sum(sizes.values())) | {"suites": suites, "paper": paper}
 
 
 def fake_episode(rng, number, policy, step, skill):

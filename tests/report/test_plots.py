@@ -19,7 +19,7 @@ from router_r1_jax.report.style import dollars, model_colours, model_names, perc
 def figures(monkeypatch):
     """The figures drawn in a test, in order; nothing is written."""
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     return drawn
 
 
@@ -94,7 +94,7 @@ def test_spread_labels_keep_order_distance_and_ceiling(wanted):
     heights = plots._spread(np.array(wanted), 0.055, 0.98)
     assert heights[-1] <= 0.98 and (np.diff(heights) >= 0.055 - 1e-12).all()
     if (np.diff(wanted) >= 0.055).all() and wanted[-1] <= 0.98:
-        np.testing.assert_array_equal(heights, wanted)
+        np.testing.assert_allclose(heights, wanted, atol=1e-12)
 
 
 def labels_of(figure):
@@ -119,7 +119,7 @@ def test_labels_never_overlap_and_stay_inside(places, crowded):
     ]
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+        patch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
         plots.em_against_cost({"policies": [], "references": rows}, "unused.png")
     boxes = labels_of(drawn[0])
     assert set(boxes) == {row["name"] for row in rows}
