@@ -19,6 +19,7 @@ from router_r1_jax.alarms import CollapseError
 from router_r1_jax.checkpoint import CheckpointError
 from router_r1_jax.config import ConfigError, validate
 from router_r1_jax.data.questions import DataError
+from router_r1_jax.evaluation.figures import CompareError
 from router_r1_jax.hosts import HostError
 from router_r1_jax.model import WeightsError
 from router_r1_jax.pool.outcomes import PoolError
@@ -27,8 +28,8 @@ from router_r1_jax.rollout import PromptError
 
 # Errors whose message already says what is wrong, where, and what to do.
 PLAIN_ERRORS = (
-    BrokenFileError, CheckpointError, CollapseError, ConfigError, DataError, HostError, MissingExtraError, PoolError,
-    PromptError, WeightsError,
+    BrokenFileError, CheckpointError, CollapseError, CompareError, ConfigError, DataError, HostError, MissingExtraError,
+    PoolError, PromptError, WeightsError,
 )  # fmt: skip
 # The system's words for a disk that takes nothing more. Libraries pass them on without the file's name.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

@@ -147,7 +147,6 @@ def use_paper_data(config: ConfigDict) -> None:
     config.data.test = PAPER_SETS
     config.data.per_set.update(dict(train=7000, validation=100, test=500))
     config.validation.questions = 200
-    config.evaluation.questions = 500 * len(PAPER_SETS)
 
 
 def base_config() -> ConfigDict:
@@ -312,8 +311,11 @@ def base_config() -> ConfigDict:
 
     c.evaluation = ConfigDict()
     c.evaluation.split = "test"
-    c.evaluation.questions = 500  # at most
+    c.evaluation.questions = 500  # of each set, at most
+    c.evaluation.samples = 0  # episodes per question at `temperature`, beside the greedy one
+    c.evaluation.temperature = 1.0
     c.evaluation.bootstrap = 10_000  # resamples of the intervals
+    c.evaluation.tape = True  # keep the calls in evaluation/tape.sqlite where pool.tape is off: none is paid twice
     c.evaluation.baseline = "first"  # checkpoint compared with on the same questions: first (warm start), a step, or ""
 
     c.logging = ConfigDict(dict(tensorboard=False, wandb="", episodes_every=10))  # wandb: project name
@@ -331,14 +333,14 @@ _COUNTS = (
 )  # fmt: skip
 _POSITIVE = (
     "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "pool.breaker.pause",
-    "pool.breaker.pause_max", "learner.max_grad_norm", "model.arch.rope_theta",
+    "pool.breaker.pause_max", "evaluation.temperature", "learner.max_grad_norm", "model.arch.rope_theta",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
     "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget", "reward.router_price",
     "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait", "alarms.entropy",
     "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds", "validation.questions",
-    "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",
+    "evaluation.samples", "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",
     "learner.dual_clip", "learner.kl_coef", "learner.entropy_coef", "learner.value_coef", "learner.value_clip",
     "learner.value_learning_rate", "learner.importance_cap", "learner.resample", "learner.component_weights.format",
     "learner.component_weights.outcome", "learner.component_weights.cost", "warmstart.seed", "warmstart.steps",

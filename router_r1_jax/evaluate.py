@@ -1,19 +1,27 @@
-"""Evaluate a router: restore a checkpoint, answer held-out questions greedily, write the table, plots and report.
+"""Evaluate a router: answer held-out questions with some parameters and some pool; write tables, plots and the report.
 
     python -m router_r1_jax.evaluate --config=configs/demo.py --workdir=runs/demo [--checkpoint=best|last|first|STEP]
 
-The same questions are also put to `config.evaluation.baseline` (the warm start, by default), so that gains are paired.
+--checkpoint also takes a folder: of another run, of one of its checkpoints, or in Hugging Face format.
+--compare=FOLDER compares with what another evaluation has left there, question by question. --change=WORDS changes the
+pool, for instance drop=Titan or rename,blank (`evaluation.changes`); the results then go to <workdir>/changes/WORDS.
+
+Every question is answered greedily, which is the headline, and config.evaluation.samples times at a temperature. The
+same questions are also put to `config.evaluation.baseline` (the warm start, by default), so that gains are paired. What
+is finished is on disk: the same command after a kill goes on where it was, and with `evaluation.tape` or `pool.tape`
+pays for no call twice.
 """
 
-import importlib.metadata
+import dataclasses
 import json
-import platform
-import subprocess
+import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -22,100 +30,231 @@ from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.data.reference import references
-from router_r1_jax.evaluation.records import Record, make_records, summarise
-from router_r1_jax.evaluation.statistics import bootstrap_mean, paired_bootstrap
+from router_r1_jax.evaluation import paper
+from router_r1_jax.evaluation.changes import Change, add_models, change_shown, change_world, parse_changes
+from router_r1_jax.evaluation.figures import (
+    CompareError,
+    check_same_questions,
+    compare_records,
+    policy_figures,
+    tabulate,
+)
+from router_r1_jax.evaluation.journal import FOLDER, Journal
+from router_r1_jax.evaluation.provenance import commit, versions
+from router_r1_jax.evaluation.records import Record, make_records
+from router_r1_jax.pool.cards import Card
 from router_r1_jax.experience import judge
 from router_r1_jax.report import (
     EpisodeWriter,
+    calls_by_set,
     calls_per_model,
     em_against_cost,
+    em_by_set,
     learning_curves,
     read_metrics,
     replace_file,
+    results_table,
     slots_over_time,
     write_report,
 )
+from router_r1_jax.report.writer import EPISODES_FOLDER, read_lines
 from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.rollout import Episode
+from router_r1_jax.router import is_valid
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.train import config_hash
+from router_r1_jax.weights import Weights, find_weights, fingerprint
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+class Mode(NamedTuple):
+    """One way of answering: `group` episodes per question at a temperature, with draws of its own."""
+
+    name: str
+    group: int
+    temperature: float
+    stream: int
+
+
+class Policy(NamedTuple):
+    """What an evaluated policy has left."""
+
+    weights: Weights
+    fingerprint: str
+    greedy: list[Record]
+    sampled: list[Record]
+
+
+class Other(NamedTuple):
+    """Another evaluation, to compare with."""
+
+    folder: Path
+    entry: dict[str, Any]  # of its first policy in results.json
+    records: list[Record]
+
+
+def modes(config: ConfigDict) -> list[Mode]:
+    """The greedy headline, and the samples where there are any."""
+    e = config.evaluation
+    return [Mode("greedy", 1, 0.0, 1)] + ([Mode("samples", e.samples, e.temperature, 2)] if e.samples else [])
+
+
+def choose_questions(config: ConfigDict, session: Session) -> list[QuestionRecord]:
+    """The split's questions, at most evaluation.questions of each set."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for question in session.questions(config.evaluation.split):
+        seen[question.suite] += 1
+        if seen[question.suite] <= config.evaluation.questions:
+            chosen.append(question)
+    return chosen
+
+
+def identity(
+    config: ConfigDict, shown: Sequence[Card], questions: Sequence[QuestionRecord], mode: Mode, weights: str
+) -> dict[str, Any]:
+    """All that an evaluation's episodes depend on; what only costs time or judges them is not part of it."""
+    rollout = config.rollout.to_dict() | dict.fromkeys(("replicas", "poll_every", "driver", "temperature"))
+    pool = {name: config.pool[name] for name in ("shuffle", "rename", "max_tokens", "temperature")}
+    return {
+        "weights": weights, "model": config.model.to_dict(), "mode": mode._asdict(), "seed": config.seed,
+        "prompt": config.prompt.to_dict(), "rollout": rollout, "pool": pool,
+        "cards": [dataclasses.asdict(card) for card in shown],
+        "questions": [(q.suite, q.id, q.question) for q in questions],
+    }  # fmt: skip
 
 
 def answer_all(
-    config: ConfigDict, session: Session, questions: Sequence[QuestionRecord], *, step: int, policy: str
+    config: ConfigDict,
+    session: Session,
+    questions: Sequence[QuestionRecord],
+    mode: Mode,
+    journal: Journal,
+    *,
+    step: int,
+    policy: str,
 ) -> list[Record]:
-    """Greedy answers of the parameters pushed last. Questions go in batches, each with a roster of its own order."""
-    split, size = config.evaluation.split, config.rollout.questions * config.rollout.group
+    """Records of the parameters pushed last. Questions go in batches, each with a roster of its own order.
+
+    Episodes of the journal are not sampled again, and what is sampled enters it at once.
+    """
+    split = config.evaluation.split
+    size = max(1, config.rollout.questions * config.rollout.group // mode.group)
     normalizer = CostNormalizer(config.reward.window)
     records = []
-    with tqdm(total=len(questions), desc=policy, unit="question", dynamic_ncols=True, disable=not hosts.first()) as bar:
+    total = len(questions) * mode.group
+    with tqdm(total=total, desc=policy, unit="episode", dynamic_ncols=True, disable=not hosts.first()) as bar:
         for start in range(0, len(questions), size):
+            finished = {number: Episode(prompt=(), **kept) for number, kept in journal.finished(start).items()}
+            bar.update(len(finished))
+
+            def keep(episode: Episode, start: int = start) -> None:
+                if is_valid(episode):
+                    journal.add(start, episode)
+                bar.update()
+
             answers = session.router.answer(
-                questions[start : start + size], group=1, temperature=0.0, seed=(config.seed, 0, 1, start), step=step,
-                split=split, on_finish=lambda _: bar.update(),
+                questions[start : start + size], group=mode.group, temperature=mode.temperature,
+                seed=(config.seed, 0, mode.stream, start), step=step, split=split, on_finish=keep, finished=finished,
             )  # fmt: skip
             rewards = judge(config, answers, normalizer)
             records += make_records(answers.questions, answers.episodes, rewards, step=step, split=split, policy=policy)
     return records
 
 
-def policy_entry(
-    config: ConfigDict, session: Session, records: list[Record], *, name: str, step: int
-) -> dict[str, Any]:
-    """One policy's line of results.json."""
-    figures = summarise(records, session.cards)
-    em = bootstrap_mean([r["exact_match"] for r in records], resamples=config.evaluation.bootstrap, seed=config.seed)
-    figures["calls_share"] = figures.pop("calls/share")
-    return {"name": name, "checkpoint": step, "em_ci": [em.low, em.high]} | figures
+def evaluate_policy(
+    config: ConfigDict,
+    session: Session,
+    questions: Sequence[QuestionRecord],
+    shown: Sequence[Card],
+    weights: Weights,
+    workdir: Path,
+) -> Policy:
+    """Every mode of one policy; its episodes are written to `<workdir>/episodes`."""
+    params = weights.load(session)
+    session.router.push(params)
+    bits = fingerprint(params)
+    del params
+    split, results = config.evaluation.split, {}
+    for mode in modes(config):
+        name, depends = file_name(weights.name, mode), identity(config, shown, questions, mode, bits)
+        with Journal(session.workdir, name, depends, jax.process_index()) as journal:
+            if len(journal):
+                hosts.say(
+                    f"{weights.name}, {mode.name}: {len(journal)} episodes are on disk already, in {journal.path}"
+                )
+            policy = weights.name if mode.name == "greedy" else f"{weights.name}, sampled"
+            step = weights.step or 0
+            results[mode.name] = answer_all(config, session, questions, mode, journal, step=step, policy=policy)
+        if hosts.first():
+            writer = EpisodeWriter(workdir, f"{split}_{name}")
+            writer.write(results[mode.name])
+            writer.close()
+    return Policy(weights, bits, results["greedy"], results.get("samples", []))
+
+
+def file_name(policy: str, mode: Mode) -> str:
+    """Of a policy's episodes and journal, without split and suffix."""
+    safe = re.sub(r"[^\w.-]+", "_", policy)
+    return safe if mode.name == "greedy" else f"{safe}_{mode.name}"
+
+
+def policy_entry(config: ConfigDict, session: Session, policy: Policy, cards: Sequence[Card]) -> dict[str, Any]:
+    """One policy's entry of results.json."""
+    draws = {"resamples": config.evaluation.bootstrap, "seed": config.seed}
+    name = policy.weights.name
+    entry = {
+        "name": name, "checkpoint": policy.weights.step, "weights": policy.fingerprint,
+        "episodes": f"{EPISODES_FOLDER}/{config.evaluation.split}_{file_name(name, modes(config)[0])}.jsonl",
+    } | policy_figures(policy.greedy, cards, **draws)  # fmt: skip
+    family = session.model.family
+    entry["paper"] = paper.beside(entry["suites"], family)
+    if policy.sampled:
+        table = tabulate(policy.sampled, [card.key for card in cards], **draws)
+        head = {"per_question": config.evaluation.samples, "temperature": config.evaluation.temperature}
+        entry["samples"] = head | table | {"paper": paper.beside(table["suites"], family)}
+    return entry
 
 
 def reference_entries(
-    config: ConfigDict, session: Session, questions: Sequence[QuestionRecord]
+    config: ConfigDict, session: Session, questions: Sequence[QuestionRecord], cards: Sequence[Card]
 ) -> list[dict[str, Any]]:
     """What other policies reach on these very questions, computed from the world; empty for real data."""
     if session.world is None:
         return []
     asked = {question.id for question in questions}
     chosen = [q for q in session.world.questions(config.evaluation.split) if q.id in asked]
-    values = references(session.world, chosen, session.cards)
+    if len(chosen) < len(asked):
+        return []
     return [
-        {"name": name, "em": v.em, "dollars_per_question": v.dollars, "calls_per_question": v.calls}
-        for name, v in values.items()
-    ]
+        {
+            "name": name, "em": v.em, "dollars_per_question": v.dollars, "raw_cost_per_question": v.raw_cost,
+            "calls_per_question": v.calls,
+        }
+        for name, v in references(session.world, chosen, cards).items()
+    ]  # fmt: skip
 
 
-def gains(config: ConfigDict, after: Sequence[Record], before: Sequence[Record]) -> dict[str, Any]:
-    """Paired differences, after minus before, with 95 % bootstrap intervals."""
-    figures = {"em": "exact_match", "dollars_per_question": "dollars"}
-    result = {}
-    for name, key in figures.items():
-        interval = paired_bootstrap(
-            [r[key] for r in after], [r[key] for r in before],
-            resamples=config.evaluation.bootstrap, seed=config.seed,
-        )  # fmt: skip
-        result[name] = {"mean": interval.mean, "ci": [interval.low, interval.high]}
-    return result
-
-
-def commit() -> str:
-    """The commit of the source tree, with "+" where it has changes; "" outside a checkout."""
-    source = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
+def read_other(folder: Path, questions: Sequence[QuestionRecord]) -> Other:
+    """The first policy of another evaluation. Raises CompareError, before anything is asked, where it cannot serve."""
     try:
-        head = git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
-    except OSError:
-        return ""
+        entry = json.loads((folder / "results.json").read_text())["policies"][0]
+        records = read_lines(folder / entry["episodes"])
+    except (OSError, ValueError, LookupError) as error:
+        raise CompareError(
+            f"--compare={folder} holds no results.json of an evaluation ({error}); evaluate that run first"
+        ) from error
+    check_same_questions([dataclasses.asdict(question) for question in questions], records)
+    return Other(folder, entry, records)
 
 
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+def baseline(config: ConfigDict, weights: Weights) -> Weights | None:
+    """The checkpoint that gains are counted from; None where there is none, or where it is the one evaluated."""
+    if weights.step is None or not config.evaluation.baseline:
+        return None
+    with CheckpointStore(weights.source, keep=None) as store:
+        step = store.resolve(config.evaluation.baseline)
+    name = "warm start" if step == 0 else f"step {step}"
+    return None if step == weights.step else Weights(name, weights.source, step)
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -123,56 +262,81 @@ def print_table(results: dict[str, Any]) -> None:
     print(f"\n{results['questions']} questions of the {results['split']} split, greedy")
     print(f"{'policy':<30}{'EM':>7}{'95 %':>15}{'dollars/question':>18}{'calls':>7}{'best model':>12}{'malformed':>11}")
     for p in results["policies"]:
-        low, high = p["em_ci"]
-        best = f"{p['best_model_share']:.1%}" if "best_model_share" in p else ""
-        print(
-            f"{p['name']:<30}{p['em']:>7.3f}{f'{low:.3f}..{high:.3f}':>15}{p['dollars_per_question']:>18.3e}"
-            f"{p['calls_per_question']:>7.2f}{best:>12}{p['malformed_share']:>11.1%}"
-        )
+        for name, row in [(p["name"], p)] + [(f"  {s}", t) for s, t in p["suites"].items() if len(p["suites"]) > 1]:
+            low, high = row["em_ci"]
+            best = f"{row['best_model_share']:.1%}" if "best_model_share" in row else ""
+            print(
+                f"{name:<30}{row['em']:>7.3f}{f'{low:.3f}..{high:.3f}':>15}{row['dollars_per_question']:>18.3e}"
+                f"{row['calls_per_question']:>7.2f}{best:>12}{row['malformed_share']:>11.1%}"
+            )
     for r in results["references"]:
         print(
             f"{r['name']:<30}{r['em']:>7.3f}{'':>15}{r['dollars_per_question']:>18.3e}{r['calls_per_question']:>7.2f}"
         )
-    if results["gain"]:
-        em = results["gain"]["em"]
-        print(f"\ngain in EM, paired: {em['mean']:+.3f}, 95 % interval {em['ci'][0]:+.3f} .. {em['ci'][1]:+.3f}")
+    for title, found in (("gain", results["gain"]), ("difference from the other run", results["comparison"])):
+        if found:
+            em, signs = found["em"], found["em"]["sign_test"]
+            print(
+                f"\n{title} in EM, paired: {em['mean']:+.3f}, 95 % interval {em['ci'][0]:+.3f} .. {em['ci'][1]:+.3f}; "
+                f"better on {signs['better']} questions, worse on {signs['worse']} (sign test p = {signs['p']:.2g})"
+            )
 
 
-def write_pages(workdir: Path, results: dict[str, Any]) -> Path:
-    """results.json, the plots and the report; returns the report's path."""
-    replace_file(workdir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    metrics = read_metrics(workdir)
-    learning_curves(metrics, workdir / "plots" / "learning_curves.png")
-    calls_per_model(metrics, workdir / "plots" / "calls_per_model.png")
-    em_against_cost(results, workdir / "plots" / "em_against_cost.png")
-    if (workdir / "rollout.json").exists():
-        slots_over_time(json.loads((workdir / "rollout.json").read_text()), workdir / "plots" / "slots_over_time.png")
-    return write_report(workdir)
+def write_pages(folder: Path, results: dict[str, Any], other: Other | None) -> Path:
+    """results.json, results.md, the plots and the report; returns the report's path."""
+    replace_file(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    replace_file(folder / "results.md", results_table(results).encode())
+    metrics, plots = read_metrics(folder), folder / "plots"
+    learning_curves(metrics, plots / "learning_curves.png")
+    calls_per_model(metrics, plots / "calls_per_model.png")
+    em_against_cost(results, plots / "em_against_cost.png")
+    em_by_set(results, plots / "em_by_set.png")
+    calls_by_set(results, plots / "calls_by_set.png")
+    if (folder / "rollout.json").exists():
+        slots_over_time(json.loads((folder / "rollout.json").read_text()), plots / "slots_over_time.png")
+    return write_report(folder, {other_name(other): other.records} if other else {})
 
 
-def main(config: ConfigDict, workdir: Path, checkpoint: str = "") -> None:
+def other_name(other: Other) -> str:
+    """What the other evaluation's policy is called beside ours."""
+    return f"{other.entry['name']} of {other.folder.name}"
+
+
+def results_folder(workdir: Path, changes: Sequence[Change]) -> Path:
+    """Where the results go: a changed pool does not take the place of the pool's own results."""
+    if not changes:
+        return workdir
+    return workdir / "changes" / re.sub(r"[^\w.=-]+", "_", ",".join(map(str, changes)))
+
+
+def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str = "", change: str = "") -> None:
     """Evaluate a checkpoint and its baseline; print and write what came of it."""
-    with (
-        CheckpointStore(workdir / "checkpoints", keep=None) as store,
-        open_session(config, workdir, load_source=False) as session,
-    ):
-        trained = store.resolve(checkpoint)
-        policies = {"trained": trained}
-        if config.evaluation.baseline:
-            baseline = store.resolve(config.evaluation.baseline)
-            policies["warm start" if baseline == 0 else f"step {baseline}"] = baseline
-        questions = session.questions(config.evaluation.split)[: config.evaluation.questions]
-        records = {}
-        for name, step in policies.items():
-            session.router.push(store.restore_params(step, session.abstract_params))
-            records[name] = answer_all(config, session, questions, step=step, policy=name)
-            if hosts.first():
-                episodes_file = EpisodeWriter(workdir, f"{config.evaluation.split}_{name.replace(' ', '_')}")
-                episodes_file.write(records[name])
-                episodes_file.close()
+    # ---- what is evaluated, and on what ------------------------------------------------------------------------------
+    changes = parse_changes(change)
+    config, weights = find_weights(config, workdir, checkpoint)
+    before = baseline(config, weights)
+    settings = config.copy_and_resolve_references()
+    settings.pool = add_models(config.pool, changes)
+    if settings.pool.tape.mode == "off" and config.evaluation.tape:
+        settings.pool.tape.mode, settings.pool.tape.path = "record", str(workdir / FOLDER / "tape.sqlite")
+    folder = results_folder(workdir, changes)
+    with open_session(settings, workdir, load_source=weights.step is None) as session:
+        cards = change_world(session.cards, changes)
+        shown = change_shown(cards, changes, config.seed)
+        session.router.show(shown)
+        questions = choose_questions(config, session)
+        other = read_other(Path(compare).absolute(), questions) if compare else None
+
+        # ---- answers -------------------------------------------------------------------------------------------------
+        policies = [
+            evaluate_policy(settings, session, questions, shown, each, folder) for each in (weights, before) if each
+        ]
         if not hosts.first():
             return
-        names = list(policies)
+
+        # ---- figures, pages ------------------------------------------------------------------------------------------
+        draws = {"resamples": config.evaluation.bootstrap, "seed": config.seed}
+        against = compare_records(policies[0].greedy, other.records, **draws) if other else {}
         results = {
             "commit": commit(),
             "versions": versions(),
@@ -182,15 +346,25 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "") -> None:
             "alpha": config.reward.alpha,
             "split": config.evaluation.split,
             "questions": len(questions),
-            "policies": [policy_entry(config, session, records[n], name=n, step=policies[n]) for n in names],
-            "references": reference_entries(config, session, questions),
-            "gain": gains(config, records[names[0]], records[names[1]]) if len(names) > 1 else {},
+            "paper_model": paper.base_model(session.model.family),
+            "changes": [str(one) for one in changes],
+            "policies": [policy_entry(config, session, policy, cards) for policy in policies],
+            "references": reference_entries(config, session, questions, cards),
+            "gain": compare_records(policies[0].greedy, policies[1].greedy, **draws) if before else {},
+            "comparison": {"with": other_name(other), "folder": str(other.folder)} | against if other else {},
         }
-        report = write_pages(workdir, results)
+        report = write_pages(folder, results, other)
     print_table(results)
-    print(f"\nresults {workdir / 'results.json'}\nplots   {workdir / 'plots'}\nreport  {report}")
+    print(f"\nresults {folder / 'results.json'}\ntable   {folder / 'results.md'}\nplots   {folder / 'plots'}")
+    print(f"report  {report}")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    launch(main, several=True, checkpoint="best, last, first or a step; best by validation if empty")
+    launch(
+        main,
+        several=True,
+        checkpoint="best, last, first or a step (best by validation if empty); or a folder: a run's, or Hugging Face's",
+        compare="folder of another evaluation, to compare with on the same questions",
+        change="changes of the pool, such as drop=Titan or rename,blank: router_r1_jax/evaluation/changes.py",
+    )

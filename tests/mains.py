@@ -65,7 +65,7 @@ for main, out, argv in json.loads(sys.argv[1]):
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT), stream)
         sys.argv = argv
-        cli.launch(train.main) if main == "train" else cli.launch(evaluate.main, checkpoint="")
+        cli.launch(train.main) if main == "train" else cli.launch(evaluate.main, checkpoint="", compare="", change="")
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """

@@ -1,0 +1,105 @@
+"""Which parameters a main is to use: a checkpoint of this run or of another one, or weights in Hugging Face format."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.config import ConfigError
+from router_r1_jax.model import Params
+from router_r1_jax.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters that can be loaded into a session.
+
+    Attributes:
+      name: of the policy, in results, plots and files.
+      source: the folder that they come from.
+      step: of the checkpoint in `source`; None for weights in Hugging Face format.
+    """
+
+    name: str
+    source: str
+    step: int | None
+
+    def load(self, session: Session) -> Params:
+        """The parameters, in the session's sharding. Raises CheckpointError."""
+        if self.step is None:
+            return session.initial_params(session.config.seed)
+        with CheckpointStore(self.source, keep=None) as store:
+            return store.restore_params(self.step, session.abstract_params)
+
+
+def find_weights(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[ConfigDict, Weights]:
+    """What `checkpoint` means, and the configuration that fits it.
+
+    It is best, last, first or a step of this run ("" is the best, or model.source where the run has no checkpoints); or
+    a folder: of another run (its best), of one checkpoint (runs/other/checkpoints/40), or in Hugging Face format.
+    Raises CheckpointError or ConfigError.
+    """
+    own, folder = workdir / "checkpoints", Path(checkpoint)
+    if checkpoint and folder.is_dir():
+        folder = folder.absolute()
+        if (folder / "checkpoints").is_dir():
+            return _of_run(config, folder, "")
+        if folder.parent.name == "checkpoints" and folder.name.isdecimal():
+            return _of_run(config, folder.parent.parent, folder.name)
+        if (folder / "config.json").is_file():
+            return _hugging_face(config, str(folder))
+        raise ConfigError(
+            f"--checkpoint={checkpoint} is neither a run's folder, nor one of its checkpoints/STEP, nor a folder in "
+            "Hugging Face format (it has no config.json); correct the path"
+        )
+    if "/" in checkpoint:
+        raise ConfigError(f"--checkpoint={checkpoint} does not exist; name a folder, or best, last, first or a step")
+    if not checkpoint and config.model.source and not own.exists():
+        return _hugging_face(config, config.model.source)
+    return config, _checkpoint(own, checkpoint)
+
+
+def fingerprint(params: Params) -> str:
+    """16 hexadecimal digits of all bits of the parameters; equal parameters have equal ones on any mesh.
+
+    Two sums of the bit patterns modulo 2**32, plain and weighted by place: whole numbers, so their order is no matter.
+    """
+    plain, placed = jax.jit(_bit_sums)(params)
+    return f"{int(plain):08x}{int(placed):08x}"
+
+
+def _bit_sums(params: Params) -> tuple[jax.Array, jax.Array]:
+    plain = placed = jnp.uint32(0)
+    for number, leaf in enumerate(jax.tree.leaves(params), start=1):
+        unsigned = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        place = jnp.full(leaf.shape, number, jnp.uint32)  # fused into the sum: never an array in memory
+        for axis in range(leaf.ndim):
+            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        plain += jnp.sum(bits, dtype=jnp.uint32)
+        placed += jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    return plain, placed
+
+
+def _checkpoint(folder: Path, checkpoint: str) -> Weights:
+    with CheckpointStore(folder, keep=None) as store:
+        step = store.resolve(checkpoint)
+        return Weights("warm start" if step == store.first() == 0 else "trained", str(folder), step)
+
+
+def _of_run(config: ConfigDict, run: Path, checkpoint: str) -> tuple[ConfigDict, Weights]:
+    config = config.copy_and_resolve_references()
+    tokenizer = run / "tokenizer"  # where the run has trained its own
+    if not config.model.tokenizer and not config.model.source and tokenizer.is_dir():
+        config.model.tokenizer = str(tokenizer)
+    return config, _checkpoint(run / "checkpoints", checkpoint)
+
+
+def _hugging_face(config: ConfigDict, source: str) -> tuple[ConfigDict, Weights]:
+    config = config.copy_and_resolve_references()
+    config.model.source = source
+    config.model.lora.rank = 0  # no adapters stand in such a folder
+    return config, Weights(Path(source).name, source, None)

@@ -1,0 +1,159 @@
+"""Evaluation as a user runs it: killed and continued, of other weights, on a changed pool, beside another run."""
+
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+
+import mains
+import pytest
+from bad_config import tiny_config
+from gated_pool import GatedPool
+
+from router_r1_jax.data.world import World
+from router_r1_jax.evaluation.journal import FOLDER
+from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.pool.ledger import read_ledger
+from router_r1_jax.pool.outcomes import PoolError
+from router_r1_jax.pool.simulated import SimulatedModels
+from router_r1_jax.pool.tape import stats
+from router_r1_jax.report.writer import read_lines
+
+pytestmark = pytest.mark.slow
+CONFIG = f"{mains.CONFIG.with_name('bad_config.py')}:pool="
+SAMPLES = ("evaluation.samples=2", "evaluation.baseline=")
+
+
+@pytest.fixture
+def pool():
+    config = tiny_config()
+    models = SimulatedModels(World(config.data.world.to_dict()), cards_from_config(config.pool))
+    with GatedPool(models) as gated:
+        yield gated
+
+
+def copy_of(run, folder):
+    """A run as `train` leaves it."""
+    left_out = shutil.ignore_patterns("results.*", "report.html", "plots", FOLDER, "test_*.jsonl", "ledger.jsonl")
+    return shutil.copytree(run, folder, ignore=left_out)
+
+
+def timeless(value):
+    """A result without what calls took."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not k.startswith(("call_seconds", "latency"))}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def recorded(workdir):
+    try:
+        return stats(workdir / FOLDER / "tape.sqlite")["replies"]
+    except PoolError:  # there is no tape yet
+        return 0
+
+
+def test_killed_twice_it_ends_with_the_same_results_and_asks_nothing_twice(finished_run, tmp_path, pool):
+    config = CONFIG + pool.base_url
+    whole, cut = copy_of(finished_run, tmp_path / "whole"), copy_of(finished_run, tmp_path / "cut")
+    pool.answer_up_to(float("inf"))
+    mains.succeed("evaluate", whole, *SAMPLES, config=config)
+    asked = Counter(pool.answered)
+    assert max(asked.values()) == 1 and len(asked) > 20  # what two episodes ask is paid once
+    pool.begin_anew()
+    for share in (0.4, 0.8):
+        most = int(share * len(asked))
+        pool.answer_up_to(most)
+        process = mains.start("evaluate", cut, *SAMPLES, config=config)
+        mains.wait_until(lambda most=most: recorded(cut) == most, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    journal = {path.name: len(read_lines(path)) for path in (cut / FOLDER).glob("*.jsonl")}
+    assert journal and any(journal.values())
+    pool.answer_up_to(float("inf"))
+    done = mains.succeed("evaluate", cut, *SAMPLES, config=config)
+    assert "episodes are on disk already" in done.stdout
+    assert Counter(pool.answered) == asked
+    results = [timeless(json.loads((run / "results.json").read_text())) for run in (whole, cut)]
+    assert results[0] == results[1] and results[0]["policies"][0]["samples"]["per_question"] == 2
+    for name in ("test_trained.jsonl", "test_trained_samples.jsonl"):
+        episodes = [timeless(read_lines(run / "episodes" / name)) for run in (whole, cut)]
+        assert episodes[0] == episodes[1] and len(episodes[0]) in (20, 40)
+
+    # Once more: nothing is left to ask, and the table is the same.
+    pool.answer_up_to(0)
+    table = (cut / "results.md").read_text()
+    mains.succeed("evaluate", cut, *SAMPLES, config=config)
+    assert (cut / "results.md").read_text() == table
+
+
+def test_an_exported_folder_and_another_runs_checkpoint_are_the_run_itself(finished_run, tmp_path):
+    mains.succeed("export", finished_run, f"--folder={tmp_path / 'exported'}")
+    own = read_lines(finished_run / "episodes" / "test_trained.jsonl")
+    entry = json.loads((finished_run / "results.json").read_text())["policies"][0]
+    exported, other = (
+        mains.command("evaluate", tmp_path / name, f"--checkpoint={source}", f"--compare={finished_run}")
+        for name, source in (
+            ("a", tmp_path / "exported"),
+            ("b", finished_run / "checkpoints" / str(entry["checkpoint"])),
+        )
+    )
+    for done in mains.run_each(tmp_path / "outputs", [exported, other]):
+        assert done.returncode == 0, done.stderr[-4000:]
+    for name, policy in (("a", "exported"), ("b", "trained")):
+        found = json.loads((tmp_path / name / "results.json").read_text())
+        assert found["policies"][0]["name"] == policy
+        assert found["policies"][0]["weights"] == entry["weights"]  # the same bits, by another way
+        records = read_lines(tmp_path / name / found["policies"][0]["episodes"])
+        assert [r["response"] for r in records] == [r["response"] for r in own]
+        assert found["comparison"]["em"] == {
+            "mean": 0.0, "ci": [0.0, 0.0], "sign_test": {"better": 0, "worse": 0, "equal": 20, "p": 1.0},
+        }  # fmt: skip
+
+
+def test_a_changed_pool_is_shown_charged_and_recorded_as_said(finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "run")
+    change = "drop=Titan,prices=3,rename,shuffle,blank"
+    mains.succeed("evaluate", run, f"--change={change}", f"--compare={finished_run}", "evaluation.baseline=")
+    folder = run / "changes" / change.replace(",", "_")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["changes"] == change.split(",") and not (run / "results.json").exists()
+    assert results["comparison"]["folder"] == str(finished_run)
+    assert "Titan" not in results["policies"][0]["calls_share"]
+    prices = {card.key: (card.price_in, card.price_out) for card in cards_from_config(tiny_config().pool)}
+    calls = [line for line in read_ledger(run / "ledger.jsonl") if line["model"]]
+    assert calls
+    for call in calls:
+        assert call["model"] != "Titan"
+        price_in, price_out = prices[call["model"]]
+        dollars = (call["prompt_tokens"] * price_in + call["completion_tokens"] * price_out) / 1e6
+        assert call["charged"] == pytest.approx(3 * dollars)
+    shown = {}  # name in the call -> the model that answered
+    for record in read_lines(folder / "episodes" / "test_trained.jsonl"):
+        if record["reward"]["format"] == 0:
+            for call, written in zip(record["calls"], record["response"].split("<search>")[1:], strict=True):
+                name = written.split(":")[0].strip()
+                assert shown.setdefault(name, call["model"]) == call["model"] != name
+    assert shown and "Titan" not in shown
+
+
+def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "run")
+    commands = [
+        mains.command("evaluate", run, f"--compare={finished_run}", "evaluation.questions=7"),
+        mains.command("evaluate", run, f"--compare={tmp_path}"),
+        mains.command("evaluate", run, "--change=drop=Nova"),
+        mains.command("evaluate", run, f"--checkpoint={tmp_path}"),
+        mains.command("evaluate", run, "--checkpoint=no/such/folder"),
+    ]
+    says = [
+        "13 of the 20 questions of the second evaluation are not in the first one's 7",
+        "holds no results.json of an evaluation",
+        "--change=drop=Nova: there is no model 'Nova'; choose one of Titan, Reel",
+        "is neither a run's folder",
+        "--checkpoint=no/such/folder does not exist",
+    ]
+    for done, text in zip(mains.run_each(tmp_path / "outputs", commands), says, strict=True):
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert text in done.stderr.splitlines()[-1]
+    assert not (run / "ledger.jsonl").exists() or not read_ledger(run / "ledger.jsonl")
