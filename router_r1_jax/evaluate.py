@@ -31,7 +31,7 @@ from router_r1_jax.cli import launch
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.data.reference import references
 from router_r1_jax.evaluation import paper
-from router_r1_jax.evaluation.changes import Change, add_models, change_shown, change_world, parse_changes
+from router_r1_jax.evaluation.changes import Change, change_pool, change_shown, change_world, parse_changes
 from router_r1_jax.evaluation.figures import (
     CompareError,
     check_same_questions,
@@ -316,7 +316,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
     config, weights = find_weights(config, workdir, checkpoint)
     before = baseline(config, weights)
     settings = config.copy_and_resolve_references()
-    settings.pool = add_models(config.pool, changes)
+    settings.pool = change_pool(config.pool, changes)
     if settings.pool.tape.mode == "off" and config.evaluation.tape:
         settings.pool.tape.mode, settings.pool.tape.path = "record", str(workdir / FOLDER / "tape.sqlite")
     folder = results_folder(workdir, changes)
@@ -342,7 +342,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
             "versions": versions(),
             "config_hash": config_hash(config),
             "seeds": {"run": config.seed, "world": config.data.world.seed},
-            "price_date": config.pool.price_date,
+            "price_date": settings.pool.price_date,
             "alpha": config.reward.alpha,
             "split": config.evaluation.split,
             "questions": len(questions),

@@ -113,7 +113,7 @@ def test_an_exported_folder_and_another_runs_checkpoint_are_the_run_itself(finis
 
 def test_a_changed_pool_is_shown_charged_and_recorded_as_said(finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path / "run")
-    change = "drop=Titan,prices=3,rename,shuffle,blank"
+    change = "drop=Titan,prices=3,rename,shuffle"
     mains.succeed("evaluate", run, f"--change={change}", f"--compare={finished_run}", "evaluation.baseline=")
     folder = run / "changes" / change.replace(",", "_")
     results = json.loads((folder / "results.json").read_text())

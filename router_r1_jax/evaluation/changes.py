@@ -3,6 +3,7 @@
 Some change the world that is asked (a model less, one more, other prices); the others change only what the router is
 shown (names, order, what the cards tell). Each is a pure function of the cards and is written as one word:
 
+    pool=FILE        another pool altogether, such as configs/pools/paper.py
     drop=NAME        without this model
     add=FILE         with the models of a pool's file, such as configs/pools/unseen.py
     prices=2.0       all prices times 2, for prompt and charge alike; prices=NAME:0.5 those of one model
@@ -25,7 +26,7 @@ from router_r1_jax.pool.cards import Card, check_names
 Cards = tuple[Card, ...]
 _BLANK = {"performance": {}, "description": ""}
 _TAKES_VALUE = {
-    "drop": (True,), "add": (True,), "prices": (True,), "rename": (True, False), "shuffle": (False,),
+    "pool": (True,), "drop": (True,), "add": (True,), "prices": (True,), "rename": (True, False), "shuffle": (False,),
     "blank": (True, False),
 }  # fmt: skip
 
@@ -48,39 +49,45 @@ def parse_changes(text: str) -> tuple[Change, ...]:
         kind, _, value = word.partition("=")
         if bool(value) not in _TAKES_VALUE.get(kind, ()):
             raise ConfigError(
-                f"--change holds {word!r}; write drop=NAME, add=FILE, prices=FACTOR, prices=NAME:FACTOR, rename, "
-                "rename=OLD:NEW, shuffle, blank, blank=performance or blank=description, separated by commas"
+                f"--change holds {word!r}; write pool=FILE, drop=NAME, add=FILE, prices=FACTOR, prices=NAME:FACTOR, "
+                "rename, rename=OLD:NEW, shuffle, blank, blank=performance or blank=description, separated by commas"
             )
         changes.append(Change(kind, value))
     return tuple(changes)
 
 
-def add_models(pool_config: ConfigDict, changes: Sequence[Change]) -> ConfigDict:
-    """`config.pool` with the providers and models of every add=FILE; the given one stays as it is.
+def change_pool(pool_config: ConfigDict, changes: Sequence[Change]) -> ConfigDict:
+    """`config.pool` after every pool=FILE and add=FILE; the given one stays as it is.
 
     A provider that is declared already must be declared there in the same way. Raises ConfigError.
     """
     pool = pool_config.copy_and_resolve_references()
     for change in changes:
-        if change.kind == "add":
-            extra = base_config()
-            try:
-                use_pool(extra, change.value)
-            except (OSError, AttributeError) as error:
-                raise ConfigError(
-                    f"--change={change}: {error}; name a pool's file such as configs/pools/unseen.py"
-                ) from error
+        if change.kind == "pool":
+            other = _read_pool(change)
+            pool.providers, pool.models, pool.price_date = other.providers, other.models, other.price_date
+        elif change.kind == "add":
+            extra = _read_pool(change)
             declared = {entry.name: entry.to_dict() for entry in pool.providers}
-            for entry in extra.pool.providers:
-                if declared.setdefault(entry.name, entry.to_dict()) != entry.to_dict():
+            for entry in extra.providers:
+                if declared.get(entry.name, entry.to_dict()) != entry.to_dict():
                     raise ConfigError(
                         f"--change={change}: provider {entry.name!r} is declared otherwise in pool.providers; "
                         "give one of the two another name"
                     )
-            known = {entry.name for entry in pool.providers}
-            pool.providers += tuple(entry for entry in extra.pool.providers if entry.name not in known)
-            pool.models += extra.pool.models
+            pool.providers += tuple(entry for entry in extra.providers if entry.name not in declared)
+            pool.models += extra.models
     return pool
+
+
+def _read_pool(change: Change) -> ConfigDict:
+    """The pool of the file that the change names."""
+    config = base_config()
+    try:
+        use_pool(config, change.value)
+    except (OSError, AttributeError, SyntaxError) as error:
+        raise ConfigError(f"--change={change}: {error}; name a pool's file such as configs/pools/unseen.py") from error
+    return config.pool
 
 
 def change_world(cards: Sequence[Card], changes: Sequence[Change]) -> Cards:

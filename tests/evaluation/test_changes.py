@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from router_r1_jax.config import ConfigError, base_config, model_card, provider
-from router_r1_jax.evaluation.changes import add_models, change_shown, change_world, parse_changes
+from router_r1_jax.evaluation.changes import change_pool, change_shown, change_world, parse_changes
 from router_r1_jax.pool.cards import Card, cards_from_config, route_names
 from router_r1_jax.prompts import card_line, render
 from router_r1_jax.protocol import RouteCall, RouteFault, parse_route
@@ -144,7 +144,7 @@ def test_added_models_stand_behind_the_pools_own(tmp_path, name, known):
     file = tmp_path / "new.py"
     file.write_text(POOL.format(name=name, url="http://127.0.0.1:9/v1"))
     before = pool_config()
-    after = add_models(before, parse_changes(f"add={file}"))
+    after = change_pool(before, parse_changes(f"add={file}"))
     assert len(before.models) == 1 and len(after.providers) == known
     cards, own = cards_from_config(after), cards_from_config(before)
     assert cards[:1] == own and cards[1].name == "Nova" and cards[1].provider == name
@@ -154,19 +154,30 @@ def test_added_models_stand_behind_the_pools_own(tmp_path, name, known):
             assert after[field] == before[field]
 
 
+def test_another_pool_takes_the_place_of_the_whole(tmp_path):
+    file = tmp_path / "new.py"
+    file.write_text(POOL.format(name="q", url="http://elsewhere/v1"))
+    after = change_pool(pool_config(), parse_changes(f"pool={file}"))
+    assert [card.name for card in cards_from_config(after)] == ["Nova"] and len(after.providers) == 1
+    assert (after.providers[0].base_url, after.price_date) == ("http://elsewhere/v1", "2026-01-01")
+    for field in pool_config():
+        if field not in ("providers", "models", "price_date"):
+            assert after[field] == pool_config()[field]
+
+
 def test_one_provider_declared_in_two_ways_is_refused(tmp_path):
     file = tmp_path / "new.py"
     file.write_text(POOL.format(name="p", url="http://elsewhere/v1"))
     with pytest.raises(ConfigError, match="provider 'p' is declared otherwise"):
-        add_models(pool_config(), parse_changes(f"add={file}"))
+        change_pool(pool_config(), parse_changes(f"add={file}"))
     with pytest.raises(ConfigError, match="name a pool's file"):
-        add_models(pool_config(), parse_changes("add=nowhere.py"))
+        change_pool(pool_config(), parse_changes("add=nowhere.py"))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: parse_changes("renmae"), "--change holds 'renmae'; write drop=NAME"),
+        (lambda: parse_changes("renmae"), "--change holds 'renmae'; write pool=FILE, drop=NAME"),
         (lambda: parse_changes("drop"), "--change holds 'drop'; write"),
         (lambda: parse_changes("shuffle=2"), "--change holds 'shuffle=2'; write"),
         (lambda: world("drop=Nova"), "there is no model 'Nova'; choose one of Titan, Aria, Pico"),
