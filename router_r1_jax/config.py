@@ -147,6 +147,7 @@ def use_paper_data(config: ConfigDict) -> None:
     config.data.test = PAPER_SETS
     config.data.per_set.update(dict(train=7000, validation=100, test=500))
     config.validation.questions = 200
+    config.evaluation.questions = 500 * len(PAPER_SETS)
 
 
 def base_config() -> ConfigDict:
@@ -311,7 +312,7 @@ def base_config() -> ConfigDict:
 
     c.evaluation = ConfigDict()
     c.evaluation.split = "test"
-    c.evaluation.questions = 500  # of each set, at most
+    c.evaluation.questions = 500  # at most, of all sets together
     c.evaluation.samples = 0  # episodes per question at `temperature`, beside the greedy one
     c.evaluation.temperature = 1.0
     c.evaluation.bootstrap = 10_000  # resamples of the intervals

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,17 +95,6 @@ def modes(config: ConfigDict) -> list[Mode]:
     """The greedy headline, and the samples where there are any."""
     e = config.evaluation
     return [Mode("greedy", 1, 0.0, 1)] + ([Mode("samples", e.samples, e.temperature, 2)] if e.samples else [])
-
-
-def choose_questions(config: ConfigDict, session: Session) -> list[QuestionRecord]:
-    """The split's questions, at most evaluation.questions of each set."""
-    seen: Counter[str] = Counter()
-    chosen = []
-    for question in session.questions(config.evaluation.split):
-        seen[question.suite] += 1
-        if seen[question.suite] <= config.evaluation.questions:
-            chosen.append(question)
-    return chosen
 
 
 def identity(
@@ -324,7 +312,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
         cards = change_world(session.cards, changes)
         shown = change_shown(cards, changes, config.seed)
         session.router.show(shown)
-        questions = choose_questions(config, session)
+        questions = session.questions(config.evaluation.split)[: config.evaluation.questions]
         other = read_other(Path(compare).absolute(), questions) if compare else None
 
         # ---- answers -------------------------------------------------------------------------------------------------
