@@ -43,6 +43,7 @@ from router_r1_jax.evaluation.provenance import commit, versions
 from router_r1_jax.evaluation.records import Record, make_records
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.experience import judge
+from router_r1_jax.prompts import load_template
 from router_r1_jax.report import (
     EpisodeWriter,
     calls_by_set,
@@ -103,9 +104,11 @@ def identity(
     """All that an evaluation's episodes depend on; what only costs time or judges them is not part of it."""
     rollout = config.rollout.to_dict() | dict.fromkeys(("replicas", "poll_every", "driver", "temperature"))
     pool = {name: config.pool[name] for name in ("shuffle", "rename", "max_tokens", "temperature")}
+    asked = {provider.name: provider.parameters.to_dict() for provider in config.pool.providers}
     return {
         "weights": weights, "model": config.model.to_dict(), "mode": mode._asdict(), "seed": config.seed,
-        "prompt": config.prompt.to_dict(), "rollout": rollout, "pool": pool,
+        "prompt": config.prompt.to_dict(), "template": load_template(config.prompt.template),
+        "rollout": rollout, "pool": pool, "providers": asked,
         "cards": [dataclasses.asdict(card) for card in shown],
         "questions": [(q.suite, q.id, q.question) for q in questions],
     }  # fmt: skip
