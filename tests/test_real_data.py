@@ -119,5 +119,9 @@ def test_the_results_count_every_test_question_once(run):
     results = json.loads((run / "results.json").read_text())
     trained = [e for e in episodes(run, "test") if e["policy"] == "trained"]
     assert len(trained) == len({e["id"] for e in trained}) == 32 == results["questions"]
-    em = sum(e["exact_match"] for e in trained) / 32
-    assert results["policies"][0]["em"] == pytest.approx(em)
+    found = results["policies"][0]
+    for suite, table in found["suites"].items():
+        own = [e["exact_match"] for e in trained if e["suite"] == suite]
+        assert table["em"] == pytest.approx(sum(own) / len(own)) and table["questions"] == len(own)
+    assert found["em"] == pytest.approx(sum(table["em"] for table in found["suites"].values()) / 8)
+    assert set(found["paper"]) == {*PAPER_SETS, "mean"}  # our own set is none of the paper's

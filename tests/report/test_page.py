@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import fake_sets
+from fake_run import fake_sets
 
 import router_r1_jax.report.page as page_module
 from router_r1_jax.report.page import write_report

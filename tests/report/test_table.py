@@ -1,7 +1,7 @@
 """results.md and the pictures per set: what is in the results stands there, and nothing breaks the table."""
 
 import pytest
-from conftest import fake_results, fake_sets
+from fake_run import fake_results, fake_sets
 
 from router_r1_jax.report import calls_by_set, em_by_set, results_table
 
