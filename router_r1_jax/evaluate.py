@@ -41,8 +41,8 @@ from router_r1_jax.evaluation.figures import (
 from router_r1_jax.evaluation.journal import FOLDER, Journal
 from router_r1_jax.evaluation.provenance import commit, versions
 from router_r1_jax.evaluation.records import Record, make_records
-from router_r1_jax.pool.cards import Card
 from router_r1_jax.experience import judge
+from router_r1_jax.pool.cards import Card
 from router_r1_jax.prompts import load_template
 from router_r1_jax.report import (
     EpisodeWriter,

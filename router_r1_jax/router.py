@@ -178,8 +178,8 @@ class Router:
 
         `seed` decides every draw and, where no `roster_seed` does, the roster. `finished` are episodes by number that
         an interrupted call of the same arguments has finished: they are not sampled again, and the others become what
-        they would have been with them. `on_finish` is called with every episode that is sampled, one at a time, in another
-        thread. Raises PoolError where most calls failed at their provider.
+        they would have been with them. `on_finish` is called with every episode that is sampled, one at a time, in
+        another thread. Raises PoolError where most calls failed at their provider.
         """
         cards = at_step(self.roster(*(seed if roster_seed is None else roster_seed)), step)
         finished = finished or {}
