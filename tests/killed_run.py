@@ -96,7 +96,7 @@ def arm(moment, count):
         "new weights are on their way": lambda: around(Router, "push", before=if_now),
         "a checkpoint's files are made": lambda: on_file_event("os.mkdir", r"checkpoints/.*tmp", now),
         "a checkpoint's files are written": lambda: on_file_event("open", r"checkpoints/.*tmp", now),
-        "a checkpoint gets its name": lambda: on_file_event("os.rename", r"checkpoints/", now),
+        "a checkpoint or a part of it gets its name": lambda: on_file_event("os.rename", r"checkpoints/", now),
         "a file is replaced": lambda: on_file_event("os.rename", r"\.new ", now),
     }
     moments[moment]()

@@ -61,9 +61,9 @@ MOMENTS = {
     "the rollout has ended": 2,
     "an update was made, nobody has heard of it": 2,
     "new weights are on their way": 2,
-    "a checkpoint's files are made": 4,
-    "a checkpoint's files are written": 4,
-    "a checkpoint gets its name": 1,
+    "a checkpoint's files are made": 6,
+    "a checkpoint's files are written": 12,
+    "a checkpoint or a part of it gets its name": 5,
     "a file is replaced": 2,
 }
 
