@@ -136,8 +136,8 @@ def improve(
 ) -> tuple[TrainState, dict[str, float]]:
     """`learner.epochs` passes over a rollout's rows, one update per mini-batch; the new state, and metrics.
 
-    Metrics are means over the updates, but for `skipped`, their sum, and `logp_diff_mean` and `logp_diff_max`, which
-    compare the sampler's log-probs with the learner's of the same parameters, so those of the first update.
+    Metrics are means over the updates, but for `skipped`, their sum, `programs`, and `logp_diff_mean` and
+    `logp_diff_max`, which compare the sampler's log-probs with the learner's of the same parameters, so those of the first update.
 
     `reference` None: the state's own parameters without their adapters, which no update changes.
     """
@@ -166,7 +166,8 @@ def improve(
             updates.append(figures)
     means = {name: float(np.mean([figures[name] for figures in updates])) for name in updates[0]}
     first = {name: value for name, value in updates[0].items() if name.startswith("logp_diff")}
-    return state, means | first | metrics | {"skipped": sum(figures["skipped"] for figures in updates)}
+    counts = {"skipped": sum(figures["skipped"] for figures in updates), "programs": updates[-1]["programs"]}
+    return state, means | first | metrics | counts
 
 
 def distance(logps: list[np.ndarray], rows: list[Row]) -> dict[str, float]:

@@ -180,6 +180,7 @@ class Learner:
         self._config, self._optimizer, self._loss, self._mesh = config, optimizer, loss, mesh
         self._layout, self._reading = layout, {"chunk": chunk, "temperature": temperature}
         self._critic_optimizer = critic_optimizer
+        self._compiled: set[tuple[int, ...]] = set()  # shapes of the batches updated with so far
         self._whole = replicated(mesh)
         self._cut_rows = rows_sharding(mesh, axis=1)
         shardings = state_shardings(optimizer, abstract, mesh).replace(critic=self._whole)
@@ -197,12 +198,15 @@ class Learner:
     ) -> tuple[TrainState, dict[str, float]]:
         """One optimizer step; `state` is donated. A loss or gradient that is not finite leaves it as it was.
 
-        Metrics are means (logp_diff_max: the maximum) over masked tokens, `grad_norm`, and `skipped`, 1 for a step not
-        made.
+        Metrics are means (logp_diff_max: the maximum) over masked tokens, `grad_norm`, `skipped`, 1 where no step was
+        made, and `programs`, how many were compiled so far: one for each padded length of the prefix and number of rows.
         """
+        batch = self.place(prefix, rows)
+        self._compiled.add((len(batch.prefix), len(rows)))
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
-            state, metrics = self._update(state, self.place(prefix, rows))
-        return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+            state, metrics = self._update(state, batch)
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        return state, metrics | {"programs": float(len(self._compiled))}
 
     def read(
         self,

@@ -289,7 +289,7 @@ def test_a_batch_without_loss_moves_nothing(learner, params):
     prefix, rows = make_rows()
     state, metrics = learner.update(fresh_state(params), prefix, [row._replace(mask=0.0) for row in rows])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
-    assert set(metrics.values()) == {0.0}
+    assert {name for name, value in metrics.items() if value} == {"programs"}
 
 
 def test_readings_are_those_of_full_logits_row_by_row(learner, params):
@@ -310,8 +310,11 @@ def test_one_program_serves_batches_of_any_lengths(learner, params, caplog):
             caplog.clear()
             prefix, rows = make_rows(seed=seed)
             learner.read(state.params, prefix, rows)
-            state, _ = learner.update(state, prefix, rows)
+            state, metrics = learner.update(state, prefix, rows)
     assert "Compiling" not in caplog.text  # by the last batch, parameters came from an update before it too
+    assert metrics["programs"] == 1
+    _, metrics = learner.update(state, *make_rows(prefix=65))
+    assert metrics["programs"] == 2
 
 
 def test_a_micro_batch_that_does_not_divide_over_the_devices_is_refused():
