@@ -137,7 +137,7 @@ def improve(
     """`learner.epochs` passes over a rollout's rows, one update per mini-batch; the new state, and metrics.
 
     Metrics are means over the updates, but for `skipped`, their sum, `programs`, and `logp_diff_mean` and
-    `logp_diff_max`, which compare the sampler's log-probs with the learner's of the same parameters, so those of the first update.
+    `logp_diff_max`, those of the first update: sampler and learner are compared at the same parameters.
 
     `reference` None: the state's own parameters without their adapters, which no update changes.
     """

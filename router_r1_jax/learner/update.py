@@ -199,7 +199,7 @@ class Learner:
         """One optimizer step; `state` is donated. A loss or gradient that is not finite leaves it as it was.
 
         Metrics are means (logp_diff_max: the maximum) over masked tokens, `grad_norm`, `skipped`, 1 where no step was
-        made, and `programs`, how many were compiled so far: one for each padded length of the prefix and number of rows.
+        made, and `programs`, how many were compiled so far: one for each number of rows and padded length of prefix.
         """
         batch = self.place(prefix, rows)
         self._compiled.add((len(batch.prefix), len(rows)))
