@@ -91,7 +91,8 @@ def test_where_one_ends_the_other_does_not_wait_for_ever(task):
 # Training.
 
 
-STRICT = ("steps=6", "pool.tape.mode=strict")
+LAST = 6  # step of the run that others are held against
+STRICT = (f"steps={LAST}", "pool.tape.mode=strict")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_two_processes_train_as_one_does(stopped, uninterrupted):
 @pytest.mark.slow
 def test_one_process_goes_on_where_two_were(continued, uninterrupted):
     assert told(continued) == told(uninterrupted)
-    (arrays, run), (others, other_run) = checkpoint_arrays(continued, 6), checkpoint_arrays(uninterrupted, 6)
+    (arrays, run), (others, other_run) = checkpoint_arrays(continued, LAST), checkpoint_arrays(uninterrupted, LAST)
     start, _ = checkpoint_arrays(uninterrupted, 0)
     worst = max(np.max(np.abs(x - others[name])) for name, x in arrays.items() if name.startswith("[0]"))
     moved = max(np.max(np.abs(x - start[name])) for name, x in others.items() if name.startswith("[0]"))
@@ -168,7 +169,7 @@ def test_one_process_goes_on_where_two_were(continued, uninterrupted):
 def test_ledgers_of_two_processes_sum_to_what_one_writes(continued, uninterrupted):
     totals = [ledger_totals(continued / name) for name in ("ledger.jsonl", "ledger-1.jsonl")]
     assert all(part["calls"] > 0 for part in totals)
-    _, run = checkpoint_arrays(continued, 6)
+    _, run = checkpoint_arrays(continued, LAST)
     assert len(run["pools"]) == 2
     for part, pool in zip(totals, run["pools"], strict=True):
         assert part["calls"] == sum(sums[0] for sums in pool["ledger"].values())
