@@ -205,9 +205,15 @@ def figures(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any]:
 
 
 def over_seeds(each: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Per figure its mean over seeds, with Student's 95 % interval where there are two or more."""
+    """Per figure its mean over seeds, with Student's 95 % interval where there are two or more.
+
+    For a single seed EM has the bootstrap interval over its questions; "em_ci_over" says which it is.
+    """
     keys = [key for key in FIGURES if all(key in line for line in each.values())]
-    return {key: seed_mean([line[key] for line in each.values()]) for key in keys} | {"seeds": sorted(each)}
+    means = {key: seed_mean([line[key] for line in each.values()]) for key in keys}
+    if len(each) == 1 and "em_ci" in (only := next(iter(each.values()))):
+        means["em"]["ci"] = only["em_ci"]
+    return means | {"seeds": sorted(each), "em_ci_over": "seeds" if len(each) > 1 else "questions"}
 
 
 def spelt(figure: Mapping[str, Any] | None, digits: str = ".3f") -> str:
