@@ -38,12 +38,13 @@ class AloneRouter(Router):
         config = session.config.copy_and_resolve_references()
         config.rollout.max_calls = 0
         super().__init__(config, session.model, session.tokenizer, session.cards, session.pool, session.mesh)
-        self._instruction, self._reader = instruction, session.tokenizer
+        self._instruction = instruction
 
-    def prompt_ids(self, question: QuestionRecord, cards: Sequence[Card]) -> tuple[int, ...]:
+    def _prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of instruction and question; no cards."""
-        text = self._instruction.replace("{question}", question.question)
-        return tuple(prompts.encode(self._reader, text))
+        prompt = self._config.prompt
+        text = self._instruction.replace("{question}", question)
+        return tuple(prompts.encode(self._tokenizer, text, system=prompt.system, thinking=prompt.thinking))
 
 
 def answer_greedily(
