@@ -1,8 +1,9 @@
 """Forward and backward of RouterLM against `transformers` on the same weights and tokens.
 
 What it shows: mean token cross-entropy over all predicted positions of [8, 512] tokens, float32 on CPU, without and
-with its gradient. Ours is what training runs: the stacked layout (not rematerialised), causal einsums, and the chunked,
-checkpointed head of `learner/logprobs.py`, which never holds logits [B, T, V]. Theirs is Qwen3 with `sdpa` attention
+with its gradient. Ours is what training runs: the stacked layout, causal einsums, of each block only the results of its
+products kept (`remat="dots"`, which takes less time here than to keep all: the pages of what is kept must be made), and
+the head of `learner/logprobs.py`, which never holds logits [B, T, V]. Theirs is Qwen3 with `sdpa` attention
 and full logits, in eager mode. Logits and losses are compared first; then the two systems take turns, so that what else
 the machine does falls on both, and medians are divided: above 1 means that ours takes less time.
 
@@ -35,7 +36,7 @@ from router_r1_jax.model import ModelConfig, Params, RouterLM, count_params, ini
 
 ROWS, LENGTH = 8, 512
 LOGIT_CHUNK = 64  # as in config.py
-HEADS = dict(head_dim=64, num_kv_heads=2, family="qwen3", remat="none")
+HEADS = dict(head_dim=64, num_kv_heads=2, family="qwen3", remat="dots")
 SIZES = {
     "L4 D256": dict(num_layers=4, width=256, mlp=1024, num_heads=4, vocab_size=4096, **HEADS),
     "L8 D512": dict(num_layers=8, width=512, mlp=2048, num_heads=8, vocab_size=32_768, **HEADS),

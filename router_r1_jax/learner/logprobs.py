@@ -1,7 +1,11 @@
 """What a model says of given tokens: log-probs, entropies, values, without ever holding logits [B, T, V].
 
-The head runs over chunks of positions under `jax.checkpoint`: forward and backward hold one chunk's logits at a time.
+The head runs over chunks of positions, with its gradient by hand: backward makes a chunk's logits anew and reads their
+softmax off the sums that forward kept, so that each of the two holds one chunk's logits at a time.
 """
+
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +14,7 @@ import jax.numpy as jnp
 from router_r1_jax.learner.critic import CriticParams, values_of
 from router_r1_jax.learner.loss import Reading
 from router_r1_jax.mesh import RULES
-from router_r1_jax.model import KV, ModelConfig, Params, Prefix, RouterLM
+from router_r1_jax.model import KV, ModelConfig, Params, Prefix, RouterLM, head_logits, weight_gradient
 
 # The prefix is one row, which cannot be split over devices: each repeats the work. A split would be padded with
 # whatever memory holds, and in the gradient of the embedding that has been NaN.
@@ -56,19 +60,53 @@ def _head(
     config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, chunk: int, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob and entropy [B, T] of targets [B, T] after hidden states [B, T, D], `chunk` positions at a time."""
-    model, (B, T, D) = RouterLM(config), hidden.shape
+    B, T, D = hidden.shape
     n = -(-T // chunk)
     pad = n * chunk - T
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, n, chunk, D).swapaxes(0, 1)
     targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, n, chunk).swapaxes(0, 1)
+    head = params["embed" if config.tie_embeddings else "head"]
+    values = _chunks(temperature, hidden.reshape(n, B * chunk, D), head, targets.reshape(n, B * chunk))
+    return tuple(x.reshape(n, B, chunk).swapaxes(0, 1).reshape(B, n * chunk)[:, :T] for x in values)
 
-    @jax.checkpoint
-    def head(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply({"params": params}, hidden, method=RouterLM.logits) / temperature
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunks(temperature: float, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies [n, M], float32, of targets [n, M] by hidden [n, M, D] and head [V, D]; n chunks."""
+    return _chunks_forward(temperature, hidden, head, targets)[0]
+
+
+def _chunks_forward(temperature: float, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[Any, Any]:
+    def chunk(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden, targets = xs
+        logits = head_logits(hidden, head) / temperature
         norm = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        mean = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
-        return chosen - norm, norm - mean
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        mean = jnp.sum(jnp.exp(logits - norm[:, None]) * logits, axis=-1)
+        return chosen - norm, norm - mean, norm
 
-    logps, entropy = jax.lax.map(lambda xs: head(*xs), (hidden, targets))
-    return tuple(x.swapaxes(0, 1).reshape(B, n * chunk)[:, :T] for x in (logps, entropy))
+    logps, entropy, norm = jax.lax.map(chunk, (hidden, targets))
+    return (logps, entropy), (hidden, head, targets, norm, entropy)
+
+
+def _chunks_backward(temperature: float, saved: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, None]:
+    hidden, head, targets, norm, entropy = saved
+
+    def chunk(of_head: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, norm, entropy, *of_values = xs
+        of_logp, of_entropy = (x[:, None] for x in of_values)
+        # d logp / d logit is [it is the target] - p, and d entropy / d logit is -p (log p + entropy).
+        logps = head_logits(hidden, head) / temperature - norm[:, None]
+        chosen = jnp.arange(head.shape[0]) == targets[:, None]
+        falls = jnp.exp(logps) * (of_logp + of_entropy * (logps + entropy[:, None]))
+        of_logits = ((jnp.where(chosen, of_logp, 0) - falls) / temperature).astype(head.dtype)
+        return of_head + weight_gradient(hidden, of_logits), of_logits @ head
+
+    # Summed as [D, V], as the products lie, and turned once.
+    of_head, of_hidden = jax.lax.scan(
+        chunk, jnp.zeros(head.shape[::-1], head.dtype), (hidden, targets, norm, entropy, *cotangents)
+    )
+    return of_hidden, of_head.T, None
+
+
+_chunks.defvjp(_chunks_forward, _chunks_backward)

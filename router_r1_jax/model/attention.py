@@ -8,9 +8,9 @@ copied per row. A row's own keys are either those of this very call (training: S
 writes to (decoding: T = 1, feeding: T = chunk).
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -161,13 +161,9 @@ def attend(
     K = own.k.shape[1]
     q = (q * (H**-0.5)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     positions, key_positions = (jnp.broadcast_to(x, (B, x.shape[1])) for x in (positions, key_positions))
-    outs = []
-    for start, end in query_blocks(T) if causal else [(0, T)]:
-        S = end if causal else own.length
-        block = _Rows(q[..., start:end, :], own.until(S), positions[:, start:end], key_positions[:, :S])
-        loops = 1 if at_once else _loops(block.q.shape)
-        outs.append(_attend_block(loops, block, prefix, prefix_length))
-    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    cut = _Cut.of(q.shape, causal=causal, at_once=at_once)
+    out = _attend_rows(cut, _Rows(q, own, positions, key_positions), prefix, prefix_length)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _visible(
@@ -215,21 +211,54 @@ class _Rows:
     positions: jax.Array
     key_positions: jax.Array
 
+    def block(self, start: int, end: int, keys: int) -> "_Rows":
+        """Queries start .. end-1 and the first keys."""
+        return _Rows(
+            self.q[..., start:end, :], self.own.until(keys), self.positions[:, start:end], self.key_positions[:, :keys]
+        )
 
-# Softmax attention in einsums with its gradient by hand: backward computes the weights anew from the logarithm of their
-# sum, as FlashAttention does, so scores exist for SCORE_ROWS queries at a time and none are kept (on a CPU they stay in
-# its cache, where the products with 1024 keys took a third of the time). Prefix and own keys stay two blocks: products
-# with own keys lead with rows, one product with the prefix serves all rows, and nothing is joined.
 
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How the work is cut: rows of each of `shares` devices into `loops` parts, a part into blocks of queries.
 
-def _loops(shape: tuple[int, ...]) -> int:
-    """Into how many parts the rows of queries [B, K, G, T, H] are cut; each device of the mesh has as many in each."""
-    B, _, G, T, _ = shape
-    mesh = jax.sharding.get_abstract_mesh()
-    shares = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
-    if B % shares:  # such rows are not split over devices either
-        return 1
-    return B // shares // rows_at_once(B // shares, G * T)
+    A block is (first query, end, keys that it reads). Parts come one after the other, and in each its blocks: what a
+    part reads and writes more than once stays in a CPU's cache.
+    """
+
+    shares: int
+    loops: int
+    blocks: tuple[tuple[int, int, int | None], ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], *, causal: bool, at_once: bool) -> "_Cut":
+        """Of queries [B, K, G, T, H]; `at_once` keeps all rows in one part."""
+        B, _, G, T, _ = shape
+        blocks = tuple((start, end, end) for start, end in query_blocks(T)) if causal else ((0, T, None),)
+        mesh = jax.sharding.get_abstract_mesh()
+        shares = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
+        if at_once or B % shares:  # rows that do not divide are not split over devices either
+            return cls(1, 1, blocks)
+        rows, queries = B // shares, blocks[0][1]
+        return cls(shares, rows // rows_at_once(rows, G * queries), blocks)
+
+    def parts(self, tree: Any) -> Any:
+        """[B, ...] -> [loops, B / loops, ...], every part with rows of each device; on one device no copy."""
+
+        def split(x: jax.Array) -> jax.Array:
+            x = x.reshape(self.shares, self.loops, -1, *x.shape[1:]).swapaxes(0, 1)
+            return x.reshape(self.loops, -1, *x.shape[3:])
+
+        return jax.tree.map(split, tree)
+
+    def whole(self, tree: Any) -> Any:
+        """`parts` undone."""
+
+        def merge(x: jax.Array) -> jax.Array:
+            x = x.reshape(self.loops, self.shares, -1, *x.shape[2:]).swapaxes(0, 1)
+            return x.reshape(-1, *x.shape[3:])
+
+        return jax.tree.map(merge, tree)
 
 
 def rows_at_once(rows: int, queries: int) -> int:
@@ -238,35 +267,32 @@ def rows_at_once(rows: int, queries: int) -> int:
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
 
 
-def _over_rows(loops: int, function: Callable[[Any], Any], rows: Any) -> Any:
-    """`function` of trees of [B, ...], `loops` parts one after the other."""
-    return function(rows) if loops == 1 else _uncut(jax.lax.map(function, _cut(loops, rows)))
-
-
-def _cut(loops: int, tree: Any) -> Any:
-    """[B, ...] -> [loops, B / loops, ...], strided: each part takes rows of every device's share."""
-    return jax.tree.map(lambda x: x.reshape(-1, loops, *x.shape[1:]).swapaxes(0, 1), tree)
-
-
-def _uncut(tree: Any) -> Any:
-    """`_cut` undone."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+# Softmax attention in einsums with its gradient by hand: backward computes the weights anew from the logarithm of their
+# sum, as FlashAttention does, so scores exist for SCORE_ROWS queries at a time and none are kept (on a CPU they stay in
+# its cache, where the products with 1024 keys took a third of the time). Prefix and own keys stay two blocks: products
+# with own keys lead with rows, one product with the prefix serves all rows, and nothing is joined.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_block(loops: int, rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> jax.Array:
-    """Attention output, like the queries [B, K, G, T, H]; `loops` parts of the rows one after the other."""
-    return _attend_forward(loops, rows, prefix, prefix_length)[0]
+def _attend_rows(cut: _Cut, rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> jax.Array:
+    """Attention output, like the queries [B, K, G, T, H]."""
+    return _attend_forward(cut, rows, prefix, prefix_length)[0]
 
 
-def _attend_forward(loops: int, rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tuple[jax.Array, Any]:
-    out, log_sum = _over_rows(loops, lambda some: _softmax_product(some, prefix, prefix_length), rows)
+def _attend_forward(cut: _Cut, rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tuple[jax.Array, Any]:
+    def some(rows: _Rows) -> tuple[jax.Array, jax.Array]:
+        outs, log_sums = zip(
+            *(_softmax_product(rows.block(*block), prefix, prefix_length) for block in cut.blocks), strict=True
+        )
+        return jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
+
+    out, log_sum = some(rows) if cut.loops == 1 else cut.whole(jax.lax.map(some, cut.parts(rows)))
     out, log_sum = checkpoint_name(out, "attention"), checkpoint_name(log_sum, "attention")
     return out, (rows, prefix, prefix_length, out, log_sum)
 
 
 def _softmax_product(rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Output like the queries, and the logarithm of the sum of weights [B, K, G T], float32 at least.
+    """Output like the queries, and the logarithm of the sum of weights [B, K, G, T], float32 at least.
 
     Dividing the output by the sum of the weights, not each weight, saves passes over [.., T, S].
     """
@@ -282,7 +308,8 @@ def _softmax_product(rows: _Rows, prefix: Cache | None, prefix_length: jax.Array
         weights = jnp.exp(shared - _to_heads(top)[..., None])
         more = jnp.einsum("KRP,KPH->KRH", weights.astype(q.dtype), prefix.v, preferred_element_type=weights.dtype)
         out, total = out + _from_heads(more, len(q)), total + _from_heads(jnp.sum(weights, axis=-1), len(q))
-    return (out / total[..., None]).astype(q.dtype).reshape(rows.q.shape), top + jnp.log(total)
+    log_sum = (top + jnp.log(total)).reshape(rows.q.shape[:-1])
+    return (out / total[..., None]).astype(q.dtype).reshape(rows.q.shape), log_sum
 
 
 def _scores(rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -298,60 +325,77 @@ def _scores(rows: _Rows, prefix: Cache | None, prefix_length: jax.Array) -> tupl
     return scores, jnp.where(jnp.arange(prefix.length) < prefix_length, shared, -jnp.inf)
 
 
-def _attend_backward(loops: int, saved: Any, cotangent: jax.Array) -> tuple[_Rows, Cache | None, None]:
+def _attend_backward(cut: _Cut, saved: Any, cotangent: jax.Array) -> tuple[_Rows, Cache | None, None]:
     rows, prefix, prefix_length, out, log_sum = saved
     accumulate = log_sum.dtype
     # Of weight p and its cotangent dp, the score's is p (dp - sum over keys of p dp), and that sum is <out, cotangent>.
-    inner = jnp.sum(out.astype(accumulate) * cotangent, axis=-1).reshape(log_sum.shape)
-    # The four products read keys and values along the other axis than forward.
-    turned = None if prefix is None else Cache(*(x.swapaxes(-1, -2) for x in (prefix.k, prefix.v)))
-
-    def some(carry: Cache | None, part: Any) -> tuple[Cache | None, tuple[jax.Array, Cache]]:
-        rows, g, log_sum, inner = part
-        q, g, dtype = _by_row(rows.q), _by_row(g), rows.q.dtype
-        scores, shared = _scores(rows, prefix, prefix_length)
-        own_turned = Cache(rows.own.k.swapaxes(-1, -2), rows.own.v.swapaxes(-1, -2))
-
-        def cotangents(
-            rows_axis: str, scores: jax.Array, q: jax.Array, g: jax.Array, log_sum: jax.Array, inner: jax.Array,
-            turned: Cache,
-        ) -> tuple[jax.Array, Cache]:  # fmt: skip
-            def product(spec: str, *operands: jax.Array) -> jax.Array:
-                return jnp.einsum(spec.replace("B", rows_axis), *operands, preferred_element_type=accumulate)
-
-            weights = jnp.exp(scores - log_sum[..., None])
-            of_scores = (weights * (product("BKRH,BKHS->BKRS", g, turned.v) - inner[..., None])).astype(dtype)
-            of_q = product("BKRS,BKSH->BKRH", of_scores, turned.k)
-            of_k = product("BKRS,BKRH->BKHS", of_scores, q)
-            # Laid out with keys last, as of_k: otherwise XLA's CPU compiler takes twice as long.
-            of_v = product("BKRS,BKRH->BKHS", weights.astype(dtype), g)
-            return of_q, Cache(of_k, of_v)
-
-        of_q, of_own = cotangents("B", scores, q, g, log_sum, inner, own_turned)
-        if prefix is not None:
-            heads = map(_to_heads, (q, g, log_sum, inner))
-            more, of_prefix = cotangents("", shared, *heads, turned)
-            of_q += _from_heads(more, len(q))
-            carry = jax.tree.map(jnp.add, carry, of_prefix)
-        return carry, (of_q.reshape(rows.q.shape).astype(dtype), Cache(of_own.k, of_own.v.swapaxes(-1, -2)))
-
-    zero = None
+    inner = jnp.sum(out.astype(accumulate) * cotangent, axis=-1)
+    zero, turned = None, None
     if prefix is not None:
+        turned = _turned(prefix)
         zero = Cache(jnp.zeros(prefix.k.shape, accumulate), jnp.zeros(turned.v.shape, accumulate))
+
+    def some(of_prefix: Cache | None, part: Any) -> tuple[Cache | None, tuple[jax.Array, Cache]]:
+        rows, *sums = part
+        own_turned, S = _turned(rows.own), rows.own.length
+        of_q, of_own = [], []
+        for start, end, keys in cut.blocks:
+            block = rows.block(start, end, keys)
+            g, log_sum, inner = (x[:, :, :, start:end] for x in sums)
+            q, g, log_sum, inner = (
+                _by_row(block.q),
+                _by_row(g),
+                *(x.reshape(*x.shape[:2], -1) for x in (log_sum, inner)),
+            )
+            scores, shared = _scores(block, prefix, prefix_length)
+            of_rows, of_keys = _cotangents(
+                "B", scores, q, g, log_sum, inner, Cache(own_turned.k[..., :keys, :], own_turned.v[..., :keys])
+            )
+            if prefix is not None:
+                more, of_shared = _cotangents("", shared, *map(_to_heads, (q, g, log_sum, inner)), turned)
+                of_rows += _from_heads(more, len(q))
+                of_prefix = jax.tree.map(jnp.add, of_prefix, of_shared)
+            of_q.append(of_rows.reshape(block.q.shape).astype(q.dtype))
+            of_own.append(jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, S - x.shape[-1])]), of_keys))
+        of_own = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), of_own)
+        of_own = Cache(of_own.k.astype(q.dtype), of_own.v.swapaxes(-1, -2).astype(q.dtype))
+        return of_prefix, (jnp.concatenate(of_q, axis=3), of_own)
+
     parts = (rows, cotangent, log_sum, inner)
-    if loops == 1:
+    if cut.loops == 1:
         of_prefix, (of_q, of_own) = some(zero, parts)
     else:
-        of_prefix, out = jax.lax.scan(some, zero, _cut(loops, parts))
-        of_q, of_own = _uncut(out)
-    of_own = jax.tree.map(lambda x, like: x.astype(like.dtype), of_own, rows.own)
+        of_prefix, out = jax.lax.scan(some, zero, cut.parts(parts))
+        of_q, of_own = cut.whole(out)
     if prefix is not None:
-        of_prefix = Cache(of_prefix.k, of_prefix.v.swapaxes(-1, -2))
-        of_prefix = jax.tree.map(lambda x, like: x.astype(like.dtype), of_prefix, prefix)
+        of_prefix = Cache(of_prefix.k.astype(prefix.k.dtype), of_prefix.v.swapaxes(-1, -2).astype(prefix.v.dtype))
     return _Rows(of_q, of_own, None, None), of_prefix, None
 
 
-_attend_block.defvjp(_attend_forward, _attend_backward)
+_attend_rows.defvjp(_attend_forward, _attend_backward)
+
+
+def _cotangents(
+    rows_axis: str, scores: jax.Array, q: jax.Array, g: jax.Array, log_sum: jax.Array, inner: jax.Array, turned: Cache
+) -> tuple[jax.Array, Cache]:
+    """Of queries, and of keys and values both [.., H, S], by one block of keys; `rows_axis` is B or none.
+
+    Values' cotangent is laid out with keys last, as that of keys: otherwise XLA's CPU compiler takes twice as long.
+    """
+
+    def product(spec: str, *operands: jax.Array) -> jax.Array:
+        return jnp.einsum(spec.replace("B", rows_axis), *operands, preferred_element_type=scores.dtype)
+
+    weights = jnp.exp(scores - log_sum[..., None])
+    of_scores = (weights * (product("BKRH,BKHS->BKRS", g, turned.v) - inner[..., None])).astype(q.dtype)
+    of_q = product("BKRS,BKSH->BKRH", of_scores, turned.k)
+    of_k = product("BKRS,BKRH->BKHS", of_scores, q)
+    return of_q, Cache(of_k, product("BKRS,BKRH->BKHS", weights.astype(q.dtype), g))
+
+
+def _turned(cache: Cache) -> Cache:
+    """Keys [.., S, H] and values [.., H, S]: backward's products read them along the other axis than forward's."""
+    return Cache(cache.k.swapaxes(-1, -2), cache.v.swapaxes(-1, -2))
 
 
 def _by_row(x: jax.Array) -> jax.Array:

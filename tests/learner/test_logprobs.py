@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from tiny_learner import QUICK_COMPILE, make_config, make_params, make_rows, together
 
-from router_r1_jax.learner.logprobs import prefix_kv, read_rows
+from router_r1_jax.learner.logprobs import _chunks, prefix_kv, read_rows
 from router_r1_jax.model import Prefix, RouterLM
 
 CONFIG = make_config()
@@ -58,6 +58,29 @@ def test_row_by_row_with_the_prefix_written_out(params, prefix, chunk, temperatu
             assert abs(entropy[b, t] + np.sum(np.exp(distribution) * distribution)) < 1e-4
             assert abs(values[b, t] - (hidden[len(prefix) + t - 1] @ critic["kernel"] + 0.3)) < 1e-4
     assert not logps[:, 0].any() and not entropy[:, 0].any() and not values[:, 0].any()
+
+
+def test_gradient_by_hand_is_that_of_a_log_softmax(monkeypatch):
+    """Of both results, each position with weights of its own, in float64."""
+    monkeypatch.setattr(jnp, "float32", jnp.float64)  # where the head raises precision
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((3, 4, 5)), rng.standard_normal((11, 5))
+    targets, weights = rng.integers(11, size=(3, 4)), rng.standard_normal((2, 3, 4))
+
+    def chunked(hidden, head):
+        logps, entropy = _chunks(0.7, hidden, head, targets)
+        return jnp.sum(weights[0] * logps + weights[1] * entropy)
+
+    def whole(hidden, head):
+        every = jax.nn.log_softmax(hidden @ head.T / 0.7)
+        logps = jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights[0] * logps - weights[1] * jnp.sum(jnp.exp(every) * every, axis=-1))
+
+    with jax.enable_x64(True):
+        found, expected = (jax.grad(f, argnums=(0, 1))(hidden, head) for f in (chunked, whole))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_full_logits_are_never_held():

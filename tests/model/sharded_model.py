@@ -21,6 +21,7 @@ from router_r1_jax.model import RouterLM, abstract_params, attention, load_hf, s
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
 ROWS, LENGTH = 16, 12
 attention.SCORE_ROWS = 1  # each device takes its rows one after the other
+attention.QUERY_BLOCK = 5  # and of each three blocks of queries
 
 
 def logits_and_gradients(config, params, tokens, mesh):
