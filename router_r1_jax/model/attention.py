@@ -211,8 +211,8 @@ class _Rows:
     positions: jax.Array
     key_positions: jax.Array
 
-    def block(self, start: int, end: int, keys: int) -> "_Rows":
-        """Queries start .. end-1 and the first keys."""
+    def block(self, start: int, end: int, keys: int | None) -> "_Rows":
+        """Queries start .. end-1 and the first keys (all where None)."""
         return _Rows(
             self.q[..., start:end, :], self.own.until(keys), self.positions[:, start:end], self.key_positions[:, :keys]
         )
