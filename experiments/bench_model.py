@@ -15,9 +15,14 @@ implementation; figures are model FLOP utilisation (the recomputation is not cou
 
 The last line is one JSON object; its top-level keys hold the worst value over the sizes that ran.
 
-Result, 25 November 2026, 2 otherwise idle cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0, transformers 5.23.0:
-L4 D256 1.36 forward, 0.83 with the gradient, which misses the aim of 1.3 (2.43 s against 2.01 s). Logits differ by 1e-6
-of the largest. Forward runs at 89 GFLOP/s, forward and backward at 56. L8 D512 and the GPU part have not been run.
+Result, 25 November 2026, 2 otherwise idle cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0, transformers 5.23.0,
+L4 D256: 1.36 forward, 0.83 with the gradient (2.43 s against 2.01 s), which misses the aim of 1.3. On 26 November the
+same code on 2 cores with AVX-512 (Zen 4): 1.47 forward, 0.66 with the gradient (1.80 s against 1.18 s).
+
+Since then the gradient costs less: with everything kept 2.72 core-seconds; with the results of products kept 2.42;
+attention's blocks in one loop over rows 2.30; the head's gradient by hand, and no transposition folded into the
+gradient of a kernel 2.22 (Zen 4, beside other work, least of 5). About 1.6 of these are products, at 93 GFLOP/s a core.
+The ratio after these changes has not been measured on an idle machine, nor L8 D512, nor the GPU part.
 """
 
 import argparse
