@@ -15,8 +15,10 @@ from mains import checkpoint_arrays, repeatable, train_lines
 
 from router_r1_jax import hosts
 from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.pool.ledger import ledger_totals
+from router_r1_jax.pool.ledger import Ledger, ledger_totals
+from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.report import read_episodes
+from router_r1_jax.session import Session
 
 SCRIPT = Path(__file__).parent / "two_hosts.py"
 
@@ -57,6 +59,38 @@ def test_one_process_alone():
     assert all(hosts.is_mine(i) for i in range(3))
     with pytest.raises(ZeroDivisionError):
         hosts.together(lambda: 1 / 0)
+
+
+class OnlyLedger:
+    """A pool as far as a session's states go."""
+
+    def __init__(self, path):
+        self._ledger = Ledger(path)
+        self.add, self.paid = self._ledger.add, 0.0
+
+    def state(self):
+        return {"ledger": self._ledger.state(), "ledger_size": self._ledger.size}
+
+    def restore(self, state, step):
+        self._ledger.restore(state["ledger"], state["ledger_size"], step)
+
+
+def test_one_process_takes_back_what_another_wrote_behind_the_checkpoint(tmp_path):
+    paths = [hosts.own_file(tmp_path / "ledger.jsonl", i) for i in range(2)]
+    pools, reply = [OnlyLedger(path) for path in paths], Reply("yes", Outcome.OK, "Aria", charged=0.25, spent=0.125)
+    for pool in pools:
+        pool.add(reply, step=1, split="train", episode="a", call=0)
+    saved = [pool.state() for pool in pools]
+    for pool in pools:
+        pool.add(reply, step=2, split="train", episode="b", call=0)
+    session = object.__new__(Session)
+    session.workdir, session.pool = tmp_path, pools[0]
+    session.restore_pools(saved, 1)
+    states = session.pool_states()
+    assert [state["ledger"]["Aria"][:2] for state in states] == [state["ledger"]["Aria"][:2] for state in saved]
+    assert session.spent == 4 * 0.125  # what was paid stays paid
+    for path in paths:
+        assert ledger_totals(path)["calls"] == 1 and ledger_totals(path)["charged"] == 0.25
 
 
 @pytest.mark.slow
