@@ -167,3 +167,37 @@ def test_eight_devices_go_on_with_the_numbers_of_one(finished_run, warm_file, tm
     worst = max(np.max(np.abs(arrays[name] - others[name])) for name in params)
     moved = max(np.max(np.abs(start[name] - others[name])) for name in params)
     assert worst < min(1e-5, moved / 20)
+
+
+PPO = (
+    "learner.advantage=gae", "learner.value_coef=0.1", "learner.kl=k1", "learner.kl_in=reward", "learner.epochs=2",
+    "learner.minibatches=2", "learner.old_logps=learner", "learner.importance_cap=2.0", "rollout.top_p=0.9",
+)  # fmt: skip
+DAPO = ("learner.resample=1", "learner.clip_high=0.28", "learner.kl=none", "learner.length_buckets=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [PPO, DAPO], ids=["ppo", "dapo"])
+def test_a_run_that_samples_ahead_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(warm_file, tmp_path, settings):
+    """Also with a critic, and with groups that are drawn anew; two of four steps are one step off-policy."""
+    overrides = (f"warmstart.file={warm_file}", "validation.questions=0", "rollout.ahead=True", *settings)
+    whole, later = tmp_path / "whole", tmp_path / "later"
+    mains.succeed("train", whole, *overrides)
+    lines = train_lines(whole)
+    apart = [line["logp_diff_mean"] for line in lines]
+    assert (
+        max(apart[0], apart[2]) < 1e-4 < max(apart[1], apart[3])
+    )  # of the policy that sampled and the one that learns
+    assert all(line["skipped"] == 0 and np.isfinite(line["loss"]) for line in lines)
+    if settings is PPO:
+        assert all(
+            line["importance_mean"] < 1 and line["value_loss"] > 0 for line in lines
+        )  # what top-p leaves is more
+        assert lines[3]["value_explained"] != lines[0]["value_explained"]
+    else:
+        assert {line["rounds"] for line in lines} <= {1, 2} and "kl" not in lines[0]
+    for step in ("0", "2"):
+        shutil.copytree(whole / "checkpoints" / step, later / "checkpoints" / step)
+    mains.succeed("train", later, *overrides)
+    assert mains.repeatable(train_lines(later)) == mains.repeatable(lines)[2:]
+    assert_same_checkpoint(later, whole, 4)
