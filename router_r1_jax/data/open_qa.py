@@ -2,6 +2,9 @@
 
 Each set is one configuration. The files lie in the manual folder as <set>/{train,dev,test}.jsonl; `data.prepare` puts
 them there, or finds them there. Examples go from the file to the shards in the order of the file.
+
+Memory: `prepare_set` on 300,000 lines (82 MB) reached 102 MB resident, 62 MB of them before it began; with one shard a
+split, of which TFDS keeps all examples, a million lines passed 800 MB (26 November 2026, TFDS 4.9.10, Python 3.11).
 """
 
 import dataclasses
