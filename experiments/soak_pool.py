@@ -2,8 +2,9 @@
 
 What it shows: each call ends with exactly one outcome, none is lost, none is charged or paid twice, memory stays flat,
 and the pool keeps up with a rollout. 256 calls are in flight; a tenth of the requests fails (HTTP 503, half a JSON
-body, a page of HTML, a cut connection, each as often as the others); a fifth of the calls repeats an earlier one, which
-the tape or a call under way must answer.
+body, a page of HTML, a cut connection, each as often as the others); one model is down for a while, one is slow at
+first, one answers HTTP 429 above a rate near that at which it is asked; a fifth of the calls repeats an earlier one,
+which the tape or a call under way must answer.
 
     python experiments/soak_pool.py [--calls=20000]
 
@@ -43,6 +44,11 @@ from router_r1_jax.pool.simulated import SimulatedModels
 
 IN_FLIGHT, REPEATED = 256, 5  # every fifth call repeats one
 FAULT_RATES = dict(failure_rate=0.025, malformed_rate=0.025, wrong_type_rate=0.025, dropped_rate=0.025)
+MODELS = (
+    ("Small", 0.2, dict(outage=(400, 700))),
+    ("Middle", 0.8, dict(slow_start=(200, 0.3))),
+    ("Large", 2.0, dict(requests_per_minute=18_000)),
+)
 
 
 def make_config() -> ConfigDict:
@@ -52,8 +58,8 @@ def make_config() -> ConfigDict:
     config.pool.models = tuple(
         model_card(
             name=name, provider="simulated", model=name.lower(), price_in=price / 4, price_out=price, latency=0.01,
-            performance={"film": 0.8}, simulated=ConfigDict(FAULT_RATES),
-        ) for name, price in (("Small", 0.2), ("Middle", 0.8), ("Large", 2.0))
+            performance={"film": 0.8}, simulated=ConfigDict(FAULT_RATES | script),
+        ) for name, price, script in MODELS
     )  # fmt: skip
     config.pool.update(dict(backoff=0.01, backoff_max=0.2, deadline=30.0))
     config.pool.tape.mode = "record"
