@@ -16,7 +16,7 @@ from router_r1_jax import cli, train
 from router_r1_jax.learner import Learner
 from router_r1_jax.pool.ledger import Ledger
 from router_r1_jax.pool.tape import Tape
-from router_r1_jax.report.writer import _JsonLines
+from router_r1_jax.report.writer import JsonLines
 from router_r1_jax.rollout.exchange import Exchange
 from router_r1_jax.router import Router
 
@@ -86,7 +86,7 @@ def arm(moment, count):
             Ledger, "_write", before=torn(now, lambda self: self._file, encoded)
         ),
         "a line of metrics or episodes is half written": lambda: around(
-            _JsonLines, "append", before=torn(now, lambda self: self._file, encoded)
+            JsonLines, "append", before=torn(now, lambda self: self._file, encoded)
         ),
         "a reply is on the tape but not in the ledger": lambda: around(Tape, "keep", after=if_now),
         "a call has looked at the tape": lambda: around(Tape, "find", after=if_now),

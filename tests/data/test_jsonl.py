@@ -11,6 +11,7 @@ from router_r1_jax.data import jsonl
 from router_r1_jax.data.jsonl import BadLine, RawQuestion, read_questions, survey
 from router_r1_jax.data.overlap import as_keys, text_key
 from router_r1_jax.data.questions import DataError
+from router_r1_jax.protocol import neutralize
 
 
 def line(**changed):
@@ -114,6 +115,7 @@ LINES = st.one_of(
 @given(lines=st.lists(LINES, max_size=8), end=st.booleans())
 @example(lines=[b"x" * 99, b"y" * 100, b"z" * 101, b"x" * 200], end=True)
 @example(lines=[b"x" * 100], end=False)
+@example(lines=[line(question="0", golden_answers=["\x1b"])], end=False)
 def test_every_line_is_accounted_for(lines, end, tmp_path_factory):
     """Lines, counted by splitting the bytes, whatever they hold and however short the bound on a line is."""
     content = b"\n".join(lines) + b"\n" * end
@@ -137,9 +139,11 @@ def test_every_line_is_accounted_for(lines, end, tmp_path_factory):
 def _usable(row):
     try:
         entry = json.loads(row.decode())
-        question, golds = entry["question"].strip(), [gold for gold in entry["golden_answers"] if gold.strip()]
-        (question + "".join(golds)).encode()
-        return bool(question and golds and "\0" not in question + "".join(golds))
+        question, golds = entry["question"], entry["golden_answers"]
+        everything = question + "".join(golds)
+        everything.encode()
+        shown = [neutralize(text).strip() for text in (question, "".join(golds))]  # invisible characters are none
+        return all(shown) and "\0" not in everything
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 

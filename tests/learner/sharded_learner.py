@@ -22,7 +22,7 @@ from router_r1_jax.model import LoRA, abstract_params, add_adapters, attention, 
 CONFIG = make_config()
 LORA = make_config(lora=LoRA(rank=4, alpha=8.0))
 attention.SCORE_ROWS = 1  # each device takes its rows one after the other
-RATE = 0.5
+RATE = 0.1
 SIZES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
 
 

@@ -34,11 +34,11 @@ def test_a_pool_is_complete_and_dated(name):
     use_pool(config, POOLS / f"{name}.py")
     validate(config)
     cards = cards_from_config(config.pool)
-    assert len(cards) >= 5
+    assert len(cards) >= (2 if name == "unseen" else 5)  # the unseen ones are added to another pool
     datetime.date.fromisoformat(config.pool.price_date)
     prompt = render(load_template("router"), cards, "Who?", 4)
     assert all(card.name in prompt and card.price_out > 0 for card in cards)
-    if name != "simulated":
+    if {card.provider for card in cards} != {"simulated"}:
         assert {card.provider for card in cards} <= set(providers_from_config(config.pool))
         # Scores and latencies would have to be measured; the simulated ones are what the server is told to do.
         assert all(card.performance == {} and card.latency is None for card in cards)
