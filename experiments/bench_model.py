@@ -21,9 +21,9 @@ same code on 2 cores with AVX-512 (Zen 4): 1.47 forward, 0.66 with the gradient 
 
 Since then the gradient costs less: with everything kept 2.72 core-seconds; with the results of products kept 2.42;
 attention's blocks in one loop over rows 2.30; the head's gradient by hand, and no transposition folded into the
-gradient of a kernel 2.22 (Zen 4, beside other work, least of 5: rough). About 1.6 of these are products, at 93 GFLOP/s a
-core. Idle, 26 November, Zen 4, L4 D256: 1.29 forward (0.287 s), 1.04 with the gradient (1.042 s against 1.087 s), which
-still misses the aim of 1.3. L8 D512 and the GPU part have not been run.
+gradient of a kernel 2.22 (Zen 4, beside other work, least of 5: rough). About 1.6 of these are products, at 93 GFLOP/s
+a core. Idle, 26 November, Zen 4, L4 D256: 1.29 forward (0.287 s), 1.04 with the gradient (1.042 s against 1.087 s),
+which still misses the aim of 1.3. L8 D512 and the GPU part have not been run.
 """
 
 import argparse

@@ -15,10 +15,10 @@ medians are divided: above 1 means that ours takes less time.
 
 The last line is one JSON object; its top-level keys hold the worst value over the sizes that ran.
 
-Result, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, torch 2.13.0, medians of 5, L4 D256: ours 1.69 s,
-torch 9.47 s, plain 11.2 s: `ratio_vs_torch` 5.62 (aim 5), `ratio_vs_plain_jax` 6.63; `temp_memory_ratio` 3.01;
-`grad_max_rel_diff` 4.4e-6 (aim 1e-4). The day before on Zen 3, with an earlier learner: 2.98 s against 15.98 s, 5.36. L8
-D512 and a GPU have not been run.
+Result, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, torch 2.13.0, medians of 5, L4 D256: ours 1.69
+s, torch 9.47 s, plain 11.2 s: `ratio_vs_torch` 5.62 (aim 5), `ratio_vs_plain_jax` 6.63; `temp_memory_ratio` 3.01;
+`grad_max_rel_diff` 4.4e-6 (aim 1e-4). The day before on Zen 3, with an earlier learner: 2.98 s against 15.98 s, 5.36.
+L8 D512 and a GPU have not been run.
 """
 
 import argparse
