@@ -73,8 +73,7 @@ def gather(
 
 def _alive(config: ConfigDict, one: Round) -> np.ndarray:
     """Groups of a round whose rewards differ."""
-    weights = np.where(one.answers.valid, 1.0, config.pool.fault_weight)
-    return groups_with_spread(one.rewards.total, one.answers.groups, weights)
+    return groups_with_spread(one.rewards.total, one.answers.groups, one.answers.weights(config.pool))
 
 
 def _choose(config: ConfigDict, rounds: Sequence[Round]) -> Round:

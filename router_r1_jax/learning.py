@@ -101,17 +101,12 @@ def make_trainer(config: ConfigDict, session: Session) -> Trainer:
 
 def compare(config: ConfigDict, answers: Answers, rewards: Rewards) -> tuple[np.ndarray, int]:
     """Advantages [B] of the total reward, or of its components where they have weights; groups without a spread."""
-    weights, shares = episode_weights(config, answers), config.learner.component_weights.to_dict()
-    kind = "grpo" if config.learner.advantage == "gae" else config.learner.advantage
+    weights, shares = answers.weights(config.pool), config.learner.component_weights.to_dict()
+    kind = config.learner.advantage
     if any(shares.values()):
         components = {"format": rewards.format, "outcome": rewards.outcome, "cost": rewards.cost}
         return component_advantages(components, shares, answers.groups, weights, kind=kind)
     return group_advantages(rewards.total, answers.groups, weights, kind=kind)
-
-
-def episode_weights(config: ConfigDict, answers: Answers) -> np.ndarray:
-    """[B] in the loss: 1, or `pool.fault_weight` where a provider failed."""
-    return np.where(answers.valid, 1.0, config.pool.fault_weight)
 
 
 def make_rows(config: ConfigDict, answers: Answers) -> list[Row]:
@@ -119,7 +114,7 @@ def make_rows(config: ConfigDict, answers: Answers) -> list[Row]:
 
     An episode of weight 0 carries no loss at all: its tokens are as good as injected.
     """
-    weights = episode_weights(config, answers)
+    weights = answers.weights(config.pool)
     return [
         Row(e.prompt[answers.prefix_length :], e.tokens, np.array(e.sampled, float) * (weight > 0), e.logps)
         for e, weight in zip(answers.episodes, weights, strict=True)

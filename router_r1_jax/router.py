@@ -67,6 +67,10 @@ class Answers:
         """[B] int, equal for episodes of the same question."""
         return np.arange(len(self.episodes)) // self.group
 
+    def weights(self, pool: ConfigDict) -> np.ndarray:
+        """[B] of the episodes in the loss: 1, or `pool.fault_weight` where a provider failed."""
+        return np.where(self.valid, 1.0, pool.fault_weight)
+
     def take(self, episodes: np.ndarray) -> "Answers":
         """Some whole groups, by the numbers of their episodes."""
         return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,50 +48,52 @@ class RandomModel(Baseline):
         return cards[rng.integers(len(cards))].key
 
 
-class NearestNeighbours(ScoringBaseline):
-    """Mean worth of each model on the nearest train questions, by cosine of TF-IDF (RouterBench's kNN router)."""
+class _WordRegression(ScoringBaseline):
+    """A regressor of scikit-learn from TF-IDF vectors to each model's worth."""
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
 
     def fit(self, records: Sequence[TrainRecord]) -> None:
-        """Keep the train questions' vectors and worths."""
+        """Fit on the instructive questions."""
         scikit_learn()
-        from sklearn.neighbors import KNeighborsRegressor
-
         records = instructive(records)
         self._keys = known_keys(records)
         texts = [record.question for record in records]
         self._features = WordFeatures().fit(texts)
-        self._model = KNeighborsRegressor(min(NEIGHBOURS, len(texts)), metric="cosine")
-        self._model.fit(self._features(texts), utilities(records, self._keys, self._alpha))
-
-    def _predict(self, question: str) -> np.ndarray:
-        return self._model.predict(self._features([question]))[0]
-
-
-class Perceptron(ScoringBaseline):
-    """An MLP of one hidden layer from TF-IDF vectors to each model's worth (RouterBench's MLP router)."""
-
-    def __init__(self, alpha: float, seed: int) -> None:
-        self._alpha, self._seed = alpha, seed
-
-    def fit(self, records: Sequence[TrainRecord]) -> None:
-        """Regression with Adam until the loss stops falling."""
-        scikit_learn()
-        from sklearn.neural_network import MLPRegressor
-
-        records = instructive(records)
-        self._keys = known_keys(records)
-        texts = [record.question for record in records]
-        self._features = WordFeatures().fit(texts)
-        self._model = MLPRegressor(
-            hidden_layer_sizes=(64,), alpha=1e-3, learning_rate_init=3e-3, max_iter=400, random_state=self._seed
-        )
+        self._model = self._regressor(len(texts))
         self._model.fit(self._features(texts), utilities(records, self._keys, self._alpha))
 
     def _predict(self, question: str) -> np.ndarray:
         return np.atleast_1d(self._model.predict(self._features([question]))[0])
+
+    def _regressor(self, questions: int) -> Any:
+        """The regressor before it is fitted, for so many train questions."""
+        raise NotImplementedError
+
+
+class NearestNeighbours(_WordRegression):
+    """Mean worth of each model on the nearest train questions, by cosine of TF-IDF (RouterBench's kNN router)."""
+
+    def _regressor(self, questions: int) -> Any:
+        from sklearn.neighbors import KNeighborsRegressor
+
+        return KNeighborsRegressor(min(NEIGHBOURS, questions), metric="cosine")
+
+
+class Perceptron(_WordRegression):
+    """An MLP of one hidden layer from TF-IDF vectors to each model's worth (RouterBench's MLP router)."""
+
+    def __init__(self, alpha: float, seed: int) -> None:
+        super().__init__(alpha)
+        self._seed = seed
+
+    def _regressor(self, questions: int) -> Any:
+        from sklearn.neural_network import MLPRegressor
+
+        return MLPRegressor(
+            hidden_layer_sizes=(64,), alpha=1e-3, learning_rate_init=3e-3, max_iter=400, random_state=self._seed
+        )
 
 
 class LinearClassifier(ScoringBaseline):
