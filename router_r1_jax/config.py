@@ -206,6 +206,7 @@ def base_config() -> ConfigDict:
     c.pool.providers = ()  # provider(...)
     c.pool.models = ()  # model_card(...)
     c.pool.price_date = ""  # the day on which the prices were read, YYYY-MM-DD
+    c.pool.shown = 0  # cards of a prompt, drawn from all anew for each batch of prompts; 0: all of them
     c.pool.shuffle = True  # order of the cards, drawn anew for each batch of prompts
     c.pool.rename = False  # names of the models, drawn anew for each batch of prompts: the router must read the cards
     c.pool.simulate = False  # start the simulated models' HTTP server on a free loopback port, for provider "simulated"
@@ -338,10 +339,10 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
-    "model.lora.rank", "pool.temperature", "pool.breaker.failures", "pool.budget", "reward.router_price",
-    "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait", "alarms.entropy",
-    "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds", "validation.questions",
-    "evaluation.samples",
+    "model.lora.rank", "pool.shown", "pool.temperature", "pool.breaker.failures", "pool.budget",
+    "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait",
+    "alarms.entropy", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
+    "validation.questions", "evaluation.samples",
     "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",
     "learner.dual_clip", "learner.kl_coef", "learner.entropy_coef", "learner.value_coef", "learner.value_clip",
     "learner.value_learning_rate", "learner.importance_cap", "learner.resample", "learner.component_weights.format",
@@ -469,5 +470,9 @@ def validate(config: ConfigDict) -> None:
         )
     if not config.pool.models:
         raise ConfigError("pool.models is empty; declare at least one model with model_card(...)")
+    if config.pool.shown > len(config.pool.models):
+        raise ConfigError(
+            f"pool.shown is {config.pool.shown}, and pool.models are {len(config.pool.models)}; 0 shows them all"
+        )
     _one_of("evaluation.split", config.evaluation.split, SPLITS)
     _sets(config)

@@ -103,7 +103,7 @@ def identity(
 ) -> dict[str, Any]:
     """All that an evaluation's episodes depend on; what only costs time or judges them is not part of it."""
     rollout = config.rollout.to_dict() | dict.fromkeys(("replicas", "poll_every", "driver", "temperature"))
-    pool = {name: config.pool[name] for name in ("shuffle", "rename", "max_tokens", "temperature")}
+    pool = {name: config.pool[name] for name in ("shown", "shuffle", "rename", "max_tokens", "temperature")}
     asked = {provider.name: provider.parameters.to_dict() for provider in config.pool.providers}
     return {
         "weights": weights, "model": config.model.to_dict(), "mode": mode._asdict(), "seed": config.seed,
@@ -148,7 +148,7 @@ def answer_all(
                 seed=(config.seed, 0, mode.stream, start), step=step, split=split, on_finish=keep, finished=finished,
             )  # fmt: skip
             rewards = judge(config, answers, normalizer)
-            records += make_records(answers.questions, answers.episodes, rewards, step=step, split=split, policy=policy)
+            records += make_records(answers, rewards, step=step, split=split, policy=policy)
     return records
 
 

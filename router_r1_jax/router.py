@@ -19,7 +19,7 @@ from router_r1_jax import hosts, prompts
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.model import ModelConfig, Params
-from router_r1_jax.pool.cards import Card, at_step, roster
+from router_r1_jax.pool.cards import Card, at_step, roster, roster_settings
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.reward import episode_cost
@@ -152,9 +152,8 @@ class Router:
         self._cards = tuple(cards)
 
     def roster(self, *seed: int) -> tuple[Card, ...]:
-        """The cards as one batch of prompts shows them: shuffled and renamed as the configuration says."""
-        pool = self._config.pool
-        return roster(self._cards, np.random.default_rng(seed), shuffle=pool.shuffle, rename=pool.rename)
+        """The cards as one batch of prompts shows them: drawn, shuffled and renamed as the configuration says."""
+        return roster(self._cards, np.random.default_rng(seed), **roster_settings(self._config.pool))
 
     def prompt_ids(self, question: QuestionRecord, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of a question's whole prompt."""

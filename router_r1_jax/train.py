@@ -85,9 +85,7 @@ def validate(
     normalizer = CostNormalizer(config.reward.window)
     normalizer.restore(first_window)
     rewards = judge(config, answers, normalizer)
-    records = make_records(
-        answers.questions, answers.episodes, rewards, step=step, split="validation", policy="training"
-    )
+    records = make_records(answers, rewards, step=step, split="validation", policy="training")
     figures = summarise(records, session.cards)
     keys = ("em", "reward/total", "dollars_per_question", "calls_per_question", "best_model_share", "malformed_share")
     return {f"val/{key}": figures[key] for key in keys if key in figures}, records
@@ -205,9 +203,7 @@ def step_metrics(session: Session, experience: Experience, step: int) -> tuple[l
     records = [
         record
         for answers, rewards in experience.rounds
-        for record in make_records(
-            answers.questions, answers.episodes, rewards, step=step, split="train", policy="training"
-        )
+        for record in make_records(answers, rewards, step=step, split="train", policy="training")
     ]
     answers = join_answers([answers for answers, _ in experience.rounds])
     stats, stops = answers.stats, Counter(episode.stop for episode in answers.episodes)

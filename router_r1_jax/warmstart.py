@@ -29,7 +29,7 @@ from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
-from router_r1_jax.pool.cards import roster
+from router_r1_jax.pool.cards import roster, roster_settings
 from router_r1_jax.report.writer import MetricsWriter
 from router_r1_jax.rollout import common_prefix
 from router_r1_jax.session import Session, open_session
@@ -52,7 +52,7 @@ def recipe(config: ConfigDict) -> str:
             | {"simulated": {"failure_rate": model.simulated.failure_rate}}
             for model in config.pool.models
         ],
-        "rename": config.pool.rename,
+        "roster": roster_settings(config.pool),
         "warmstart": {name: value for name, value in config.warmstart.to_dict().items() if name != "file"},
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -66,7 +66,7 @@ def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
     """
     config = session.config
     rng = np.random.default_rng([config.warmstart.seed, step])
-    cards = roster(session.cards, rng, shuffle=config.pool.shuffle, rename=config.pool.rename)
+    cards = roster(session.cards, rng, **roster_settings(config.pool))
     copies = config.warmstart.batch // 2 if step < config.warmstart.copy_steps else 0
     all_questions = session.world.questions("train")
     asked = [all_questions[i] for i in rng.integers(len(all_questions), size=config.warmstart.batch - copies)]

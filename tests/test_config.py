@@ -60,3 +60,11 @@ def test_a_loss_that_cannot_be_is_refused(config, field, value, message):
     config.learner[field] = value
     with pytest.raises(ConfigError, match=message):
         validate(config)
+
+
+def test_a_prompt_cannot_show_more_cards_than_there_are(config):
+    config.pool.shown = len(config.pool.models)
+    validate(config)
+    config.pool.shown += 1
+    with pytest.raises(ConfigError, match="pool.shown is 2, and pool.models are 1; 0 shows them all"):
+        validate(config)

@@ -34,9 +34,7 @@ def answers(path, workdir):
                 questions, group=1, temperature=1.0, seed=(0, roster), step=0, split="validation"
             )
             rewards = judge(config, found, CostNormalizer(config.reward.window))
-            records += make_records(
-                found.questions, found.episodes, rewards, step=0, split="validation", policy="warm start"
-            )
+            records += make_records(found, rewards, step=0, split="validation", policy="warm start")
         return records, session.world, session.cards
 
 

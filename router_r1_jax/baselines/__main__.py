@@ -39,7 +39,7 @@ from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.evaluation.records import Record, make_records, summarise
+from router_r1_jax.evaluation.records import Answered, Record, make_records, summarise
 from router_r1_jax.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import route_names
@@ -178,7 +178,8 @@ def judged(
         normalizer=CostNormalizer(reward.window),
         valid=np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes]),
     )  # fmt: skip
-    return make_records(questions, episodes, rewards, step=0, split=bench.config.evaluation.split, policy=name)
+    answered = Answered(questions, episodes, bench.session.cards)
+    return make_records(answered, rewards, step=0, split=bench.config.evaluation.split, policy=name)
 
 
 def file_name(split: str, name: str) -> str:

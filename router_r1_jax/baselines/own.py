@@ -65,7 +65,7 @@ def answer_greedily(
             split=split, on_finish=lambda _: on_finish(),
         )  # fmt: skip
         rewards = judge(config, answers, normalizer)
-        records += make_records(answers.questions, answers.episodes, rewards, step=0, split=split, policy=policy)
+        records += make_records(answers, rewards, step=0, split=split, policy=policy)
     return records
 
 

@@ -1,7 +1,7 @@
 """One plain dict per episode, as it stands in episodes/*.jsonl, and the figures that a set of them adds up to."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,12 +13,18 @@ from router_r1_jax.reward import FAULTS, Rewards, extract_answer, sub_exact_matc
 Record = dict[str, Any]
 
 
-def make_records(
-    questions: Sequence[Any], episodes: Sequence[Any], rewards: Rewards, *, step: int, split: str, policy: str
-) -> list[Record]:
-    """A record per episode; `questions` and `episodes` (rollout.Episode, with the pool's replies) run in step."""
-    records = []
-    for i, (question, episode) in enumerate(zip(questions, episodes, strict=True)):
+class Answered(NamedTuple):
+    """What records are made of; a `router.Answers` will do."""
+
+    questions: Sequence[Any]
+    episodes: Sequence[Any]  # rollout.Episode, with the pool's replies; one per question, in step
+    roster: Sequence[Card]  # the cards that the prompts showed, or among which a baseline chose
+
+
+def make_records(answered: Any, rewards: Rewards, *, step: int, split: str, policy: str) -> list[Record]:
+    """A record per episode; of `answered` the fields of `Answered` are read."""
+    records, shown = [], [card.key for card in answered.roster]
+    for i, (question, episode) in enumerate(zip(answered.questions, answered.episodes, strict=True)):
         calls = [
             {
                 "model": reply.model, "query": reply.query, "reply": reply.text, "outcome": str(reply.outcome),
@@ -31,7 +37,8 @@ def make_records(
             {
                 "id": question.id, "suite": question.suite, "split": split, "step": step, "policy": policy,
                 "question": question.question, "golds": list(question.golds), "hops": question.hops,
-                "domains": list(question.domains), "response": episode.text, "calls": calls,
+                "domains": list(question.domains), "shown": shown,
+                "response": episode.text, "calls": calls,
                 "reward": {
                     "total": float(rewards.total[i]), "format": float(rewards.format[i]),
                     "outcome": float(rewards.outcome[i]), "cost": float(rewards.cost[i]),
@@ -64,7 +71,7 @@ def summarise(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any
     (charged), raw_cost_per_question (the paper's unit: output tokens x dollars per million), call_seconds_per_question,
     calls/share (per model key, of all calls that reached one), format/<fault> (share of episodes, a key for each of
     reward.FAULTS), watch/<habit> (`evaluation.watch`). Where questions carry their domains also
-    best_model_share: of the calls that belong to a hop, those to the model that is best for the hop's domain; and
+    best_model_share: of the calls that belong to a hop, those to the model shown that is best for its domain; and
     two_hop_two_calls: of the two-hop questions, those with exactly two calls.
     """
     called = [call["model"] for r in records for call in r["calls"] if call["model"]]
@@ -83,12 +90,16 @@ def summarise(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any
         "calls/share": {card.key: called.count(card.key) / max(len(called), 1) for card in cards},
     }
     figures |= {f"format/{fault}": _mean([fault in r["faults"] for r in records]) for fault in FAULTS}
-    return figures | hacking_rates(records) | _routing(records, best_models(cards))
+    return figures | hacking_rates(records) | _routing(records, cards)
 
 
-def _routing(records: Sequence[Record], best: Mapping[str, str]) -> dict[str, float]:
+def _routing(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, float]:
+    best: dict[tuple[str, ...], Mapping[str, str]] = {}  # per selection of cards
+    for r in records:
+        if (keys := tuple(r["shown"])) not in best:
+            best[keys] = best_models([card for card in cards if card.key in keys])
     chosen = [
-        best.get(domain) == call["model"]
+        best[tuple(r["shown"])].get(domain) == call["model"]
         for r in records
         for domain, call in zip(r["domains"], r["calls"], strict=False)  # hop by hop; further calls belong to none
     ]

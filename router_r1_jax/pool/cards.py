@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -68,22 +69,33 @@ def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
     return cards
 
 
-def roster(cards: Sequence[Card], rng: np.random.Generator, *, shuffle: bool, rename: bool) -> tuple[Card, ...]:
+def roster(
+    cards: Sequence[Card], rng: np.random.Generator, *, shown: int = 0, shuffle: bool, rename: bool
+) -> tuple[Card, ...]:
     """The cards as one batch of prompts shows them; a card keeps its `key`.
 
-    `shuffle` draws their order. `rename` deals the declared names (aliases with them) out anew among the cards. Names
-    are dealt and not invented: each stays one that the tokenizer and the router know, the set of valid names stays the
-    same for the parser and the reward, and yet a name says nothing of the model: the router must read the cards.
+    `shown` draws so many of them, 0 takes all; a router that meets another selection in each batch has no use for
+    knowing one by heart. `shuffle` draws their order. `rename` deals the declared names (aliases with them), also those
+    of cards that are not shown, out anew. Names are dealt and not invented: each stays one that the tokenizer and the
+    router know, and yet a name says nothing of the model: the router must read the cards.
     """
-    order = rng.permutation(len(cards)) if shuffle else range(len(cards))
-    shown = [cards[i] for i in order]
+    order = rng.permutation(len(cards)) if shuffle else np.arange(len(cards))
+    if shown:
+        kept = rng.choice(len(cards), size=shown, replace=False)
+        order = order[np.isin(order, kept)]
+    chosen = [cards[i] for i in order]
     if rename:
-        named = [cards[i] for i in rng.permutation(len(cards))]
-        shown = [
+        named = [cards[i] for i in rng.permutation(len(cards))[: len(chosen)]]
+        chosen = [
             dataclasses.replace(card, name=other.name, aliases=other.aliases)
-            for card, other in zip(shown, named, strict=True)
+            for card, other in zip(chosen, named, strict=True)
         ]
-    return tuple(shown)
+    return tuple(chosen)
+
+
+def roster_settings(pool_config: ConfigDict) -> dict[str, Any]:
+    """The arguments of `roster` that `config.pool` says."""
+    return {name: pool_config[name] for name in ("shown", "shuffle", "rename")}
 
 
 def at_step(cards: Sequence[Card], step: int) -> tuple[Card, ...]:

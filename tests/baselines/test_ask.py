@@ -10,7 +10,7 @@ from router_r1_jax.baselines.ask import answer_all, answer_in, hindsight, try_al
 from router_r1_jax.baselines.decompose import by_model, by_pattern, read_parts
 from router_r1_jax.baselines.interface import Baseline
 from router_r1_jax.baselines.simple import NearestNeighbours, OneModel, RandomModel
-from router_r1_jax.evaluation.records import make_records, summarise
+from router_r1_jax.evaluation.records import Answered, make_records, summarise
 from router_r1_jax.pool.cards import route_names
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.reward import CostNormalizer, score
@@ -57,7 +57,7 @@ def test_an_episode_is_scored_and_counted_as_the_router_s():
         normalizer=CostNormalizer(),
     )  # fmt: skip
     assert not any(rewards.faults)
-    records = make_records(asked, episodes, rewards, step=0, split="test", policy="largest")
+    records = make_records(Answered(asked, episodes, CARDS), rewards, step=0, split="test", policy="largest")
     figures = summarise(records, CARDS)
     assert figures["calls_per_question"] == 1 and figures["calls/share"]["Titan"] == 1
     assert figures["dollars_per_question"] == pytest.approx(np.mean([e.replies[0].charged for e in episodes]))

@@ -95,6 +95,30 @@ def test_a_roster_deals_order_and_names_and_leaves_the_rest_alone(count, seed, s
         assert all(card.name == card.key for card in shown)
 
 
+@given(shown=st.integers(1, 7), seed=st.integers(0, 2**32), shuffle=st.booleans(), rename=st.booleans())
+def test_a_roster_of_some_cards_deals_the_names_of_all(shown, seed, shuffle, rename):
+    cards = _cards(7)
+    chosen = roster(cards, np.random.default_rng(seed), shown=shown, shuffle=shuffle, rename=rename)
+    by_key, names = {card.key: card for card in cards}, {(card.name, card.aliases) for card in cards}
+    assert len({card.key for card in chosen}) == len({card.name for card in chosen}) == len(chosen) == shown
+    for card in chosen:
+        declared = by_key[card.key]
+        assert (card.name, card.aliases) in names and (rename or card == declared)
+        assert dataclasses.replace(card, name=declared.name, aliases=declared.aliases) == declared
+    if not shuffle:
+        assert [card.key for card in chosen] == sorted(card.key for card in chosen)
+
+
+def test_every_selection_order_and_naming_is_drawn_about_equally_often():
+    cards, rng = _cards(3), np.random.default_rng(0)
+    drawn = [
+        tuple((c.key, c.name) for c in roster(cards, rng, shown=2, shuffle=True, rename=True)) for _ in range(7200)
+    ]
+    counts = np.unique([str(each) for each in drawn], return_counts=True)[1]
+    assert len(counts) == 36  # six ordered pairs of cards, six of names
+    assert abs(counts - 200).max() < 5 * math.sqrt(200)
+
+
 @pytest.mark.parametrize("switch", ["shuffle", "rename"])
 def test_every_arrangement_is_drawn_about_equally_often(switch):
     cards = _cards(3)
