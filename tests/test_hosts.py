@@ -213,3 +213,53 @@ def test_ledgers_of_two_processes_sum_to_what_one_writes(continued, uninterrupte
         parts = [steps[step] for steps in trained if step in steps]
         assert sum(part["charged"] for part in parts) == pytest.approx(sums["charged"])
         assert sum(part["calls"] for part in parts) == sums["calls"]
+
+
+# PPO and evaluation.
+
+
+def on_two(main, workdir, *overrides):
+    """A main as two processes, which both end well."""
+    where = ("distributed.processes=2", f"distributed.coordinator=127.0.0.1:{free_port()}")
+    command = (main, workdir, *overrides, *where)
+    started = [mains.start(*command, f"distributed.process={i}", JAX_PLATFORMS="cpu") for i in range(2)]
+    ended = [process.communicate(timeout=mains.TIMEOUT) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_critic_as_one_does(warm_file, tmp_path):
+    """With PPO's several updates per rollout, and groups that are drawn anew; one update's rounding feeds the next."""
+    settings = (
+        "steps=2", f"warmstart.file={warm_file}", "validation.questions=0", "learner.advantage=gae",
+        "learner.value_coef=0.1", "learner.kl=k1", "learner.kl_in=reward", "learner.epochs=2", "learner.minibatches=2",
+        "learner.resample=1",
+    )  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    mains.succeed("train", one, *settings, "pool.tape.mode=record")
+    on_two("train", two, *settings, "pool.tape.mode=strict", f"pool.tape.path={one / 'tape.sqlite'}")
+    lines, truth = train_lines(two), repeatable(train_lines(one))
+    assert [line["step"] for line in lines] == [1, 2]
+    for line, single in zip(repeatable(lines), truth, strict=True):
+        assert line["rounds"] == single["rounds"] and line["reward/total"] == single["reward/total"]
+        for key in ("loss", "value_loss", "kl", "entropy", "grad_norm"):
+            assert line[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), (line["step"], key)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(finished_run, tmp_path):
+    one, two = (shutil.copytree(finished_run, tmp_path / name) for name in ("one", "two"))
+    for folder in (one, two):
+        shutil.rmtree(folder / "evaluation")
+        (folder / "results.json").unlink()
+    settings = ("evaluation.samples=2", "evaluation.questions=9")
+    mains.succeed("evaluate", one, *settings, "pool.tape.mode=record")
+    on_two("evaluate", two, *settings, "pool.tape.mode=strict", f"pool.tape.path={one / 'tape.sqlite'}")
+    single, found = (json.loads((folder / "results.json").read_text())["policies"] for folder in (one, two))
+    assert len(single) == 2
+    for policy, truth in zip(found, single, strict=True):
+        for key in ("name", "questions", "em", "em_ci", "f1", "dollars_per_question", "calls_share", "stops"):
+            assert policy[key] == truth[key], key
+        assert policy["samples"]["em"] == truth["samples"]["em"]
+    texts, others = ([(e["policy"], e["id"], e["response"]) for e in read_episodes(f)] for f in (one, two))
+    assert sorted(texts) == sorted(others)

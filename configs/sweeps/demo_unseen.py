@@ -1,8 +1,8 @@
-"""The demo trained without two of its five models, three seeds.
+"""The demo, trained without two of its five models, three seeds from one warm start.
 
-`experiments/studies/unseen_models.py` trains these runs and then puts all five models into the prompt. It also makes
-the tokenizer, which is the demo's, so that the held out names are words; a router meets them in the copying
-curriculum only.
+`experiments/studies/unseen_models.py` trains these runs and then puts all five models into the prompt. Before, it makes
+the tokenizer, which is the demo's, so that the held out names are words (a router meets them in the copying curriculum
+only), and the warm start.
 """
 
 import runpy
@@ -13,17 +13,16 @@ from ml_collections import ConfigDict
 from router_r1_jax.sweep import Overrides, choices
 
 DEMO = Path(__file__).parents[1] / "demo.py"
-TOKENIZER = Path(__file__).parents[2] / "runs" / "demo_tokenizer"
+RUNS = Path(__file__).parents[2] / "runs"
+TOKENIZER, WARM_START = RUNS / "demo_tokenizer", RUNS / "demo_unseen_warmstart.safetensors"
 UNSEEN = ("Aria", "Atlas")  # each is the best of five in a domain where the three others are poor
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg` "all" keeps the held out models in the pool: what the test is made with."""
-    c = runpy.run_path(str(DEMO))["get_config"]()
+    c = runpy.run_path(str(DEMO))["get_config"](arg)
     c.model.tokenizer = str(TOKENIZER)
-    c.warmstart.file = ""  # the kept one knows all five
-    if arg != "all":
-        c.pool.models = tuple(model for model in c.pool.models if model.name not in UNSEEN)
+    c.warmstart.file = str(WARM_START)
+    c.pool.models = tuple(model for model in c.pool.models if model.name not in UNSEEN)
     return c
 
 

@@ -1,23 +1,40 @@
-"""Unseen models: two models are added at test time, with and without retraining, and the share of calls they receive.
+"""Unseen models: three routers meet models that they were not trained with, and the share of calls these receive.
 
-    python experiments/studies/unseen_models.py --runs=runs/demo_unseen --retrained=runs/demo_alpha
+    python experiments/studies/unseen_models.py --runs=runs
 
-Runs of `configs/sweeps/demo_unseen.py` have been trained with three models. They answer the test questions with those
-three, then with all five in the prompt and the pool. "Retrained" are the demo's runs at alpha 0, trained with all five.
-A gain that comes with no call to a new model is no generalisation; so the share of calls stands beside it.
+The routers: one trained with three of the demo's five models; one with all five, which is what retraining gives; and
+one with forty others, five at a time under names dealt anew (`configs/demo_cards.py`), which has met none of the five,
+nor their names. Each answers the test questions with the three models in prompt and pool, with all five, and with all
+five under one another's names. A gain that comes with no call to a new model is no generalisation, so the share of
+calls stands beside it.
 
 Result and what it shows: experiments/studies/README.md.
 """
 
 import argparse
+import dataclasses
 import runpy
+import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from runner import ROOT, Variant, arguments, figures, markdown, measured, opened, over_seeds, run_config, save, spelt
-from runner import trained_runs as runs_of
+from runner import (
+    ROOT,
+    Variant,
+    arguments,
+    figures,
+    markdown,
+    measured,
+    opened,
+    over_seeds,
+    run_config,
+    save,
+    spelt,
+    trained_runs,
+)
 
 from router_r1_jax import prompts
 from router_r1_jax.data.tokenizer import corpus, train_tokenizer
@@ -26,86 +43,107 @@ from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.sweep import seed_mean
 
 SWEEP = runpy.run_path(str(ROOT / "configs/sweeps/demo_unseen.py"))
-CASES = ("three models", "two added, not retrained", "two added, retrained")
+DEMO = runpy.run_path(SWEEP["DEMO"])["get_config"]()
+ROUTERS = {  # name -> its sweep
+    "trained with three": "demo_unseen",
+    "trained with all five": "demo_alpha",
+    "trained with forty others": "demo_cards",
+}
 
 
-def all_models(options: argparse.Namespace) -> ConfigDict:
-    """The held out models' configuration with all five in the pool."""
-    config = SWEEP["get_config"]("all")
-    config.evaluation.questions = options.questions
-    return config
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What the prompt shows and the pool answers with."""
+
+    name: str
+    held_out: bool
+    rename: bool = False
+
+    def pool(self) -> tuple[ConfigDict, ...]:
+        """The demo's models, with or without the two that one router has not met."""
+        return tuple(model for model in DEMO.pool.models if self.held_out or model.name not in SWEEP["UNSEEN"])
 
 
-def make_tokenizer() -> None:
-    """The demo's, which knows all five names, where the sweep's configuration looks for it."""
+CASES = (Case("three models", False), Case("all five", True), Case("all five, names dealt anew", True, rename=True))
+
+
+def make_start() -> None:
+    """The tokenizer and the warm start of the runs with three models."""
+    c = SWEEP["get_config"]()
     if not SWEEP["TOKENIZER"].exists():
-        c = SWEEP["get_config"]("all")
-        template = prompts.load_template(c.prompt.template)
-        texts = corpus(World(c.data.world), cards_from_config(c.pool), template, c.rollout.max_calls)
+        texts = corpus(
+            World(c.data.world), cards_from_config(DEMO.pool), prompts.load_template(c.prompt.template),
+            c.rollout.max_calls,
+        )  # fmt: skip
         train_tokenizer(texts, SWEEP["TOKENIZER"])
+    if not SWEEP["WARM_START"].exists():
+        command = [sys.executable, "-m", "router_r1_jax.warmstart"]
+        config = f"--config={ROOT / 'configs/sweeps/demo_unseen.py'}"
+        subprocess.run([*command, config, f"--workdir={SWEEP['RUNS'] / 'demo_unseen_warmstart'}"], check=True)
 
 
-def draw(results: dict) -> Figure:
-    """EM and share of calls of the three cases."""
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("em", "unseen_share"), strict=True):
-        for y, name in enumerate(results["each"]):
-            values = [line[key] for line in results["each"][name].values()]
-            axes.plot(values, [y] * len(values), "o", color="#0072B2", alpha=0.6)
-        axes.set_yticks(range(len(results["each"])), list(results["each"]))
-        axes.set_xlim(0, 1)
-        axes.set_xlabel(
-            {"em": "exact match, test split", "unseen_share": "share of calls to the two added models"}[key]
-        )
+def measure(options: argparse.Namespace, router: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Case -> seed -> figures of one router's runs; {} where none is trained."""
+    options.sweep, options.runs = ROUTERS[router], options.folder / ROUTERS[router]
+    lines: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in trained_runs(options, lambda overrides: overrides.get("reward.alpha", 0.0) == 0.0):
+        for case in CASES:
+            config = run_config(options, run)
+            config.pool.models, config.pool.shown, config.pool.rename = case.pool(), 0, case.rename
+            with opened(config, run.folder) as checkpoint:
+                session = checkpoint.session
+                questions = session.questions("test")[: options.questions]
+                line = figures(measured(checkpoint, Variant(case.name), questions, study="unseen"), session.cards)
+            share = sum(line["calls_share"].get(key, 0.0) for key in SWEEP["UNSEEN"])
+            lines.setdefault(case.name, {})[run.overrides["seed"]] = line | {"unseen_share": share}
+            print(f"{router}, {case.name}, seed {run.overrides['seed']}: EM {line['em']:.3f}, share {share:.2f}")
+    return lines
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+    """EM, and the share of calls that the two held out models receive: a dot per seed."""
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    labels = {"em": "exact match", "unseen_share": "share of calls to the two held out models"}
+    names = list(results["each"])
+    for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), labels.items(), strict=True):
+        for i, (case, colour, mark) in enumerate(zip(CASES, ("#7f7f7f", "#0072B2", "#D55E00"), "so^", strict=True)):
+            for y, name in enumerate(names):
+                values = [line[key] for line in results["each"][name].get(case.name, {}).values()]
+                height = y + 0.22 * (i - 1)
+                axes.plot(values, [height] * len(values), mark, color=colour, alpha=0.7, label="" if y else case.name)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_title(label, loc="left", fontsize=10, fontweight="bold")
+        axes.set_yticks(range(len(names)), [name.capitalize() for name in names])
         axes.grid(axis="x", color="#e4e4e4")
+        axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def take_retrained() -> Path:
-    """--retrained, taken out of the command line before the shared arguments are read."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--retrained", type=Path, default=ROOT / "runs" / "demo_alpha")
-    own, sys.argv[1:] = parser.parse_known_args()
-    return own.retrained
-
-
 def main() -> None:
-    retrained = take_retrained()
-    options = arguments(__doc__, "demo_unseen")
-    make_tokenizer()
-    each: dict[str, dict[int, dict]] = {name: {} for name in CASES}
-
-    def measure(case: str, config: ConfigDict, folder: Path, seed: int) -> None:
-        with opened(config, folder) as checkpoint:
-            session = checkpoint.session
-            questions = session.questions("test")[: options.questions]
-            line = figures(measured(checkpoint, Variant(case), questions, study="unseen"), session.cards)
-            share = sum(line["calls_share"].get(key, 0.0) for key in SWEEP["UNSEEN"])
-            each[case][seed] = line | {"unseen_share": share}
-
-    for run in runs_of(options):
-        seed = run.overrides["seed"]
-        measure(CASES[0], run_config(options, run), run.folder, seed)
-        config = all_models(options)
-        config.seed = seed
-        measure(CASES[1], config, run.folder, seed)
-    options.runs, options.sweep = retrained, "demo_alpha"
-    for run in runs_of(options, lambda overrides: overrides["reward.alpha"] == 0.0):
-        measure(CASES[2], run_config(options, run), run.folder, run.overrides["seed"])
-
-    each = {name: lines for name, lines in each.items() if lines}
+    options = arguments(__doc__, "")
+    options.folder = options.runs
+    if not options.trained_only:
+        make_start()
+    each = {name: lines for name in ROUTERS if (lines := measure(options, name))}
     cases = {
-        name: over_seeds(lines) | {"unseen_share": seed_mean([line["unseen_share"] for line in lines.values()])}
-        for name, lines in each.items()
+        router: {
+            name: over_seeds(lines) | {"unseen_share": seed_mean([line["unseen_share"] for line in lines.values()])}
+            for name, lines in of_router.items()
+        }
+        for router, of_router in each.items()
     }
     rows = [
-        [name, str(len(c["seeds"])), spelt(c["em"]), spelt(c["dollars_per_question"], ".2e"), spelt(c["unseen_share"])]
-        for name, c in cases.items()
-    ]
-    table = markdown(["", "seeds", "EM", "dollars/question", "calls to the two added models"], rows)
+        [router, name, str(len(c["seeds"])), spelt(c["em"]), spelt(c["best_model_share"]), spelt(c["unseen_share"]),
+         spelt(c["dollars_per_question"], ".2e")]
+        for router, of_router in cases.items()
+        for name, c in of_router.items()
+    ]  # fmt: skip
+    head = ["router", "prompt and pool", "seeds", "EM", "calls to the best model", "calls to the two held out",
+            "dollars/question"]  # fmt: skip
     results = {"cases": cases, "each": each}
-    save("unseen_models", results, table, draw(results))
+    save("unseen_models", results, markdown(head, rows), draw(results))
 
 
 if __name__ == "__main__":

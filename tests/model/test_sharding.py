@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parent / "sharded_model.py"
 MESHES = ["8x1x1", "1x8x1", "4x1x2", "2x2x2"]
 
 
-@pytest.fixture(scope="module", params=["qwen2_tied", "llama_untied"])
+@pytest.fixture(scope="module", params=["qwen2_tied", "qwen3_tied", "llama_untied"])
 def sharded(request, checkpoint, tmp_path_factory):
     """Results and exports of sharded_model.py on 8 fake devices, and the checkpoint they started from."""
     c, out = checkpoint(request.param), tmp_path_factory.mktemp("sharded")
