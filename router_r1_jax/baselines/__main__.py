@@ -39,8 +39,8 @@ from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.evaluation.records import Answered, Record, make_records, summarise
-from router_r1_jax.evaluation.statistics import bootstrap_mean, paired_bootstrap
+from router_r1_jax.evaluation.figures import compare_records, policy_figures
+from router_r1_jax.evaluation.records import Answered, Record, make_records
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import route_names
 from router_r1_jax.pool.outcomes import provider_fault
@@ -199,32 +199,26 @@ def read_records(workdir: Path, name: str, questions: Sequence[QuestionRecord]) 
 def entry(
     config: ConfigDict, session: Session, name: str, records: list[Record], trained: list[Record] | None
 ) -> dict[str, Any]:
-    """One baseline's line of baselines.json."""
+    """One baseline's line of baselines.json, as `evaluate` writes a policy's."""
     resampling = {"resamples": config.evaluation.bootstrap, "seed": config.seed}
-    figures = summarise(records, session.cards)
-    figures["calls_share"] = figures.pop("calls/share")
-    em = bootstrap_mean([record["exact_match"] for record in records], **resampling)
-    line = {"name": name, "em_ci": [em.low, em.high]} | figures
+    line = {"name": name} | policy_figures(records, session.cards, **resampling)
     if trained is not None:
-        ahead = paired_bootstrap(
-            [r["exact_match"] for r in trained], [r["exact_match"] for r in records], **resampling
-        )  # fmt: skip
-        line["router_ahead"] = {"mean": ahead.mean, "ci": [ahead.low, ahead.high]}
+        line["router_ahead"] = compare_records(trained, records, **resampling)
     return line
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown; the router's lead is its EM minus the baseline's, on the same questions."""
     lines = [
-        f"{results['questions']} questions of the {results['split']} split; intervals are 95 % bootstrap over "
-        f"questions. \\{STAR}: the question is decomposed first.",
+        f"{results['questions']} questions of the {results['split']} split, mean of its sets; intervals are 95 % "
+        f"bootstrap over questions. \\{STAR}: the question is decomposed first.",
         "",
         "| policy | EM | F1 | dollars/question | calls | trained router ahead, EM |",
         "|---|---|---|---|---|---|",
     ]
     for p in results["policies"]:
         low, high = p["em_ci"]
-        ahead = p.get("router_ahead")
+        ahead = p.get("router_ahead", {}).get("em")
         lead = f"{ahead['mean']:+.3f} [{ahead['ci'][0]:+.3f} .. {ahead['ci'][1]:+.3f}]" if ahead else ""
         lines.append(
             f"| {p['name'].replace(STAR, chr(92) + STAR)} | {p['em']:.3f} [{low:.3f} .. {high:.3f}] | {p['f1']:.3f} "

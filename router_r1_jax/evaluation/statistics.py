@@ -1,7 +1,4 @@
-"""Bootstrap intervals of a mean over questions, and how two policies differ on the same questions.
-
-For the difference there are an interval of its mean and the sign test.
-"""
+"""Bootstrap intervals of a mean over questions, and the sign test of differences."""
 
 import math
 from collections.abc import Sequence
@@ -52,25 +49,6 @@ def bootstrap_mean_of_sets(
     rng = np.random.default_rng(seed)
     means = np.mean([_resampled_means(sample, resamples, rng) for sample in samples], axis=0)
     return _interval(np.mean([sample.mean() for sample in samples]), means, level)
-
-
-def paired_bootstrap(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    *,
-    resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> Interval:
-    """Interval of mean(a - b), where a[i] and b[i] are two policies' scores on the same question i.
-
-    Questions are resampled, not scores: what makes a question hard for both cancels, which two separate intervals
-    would count twice. Arguments and errors as for `bootstrap_mean`; a and b must have one length.
-    """
-    first, second = _checked("a", a), _checked("b", b)
-    if len(first) != len(second):
-        raise ValueError(f"a has {len(first)} values and b has {len(second)}; pair them by question first")
-    return bootstrap_mean(first - second, resamples=resamples, seed=seed, level=level)
 
 
 class SignTest(NamedTuple):

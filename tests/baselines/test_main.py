@@ -24,7 +24,7 @@ def test_baselines_are_measured_on_the_run_s_questions_and_only_once(finished_ru
     trained = json.loads((workdir / "results.json").read_text())["policies"][0]
     assert lines["trained router"]["em"] == trained["em"]
     for name in NAMES:
-        ahead = lines[name]["router_ahead"]
+        ahead = lines[name]["router_ahead"]["em"]
         assert ahead["mean"] == pytest.approx(trained["em"] - lines[name]["em"]) and ahead["ci"][0] <= ahead["ci"][1]
     assert lines["direct"]["calls_per_question"] == 0 and lines["random"]["calls_per_question"] == 1
     assert lines["knn*"]["calls_per_question"] > 1

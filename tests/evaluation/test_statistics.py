@@ -8,10 +8,8 @@ import pytest
 
 from router_r1_jax.evaluation import statistics
 from router_r1_jax.evaluation.statistics import (
-    Interval,
     bootstrap_mean,
     bootstrap_mean_of_sets,
-    paired_bootstrap,
     sign_test,
 )
 
@@ -37,24 +35,6 @@ def test_large_samples_agree_with_the_normal_approximation(p):
     half = NormalDist().inv_cdf(0.975) * values.std() / np.sqrt(len(values))
     assert got.low == pytest.approx(values.mean() - half, abs=0.03 * half)
     assert got.high == pytest.approx(values.mean() + half, abs=0.03 * half)
-
-
-def test_pairing_removes_what_both_policies_share():
-    rng = np.random.default_rng(5)
-    hard = rng.random(800)  # a question's own difficulty, common to both
-    a, b = hard + 0.03 + 0.05 * rng.standard_normal(800), hard
-    got = paired_bootstrap(a, b, resamples=20_000, seed=2)
-    half = NormalDist().inv_cdf(0.975) * (a - b).std() / np.sqrt(800)
-    assert got.low == pytest.approx((a - b).mean() - half, abs=0.05 * half)
-    assert got.high == pytest.approx((a - b).mean() + half, abs=0.05 * half)
-    assert got.low > 0 > bootstrap_mean(a, resamples=2000, seed=2).low - bootstrap_mean(b, resamples=2000, seed=2).high
-
-
-def test_paired_is_antisymmetric_and_zero_on_itself():
-    a, b = [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]
-    there, back = paired_bootstrap(a, b, resamples=999, seed=0), paired_bootstrap(b, a, resamples=999, seed=0)
-    assert there == pytest.approx((-back.mean, -back.high, -back.low))
-    assert paired_bootstrap(a, a, resamples=9, seed=0) == Interval(0.0, 0.0, 0.0)
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):
@@ -85,11 +65,6 @@ def test_seed_decides():
 def test_bad_input_is_named(values, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_mean(values, **({"resamples": 10, "seed": 0} | options))
-
-
-def test_unpaired_lengths_are_refused():
-    with pytest.raises(ValueError, match="a has 2 values and b has 1"):
-        paired_bootstrap([1.0, 2.0], [1.0], resamples=10, seed=0)
 
 
 def test_sets_weigh_the_same_and_questions_are_drawn_within_theirs():
