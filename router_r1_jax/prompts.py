@@ -97,10 +97,11 @@ def encode(tokenizer: Any, text: str, *, system: str = "", thinking: bool = True
     """Token ids of a rendered prompt for a Hugging Face tokenizer.
 
     With a chat template the prompt is the user's turn and the assistant's turn has been opened; without one it is
-    encoded as it stands. No other special tokens are added. `system` is a system message before it, none if empty:
-    then some templates put in their own. `thinking` is `enable_thinking` of templates that know it (Qwen3): False has
-    them close an empty thought at once. A thought that the template leaves open is taken away: the router opens its
-    own. Raises ConfigError where the template refuses the messages.
+    encoded as it stands, behind the token that begins a text where the tokenizer puts one there (base models of the
+    Llama family were never trained without it). No other special tokens are added. `system` is a system message before
+    it, none if empty: then some templates put in their own. `thinking` is `enable_thinking` of templates that know it
+    (Qwen3): False has them close an empty thought at once. A thought that the template leaves open is taken away: the
+    router opens its own. Raises ConfigError where the template refuses the messages.
     """
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []
@@ -115,4 +116,6 @@ def encode(tokenizer: Any, text: str, *, system: str = "", thinking: bool = True
                 f"the tokenizer's chat template refuses the prompt ({error}); prompt.system is {system!r}, {fix}"
             ) from error
         text = _OPENED_THOUGHT.sub("", text)
-    return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(text, add_special_tokens=False)
+    begin = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
+    return begin + tokenizer.encode(text, add_special_tokens=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from router_r1_jax import prompts, protocol
@@ -159,12 +159,17 @@ def tokenizers():
     """A byte-level tokenizer with a chat template's special tokens, for each template of CHAT and for none."""
     specials = ["<|im_start|>", "<|im_end|>", "<s>"]
     made = {}
-    for name, template in {**CHAT, "none": None}.items():
+    for name, template in {**CHAT, "none": None, "base": None, "base with both ends": None}.items():
         model = Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         model.train_from_iterator([], trainers.BpeTrainer(special_tokens=specials, initial_alphabet=alphabet))
+        if name.startswith("base"):
+            ends = [(token, model.token_to_id(token)) for token in ("<s>", "<|im_end|>")]
+            model.post_processor = processors.TemplateProcessing(
+                "<s> $A" + " <|im_end|>" * ("both" in name), None, ends
+            )
         made[name] = PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template, bos_token="<s>")
     return made
 
@@ -185,6 +190,8 @@ def system(text):
     [
         ("none", {}, "Q\n"),
         ("none", {"system": "Hush."}, "Q\n"),
+        ("base", {}, "<s>Q\n"),
+        ("base with both ends", {}, "<s>Q\n"),
         ("own system", {}, system("Be kind.") + user("Q\n") + OPEN),
         ("own system", {"system": "Hush."}, system("Hush.") + user("Q\n") + OPEN),
         ("own system", {"thinking": False}, system("Be kind.") + user("Q\n") + OPEN),
