@@ -337,6 +337,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
             "alpha": config.reward.alpha,
             "split": config.evaluation.split,
             "questions": len(questions),
+            "drawn": session.drawn(config.evaluation.split),
             "paper_model": paper.base_model(session.model.family),
             "changes": [str(one) for one in changes],
             "policies": [policy_entry(config, session, policy, cards) for policy in policies],

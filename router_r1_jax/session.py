@@ -43,6 +43,7 @@ from router_r1_jax.report.writer import replace_file
 from router_r1_jax.router import Router
 
 LEDGER = "ledger.jsonl"
+DRAWS = "data.json"  # what was drawn of each set
 EMPTY_POOL: dict[str, Any] = {"ledger": {}, "ledger_size": 0}
 VOCABULARY_MULTIPLE = 64  # a random start rounds its vocabulary up to it, so that it divides over devices
 
@@ -77,10 +78,14 @@ class Session:
         """The questions that the configuration chooses for a split; what was drawn is noted in <workdir>/data.json."""
         drawn = draw_split(self.config.data, self.data_dirs, split)
         if hosts.first():
-            _note_draw(self.workdir / "data.json", self.config.data, split, drawn)
+            _note_draw(self.workdir / DRAWS, self.config.data, split, drawn)
         records = take_turns(drawn)
         refuse_long(records, self.tokenizer, self.config.prompt.question_tokens)
         return records
+
+    def drawn(self, split: str) -> dict[str, Any]:
+        """What `questions` last drew: the seed, and of each set how many, of how many, and a hash of their ids."""
+        return json.loads((self.workdir / DRAWS).read_text())[split]
 
     def pool_states(self) -> list[dict[str, Any]]:
         """What a checkpoint needs of the pools of all processes, by process. All processes call it."""

@@ -93,6 +93,7 @@ def test_what_was_drawn_is_noted(run):
     assert drawn == [5, 5, 3, 5, 4, 3, 3, 4]  # at most five of each
     assert noted["train"]["sets"]["hotpotqa"]["overlapping"] == 1  # of which a test question of nq is the double
     assert noted["train"]["seed"] == 0 and noted["train"]["per_set"] == 40
+    assert json.loads((run / "results.json").read_text())["drawn"] == noted["test"]
 
 
 def test_the_models_behind_http_are_asked_and_paid(run, models):
