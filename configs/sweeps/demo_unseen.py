@@ -14,14 +14,14 @@ from router_r1_jax.sweep import Overrides, choices
 
 DEMO = Path(__file__).parents[1] / "demo.py"
 RUNS = Path(__file__).parents[2] / "runs"
-TOKENIZER, WARM_START = RUNS / "demo_tokenizer", RUNS / "demo_unseen_warmstart.safetensors"
+TOKENIZER = RUNS / "demo_tokenizer"
 UNSEEN = ("Aria", "Atlas")  # each is the best of five in a domain where the three others are poor
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = runpy.run_path(str(DEMO))["get_config"](arg)
     c.model.tokenizer = str(TOKENIZER)
-    c.warmstart.file = str(WARM_START)
+    c.warmstart.file = str(RUNS / "demo_unseen_warmstart.safetensors")
     c.pool.models = tuple(model for model in c.pool.models if model.name not in UNSEEN)
     return c
 

@@ -10,7 +10,7 @@ Result and what it shows: experiments/studies/README.md.
 
 import numpy as np
 from matplotlib.figure import Figure
-from runner import arguments, markdown, save, spelt, trained_runs
+from runner import arguments, make_warm_start, markdown, save, spelt, trained_runs
 
 from router_r1_jax.report import read_metrics
 from router_r1_jax.sweep import seed_mean
@@ -38,6 +38,8 @@ def draw(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
 
 def main() -> None:
     options = arguments(__doc__, "demo_format")
+    if not options.trained_only:
+        make_warm_start("demo_format")
     curves: dict[str, dict[str, list]] = {}
     for run in trained_runs(options):
         lines = [line for line in read_metrics(run.folder) if line.get("phase") != "warmstart"]

@@ -9,6 +9,9 @@ import argparse
 import dataclasses
 import datetime
 import json
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -50,6 +53,15 @@ def arguments(description: str, sweep: str) -> argparse.Namespace:
     return parsed
 
 
+def make_warm_start(sweep: str) -> None:
+    """Train once the warm start that all runs of `configs/sweeps/<sweep>.py` read; without it each trains its own."""
+    config_file = ROOT / f"configs/sweeps/{sweep}.py"
+    target = Path(runpy.run_path(str(config_file))["get_config"]().warmstart.file)
+    if not target.exists():
+        command = [sys.executable, "-m", "router_r1_jax.warmstart", f"--config={config_file}"]
+        subprocess.run([*command, f"--workdir={target.with_suffix('')}"], check=True)
+
+
 def trained_runs(
     options: argparse.Namespace, wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
 ) -> list[Run]:
@@ -86,8 +98,6 @@ def checkpoints(folder: Path) -> bool:
 
 def run_config(options: argparse.Namespace, run: Run, **more: Any) -> ConfigDict:
     """The configuration of a run, read from its sweep, with further overrides."""
-    import runpy
-
     config = runpy.run_path(str(ROOT / f"configs/sweeps/{options.sweep}.py"))["get_config"]()
     config.update_from_flattened_dict(dict(run.overrides) | {"evaluation.questions": options.questions} | more)
     validate(config)

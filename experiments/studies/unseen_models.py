@@ -14,8 +14,6 @@ Result and what it shows: experiments/studies/README.md.
 import argparse
 import dataclasses
 import runpy
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +24,7 @@ from runner import (
     Variant,
     arguments,
     figures,
+    make_warm_start,
     markdown,
     measured,
     opened,
@@ -67,19 +66,12 @@ class Case:
 CASES = (Case("three models", False), Case("all five", True), Case("all five, names dealt anew", True, rename=True))
 
 
-def make_start() -> None:
-    """The tokenizer and the warm start of the runs with three models."""
-    c = SWEEP["get_config"]()
+def make_tokenizer() -> None:
+    """The demo's, which knows all five names, where the runs with three models look for it."""
     if not SWEEP["TOKENIZER"].exists():
-        texts = corpus(
-            World(c.data.world), cards_from_config(DEMO.pool), prompts.load_template(c.prompt.template),
-            c.rollout.max_calls,
-        )  # fmt: skip
+        template = prompts.load_template(DEMO.prompt.template)
+        texts = corpus(World(DEMO.data.world), cards_from_config(DEMO.pool), template, DEMO.rollout.max_calls)
         train_tokenizer(texts, SWEEP["TOKENIZER"])
-    if not SWEEP["WARM_START"].exists():
-        command = [sys.executable, "-m", "router_r1_jax.warmstart"]
-        config = f"--config={ROOT / 'configs/sweeps/demo_unseen.py'}"
-        subprocess.run([*command, config, f"--workdir={SWEEP['RUNS'] / 'demo_unseen_warmstart'}"], check=True)
 
 
 def measure(options: argparse.Namespace, router: str) -> dict[str, dict[int, dict[str, Any]]]:
@@ -125,7 +117,8 @@ def main() -> None:
     options = arguments(__doc__, "")
     options.folder = options.runs
     if not options.trained_only:
-        make_start()
+        make_tokenizer()
+        make_warm_start("demo_unseen")
     each = {name: lines for name in ROUTERS if (lines := measure(options, name))}
     cases = {
         router: {
