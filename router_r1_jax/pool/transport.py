@@ -76,7 +76,7 @@ class Transport:
         message = _error_field(content, "message")
         if "Location" in answer.headers:
             message = f"it redirects to {answer.headers['Location']}"
-        error = self._blot(f"HTTP {status}: {message}".rstrip(": "))[:300]
+        error = self._blot(f"HTTP {status}: {message}".rstrip(": "))[:300]  # a key that is cut is not blotted out
         if status in _RETRIED or status >= 500:
             outcome = _RETRIED.get(status, Outcome.UNAVAILABLE)
             return Attempt(outcome, error=error, again=True, pause=_retry_after(answer.headers.get("Retry-After", "")))
@@ -214,13 +214,13 @@ def _cached(usage: Mapping[str, Any]) -> int:
 
 
 def _error_field(content: bytes, field: str) -> str:
-    """A field of an OpenAI-style error body, in one short line; "" where there is none."""
+    """A field of an OpenAI-style error body, in one line of any length; "" where there is none."""
     try:
         data: Any = json.loads(content)
         said = data["error"][field]
     except (ValueError, TypeError, LookupError, RecursionError):
         return ""
-    return " ".join(str(said).split())[:200]
+    return " ".join(str(said).split())
 
 
 def _reason(error: BaseException) -> str:

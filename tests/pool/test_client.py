@@ -538,6 +538,18 @@ def test_a_key_is_sent_and_shows_up_nowhere_else(serve, pool_config, monkeypatch
     assert "[key]" in got.text + got.error
 
 
+def test_no_part_of_a_key_is_left_where_a_long_error_is_cut(serve, pool_config, monkeypatch):
+    lengths = (100, 180, 190, 199, 280, 290)  # of what stands before the key
+
+    def script(number, body):
+        return 400, {}, json.dumps({"error": {"message": "x" * lengths[number] + KEY}}).encode()
+
+    client, card = _client(_with_key(pool_config(serve(script).base_url), monkeypatch))
+    for _ in lengths:
+        error = client.complete(card, "Who?").error
+        assert len(error) <= 300 and KEY[:3] not in error
+
+
 class _nothing:  # noqa: N801
     def __enter__(self):
         return None
