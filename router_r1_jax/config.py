@@ -71,6 +71,9 @@ def model_card(**fields: object) -> ConfigDict:
 def provider(**fields: object) -> ConfigDict:
     """One OpenAI-compatible endpoint. `key_env` names the environment variable that holds the key; "" sends none.
 
+    The key goes as "Bearer KEY" into the header Authorization, and as it stands into any other `key_header`, such as
+    x-goog-api-key.
+
     requests_per_minute and tokens_per_minute hold us back before the provider does (0: no limit). concurrency (calls in
     flight) and request_timeout (seconds) are pool.concurrency and pool.request_timeout where they are 0.
     """
@@ -79,6 +82,7 @@ def provider(**fields: object) -> ConfigDict:
             name="",
             base_url="",
             key_env="",
+            key_header="Authorization",
             headers=ConfigDict(),
             parameters=ConfigDict(),
             requests_per_minute=0,

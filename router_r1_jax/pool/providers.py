@@ -5,6 +5,7 @@ A provider holds no key, only the name of the variable with it, so it can be pri
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from ml_collections import ConfigDict
 from router_r1_jax.config import ConfigError
 
 _RESERVED = ("model", "messages", "stream", "n")  # ours to set, or they would change the shape of the answer
-_SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "api-key", "x-api-key")
+_SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)  # headers stand in config.json and report
+_HEADER_NAME = re.compile("[A-Za-z0-9-]+")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Provider:
     name: str
     base_url: str
     key_env: str
+    key_header: str
     headers: Mapping[str, str]
     parameters: Mapping[str, Any]
     requests_per_minute: float
@@ -75,6 +78,10 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
         if not entry.name or entry.name in providers:
             raise ConfigError(f"{field}.name is {entry.name!r}; every provider needs a name of its own")
         _check_url(f"{field}.base_url", entry.base_url)
+        if not _HEADER_NAME.fullmatch(entry.key_header):
+            raise ConfigError(
+                f"{field}.key_header is {entry.key_header!r}; name a header, such as Authorization or x-goog-api-key"
+            )
         _check_headers(field, entry.headers)
         for name in ("requests_per_minute", "tokens_per_minute", "concurrency", "request_timeout"):
             if not (math.isfinite(entry[name]) and entry[name] >= 0):
@@ -89,6 +96,7 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
             name=entry.name,
             base_url=entry.base_url.rstrip("/"),
             key_env=entry.key_env,
+            key_header=entry.key_header,
             headers=entry.headers.to_dict(),
             parameters={name: value for name, value in parameters.items() if value is not None},
             requests_per_minute=entry.requests_per_minute,
@@ -114,7 +122,10 @@ def _check_url(field: str, url: str) -> None:
 
 def _check_headers(field: str, headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
-        if name.lower() in _SECRET_HEADERS:
-            raise ConfigError(f"{field}.headers.{name} is set; a key comes from the environment, name it in key_env")
+        if _SECRET_HEADER.search(name):
+            raise ConfigError(
+                f"{field}.headers.{name} is set; a key comes from the environment: name its variable in key_env, and "
+                "the header in key_header where it is not Authorization"
+            )
         if not (isinstance(value, str) and value.isascii() and value.isprintable()):
             raise ConfigError(f"{field}.headers.{name} is not text in printable ASCII, as a header must be; correct it")

@@ -158,7 +158,8 @@ def _session(provider: Provider, key: str) -> requests.Session:
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     session.headers.update({"Content-Type": "application/json", **provider.headers})
     if key:
-        session.headers["Authorization"] = f"Bearer {key}"
+        bearer = provider.key_header.lower() == "authorization"
+        session.headers[provider.key_header] = f"Bearer {key}" if bearer else key
     adapter = HTTPAdapter(pool_connections=1, pool_maxsize=provider.concurrency, max_retries=0)
     session.mount("http://", adapter)
     session.mount("https://", adapter)

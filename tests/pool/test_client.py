@@ -538,6 +538,16 @@ def test_a_key_is_sent_and_shows_up_nowhere_else(serve, pool_config, monkeypatch
     assert "[key]" in got.text + got.error
 
 
+def test_a_key_can_go_into_a_header_of_another_name(serve, pool_config, monkeypatch):
+    scripted = serve(lambda n, b: completion("ok"))
+    config = _with_key(pool_config(scripted.base_url), monkeypatch)
+    config.providers[0].key_header = "x-goog-api-key"
+    client, card = _client(config)
+    client.complete(card, "Who?")
+    headers = scripted.requests[0][0]
+    assert headers["x-goog-api-key"] == KEY and "Authorization" not in headers
+
+
 def test_no_part_of_a_key_is_left_where_a_long_error_is_cut(serve, pool_config, monkeypatch):
     lengths = (100, 180, 190, 199, 280, 290)  # of what stands before the key
 
