@@ -232,7 +232,7 @@ class Ended(NamedTuple):
 def run_all(runs: Sequence[Run], workers: int, say: Callable[[str], None] = print) -> list[Ended]:
     """Run the commands of all runs, `workers` runs at a time; a failing run stops no other.
 
-    On Ctrl-C the running ones are asked to end, which keeps their last step, and KeyboardInterrupt is raised.
+    On Ctrl-C the running ones are asked to end, once, which keeps their last step, and KeyboardInterrupt is raised.
     """
     workshop = _Workshop()
     with ThreadPoolExecutor(workers) as threads:
@@ -280,7 +280,10 @@ class _Workshop:
         with self._lock:
             if self._stopped:
                 return -signal.SIGTERM
-            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,))
+            # In a session of its own: a terminal's Ctrl-C would reach it too, and a second signal cuts an update.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True
+            )
             self._processes.add(process)
         code = process.wait()
         with self._lock:

@@ -124,10 +124,16 @@ def test_a_configuration_without_a_sweep_is_refused(tmp_path):
 # How it runs and goes on.
 
 WORK = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
+def hear(number, frame):
+    with open(folder / "heard", "a") as heard:
+        heard.write(signal.Signals(number).name + "\\n")
+    sys.exit(1)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, hear)
 with open(folder / "starts", "a") as starts:
-    starts.write("1\\n")
+    starts.write(f"{os.getpid()}\\n")
 while (folder / "hold").exists():
     time.sleep(0.05)
 if (folder / "fail").exists():
@@ -144,7 +150,10 @@ run_all(make_runs(pathlib.Path({folder!r})), 2)
 
 
 def make_runs(folder: Path) -> list[Run]:
-    """Four runs whose process writes down that it started, waits while a file `hold` lies there, and ends."""
+    """Four runs whose process writes down that it started, waits while a file `hold` lies there, and ends.
+
+    A signal ends it too, and is written down.
+    """
     runs = []
     for seed in range(4):
         run = Run({"seed": seed}, folder / f"seed={seed}", "h", ())
@@ -153,9 +162,18 @@ def make_runs(folder: Path) -> list[Run]:
     return runs
 
 
-def starts(run: Run) -> int:
+def pids(run: Run) -> list[int]:
     path = run.folder / "starts"
-    return len(path.read_text().split()) if path.exists() else 0
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def starts(run: Run) -> int:
+    return len(pids(run))
+
+
+def start_sweep(folder: Path) -> subprocess.Popen:
+    code = SWEEP.format(tests=str(Path(__file__).parent), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], env=mains.environment(), start_new_session=True)
 
 
 def test_a_failing_run_is_named_and_stops_no_other(tmp_path):
@@ -174,8 +192,7 @@ def test_a_killed_sweep_goes_on_and_never_twice_in_one_folder(tmp_path):
     runs = make_runs(tmp_path)
     for run in runs[1:]:
         (run.folder / "hold").touch()
-    code = SWEEP.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    sweep = subprocess.Popen([sys.executable, "-c", code], env=mains.environment(), start_new_session=True)
+    sweep = start_sweep(tmp_path)
     try:
         mains.wait_until(lambda: all(starts(run) for run in runs[:3]) and finished(runs[0]), sweep)
         sweep.kill()
@@ -188,7 +205,10 @@ def test_a_killed_sweep_goes_on_and_never_twice_in_one_folder(tmp_path):
         assert errors["seed=3"] == "" and finished(runs[3])
         assert [starts(run) for run in runs] == [1, 1, 1, 1]
     finally:
-        os.killpg(sweep.pid, signal.SIGKILL)  # the session that the sweep has begun, its processes with it
+        sweep.kill()
+        for run in runs[1:3]:
+            for pid in pids(run):
+                os.kill(pid, signal.SIGKILL)
     for run in runs[1:3]:
         with open(run.folder / "sweep.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # which its process holds until it is gone
@@ -196,6 +216,24 @@ def test_a_killed_sweep_goes_on_and_never_twice_in_one_folder(tmp_path):
         assert not finished(run)
     assert [end.error for end in run_all(runs[1:3], 2, lambda _: None)] == ["", ""]
     assert [starts(run) for run in runs] == [1, 2, 2, 1] and all(map(finished, runs))
+
+
+def test_a_terminal_s_ctrl_c_asks_each_run_once(tmp_path):
+    """It is sent to the sweep's whole process group; two signals at once would cut an update that is under way."""
+    runs = make_runs(tmp_path)
+    for run in runs:
+        (run.folder / "hold").touch()
+    sweep = start_sweep(tmp_path)
+    try:
+        mains.wait_until(lambda: all(starts(run) for run in runs[:2]), sweep)
+        os.killpg(sweep.pid, signal.SIGINT)
+        assert sweep.wait(mains.TIMEOUT) != 0
+    finally:
+        sweep.kill()
+        for run in runs:
+            (run.folder / "hold").unlink()
+    assert [(run.folder / "heard").read_text().split() for run in runs[:2]] == [["SIGTERM"], ["SIGTERM"]]
+    assert [starts(run) for run in runs] == [1, 1, 0, 0]
 
 
 def test_results_of_another_configuration_are_not_taken_for_a_run_s(tmp_path):
