@@ -321,7 +321,7 @@ def base_config() -> ConfigDict:
     c.evaluation.samples = 0  # episodes per question at `temperature`, beside the greedy one
     c.evaluation.temperature = 1.0
     c.evaluation.bootstrap = 10_000  # resamples of the intervals
-    c.evaluation.tape = True  # keep the calls in evaluation/tape.sqlite where pool.tape is off: none is paid twice
+    c.evaluation.tape = True  # where pool.tape is off, evaluation/tape.sqlite keeps the calls, baselines' too
     c.evaluation.baseline = "first"  # checkpoint compared with on the same questions: first (warm start), a step, or ""
 
     c.logging = ConfigDict(dict(tensorboard=False, wandb="", episodes_every=10))  # wandb: project name

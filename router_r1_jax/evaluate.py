@@ -98,6 +98,17 @@ def modes(config: ConfigDict) -> list[Mode]:
     return [Mode("greedy", 1, 0.0, 1)] + ([Mode("samples", e.samples, e.temperature, 2)] if e.samples else [])
 
 
+def with_tape(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The configuration of a main that may be cut and called again: where pool.tape is off, evaluation.tape stands in.
+
+    Evaluation and baselines share it, in `<workdir>/evaluation/tape.sqlite`: none of their calls is paid twice.
+    """
+    config = config.copy_and_resolve_references()
+    if config.pool.tape.mode == "off" and config.evaluation.tape:
+        config.pool.tape.mode, config.pool.tape.path = "record", str(workdir / FOLDER / "tape.sqlite")
+    return config
+
+
 def identity(
     config: ConfigDict, shown: Sequence[Card], questions: Sequence[QuestionRecord], mode: Mode, weights: str
 ) -> dict[str, Any]:
@@ -306,10 +317,8 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
     changes = parse_changes(change)
     config, weights = find_weights(config, workdir, checkpoint)
     before = baseline(config, weights)
-    settings = config.copy_and_resolve_references()
-    settings.pool = change_pool(config.pool, changes)
-    if settings.pool.tape.mode == "off" and config.evaluation.tape:
-        settings.pool.tape.mode, settings.pool.tape.path = "record", str(workdir / FOLDER / "tape.sqlite")
+    settings = with_tape(config, workdir)
+    settings.pool = change_pool(settings.pool, changes)
     folder = results_folder(workdir, changes)
     with open_session(settings, workdir, load_source=weights.step is None) as session:
         cards = change_world(session.cards, changes)

@@ -29,8 +29,8 @@ ALLOWED = {
     "report": {"protocol"},
     # Policies beside the router, with a main of their own: they meet all rooms.
     "baselines": {
-        "checkpoint", "cli", "config", "data", "evaluation", "experience", "learner", "learning", "model", "pool",
-        "prompts", "protocol", "report", "reward", "router", "session", "train", "warmstart",
+        "checkpoint", "cli", "config", "data", "evaluate", "evaluation", "experience", "learner", "learning", "model",
+        "pool", "prompts", "protocol", "report", "reward", "router", "session", "train", "warmstart", "weights",
     },
 }  # fmt: skip
 WITHOUT_FRAMEWORK = ("reward", "pool", "protocol", "prompts", "data", "evaluation.statistics", "config")

@@ -5,7 +5,8 @@
 Single-call baselines ask the chosen model through the pool; with a star (`knn*`) the question is first cut into parts,
 each routed by itself. `--tries` train questions are put to every model to fit them. Baselines of the router's own
 language model start from the run's first checkpoint, or from the warm start where there is none. Each leaves its
-episodes; one that has them already is not measured again, so the same command goes on where it was cut.
+episodes; one that has them already is not measured again, so the same command goes on where it was cut. With
+`evaluation.tape` or `pool.tape` it pays for no call twice.
 
 It writes baselines.json and baselines.md. Where `evaluate` has left episodes of the trained router on the same
 questions, each baseline's line also says by how much the router is ahead, paired by question.
@@ -39,6 +40,7 @@ from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
+from router_r1_jax.evaluate import with_tape
 from router_r1_jax.evaluation.figures import compare_records, policy_figures
 from router_r1_jax.evaluation.records import Answered, Record, make_records
 from router_r1_jax.model import Params
@@ -240,7 +242,7 @@ def main(config: ConfigDict, workdir: Path, only: str = "", tries: str = "") -> 
     """Measure what has no episodes yet; write and print the table of all that were asked for."""
     if tries and not (tries.isdigit() and int(tries)):
         raise ConfigError(f"--tries is {tries!r}; it is a number of train questions, at least 1")
-    with open_session(config, workdir, load_source=True) as session:
+    with open_session(with_tape(config, workdir), workdir, load_source=True) as session:
         bench = Bench(config, session, int(tries or TRIES))
         names = chosen_names(only, bench.names())
         split = config.evaluation.split

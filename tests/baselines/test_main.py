@@ -5,7 +5,9 @@ import shutil
 
 import mains
 import pytest
+from tiny_config import get_config
 
+from router_r1_jax.baselines import __main__ as baselines
 from router_r1_jax.baselines.__main__ import chosen_names
 from router_r1_jax.config import ConfigError
 
@@ -38,6 +40,23 @@ def test_baselines_are_measured_on_the_run_s_questions_and_only_once(finished_ru
     assert {path.name: path.stat().st_mtime_ns for path in (workdir / "episodes").glob("*baseline*")} == episodes
     assert (workdir / "ledger.jsonl").read_bytes() == ledger
     assert json.loads((workdir / "baselines.json").read_text()) == results
+
+
+@pytest.mark.parametrize(("own", "mode"), [("off", "record"), ("replay", "replay")])
+def test_calls_are_kept_on_evaluation_s_tape_where_the_pool_has_none(tmp_path, monkeypatch, own, mode):
+    opened = []
+
+    def open_session(config, workdir, load_source):
+        opened.append(config.pool.tape)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(baselines, "open_session", open_session)
+    config = get_config()
+    config.pool.tape.mode = own
+    with pytest.raises(KeyboardInterrupt):
+        baselines.main(config, tmp_path)
+    (tape,) = opened
+    assert tape.mode == mode and tape.path == (str(tmp_path / "evaluation" / "tape.sqlite") if own == "off" else "")
 
 
 def test_an_unknown_baseline_is_refused():
