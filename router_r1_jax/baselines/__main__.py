@@ -43,7 +43,7 @@ from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.evaluate import with_tape
 from router_r1_jax.evaluation.figures import compare_records, policy_figures
 from router_r1_jax.evaluation.records import Answered, Record, make_records
-from router_r1_jax.model import Params
+from router_r1_jax.model import Params, add_adapters
 from router_r1_jax.pool.cards import route_names
 from router_r1_jax.pool.outcomes import provider_fault
 from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
@@ -91,15 +91,16 @@ class Bench:
 
     def params(self) -> Params:
         """Of the router before RL."""
-        if self._params is None:
-            with CheckpointStore(self.session.workdir / "checkpoints", keep=None) as store:
+        session, folder = self.session, self.session.workdir / "checkpoints"
+        if self._params is None and folder.exists():
+            with CheckpointStore(folder, keep=None) as store:
                 first = store.first()
                 if first is not None:
-                    self._params = store.restore_params(first, self.session.abstract_params)
-            if self._params is None:
-                writer = MetricsWriter(self.session.workdir / "baselines")
-                self._params = warm_start(self.session, writer)
-                writer.close()
+                    self._params = store.restore_params(first, session.abstract_params)
+        if self._params is None:
+            writer = MetricsWriter(session.workdir / "baselines")
+            self._params = add_adapters(session.model, warm_start(session, writer), session.mesh, self.config.seed)
+            writer.close()
         return self._params
 
     def records(self) -> list[TrainRecord]:

@@ -2,14 +2,20 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import jax
 import mains
+import numpy as np
 import pytest
 from tiny_config import get_config
 
 from router_r1_jax.baselines import __main__ as baselines
 from router_r1_jax.baselines.__main__ import chosen_names
 from router_r1_jax.config import ConfigError
+from router_r1_jax.mesh import make_mesh
+from router_r1_jax.model import ModelConfig, abstract_params, init_params, lora_from
+from router_r1_jax.model.lora import split_trainable
 
 NAMES = ("direct", "prompt only", "fine-tuned", "random", "knn*", "classifier*", "oracle of one call")
 
@@ -57,6 +63,28 @@ def test_calls_are_kept_on_evaluation_s_tape_where_the_pool_has_none(tmp_path, m
         baselines.main(config, tmp_path)
     (tape,) = opened
     assert tape.mode == mode and tape.path == (str(tmp_path / "evaluation" / "tape.sqlite") if own == "off" else "")
+
+
+def test_a_run_without_checkpoints_starts_from_the_warm_start_with_its_adapters(tmp_path, monkeypatch):
+    config = get_config()
+    config.model.lora.rank = 2
+    model = ModelConfig(
+        vocab_size=64, num_layers=2, width=16, mlp=24, num_heads=2, num_kv_heads=1, head_dim=8, remat="none",
+        lora=lora_from(config.model.lora),
+    )  # fmt: skip
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    base = init_params(model.base, mesh, seed=0)
+    monkeypatch.setattr(baselines, "warm_start", lambda session, writer: base)
+    session = SimpleNamespace(workdir=tmp_path, model=model, mesh=mesh, abstract_params=abstract_params(model, mesh))
+    params = baselines.Bench(config, session, 1).params()
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, session.abstract_params)
+    assert_same_leaves(split_trainable(params)[1], base)
+
+
+def assert_same_leaves(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(leaf, own)
 
 
 def test_an_unknown_baseline_is_refused():
