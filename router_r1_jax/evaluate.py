@@ -30,7 +30,7 @@ from router_r1_jax.cli import launch
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.data.reference import references
 from router_r1_jax.evaluation import paper
-from router_r1_jax.evaluation.changes import Change, change_pool, change_shown, change_world, parse_changes
+from router_r1_jax.evaluation.changes import Change, change_pool, change_shown, change_world, check_shown, parse_changes
 from router_r1_jax.evaluation.figures import (
     CompareError,
     check_same_questions,
@@ -322,6 +322,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
     folder = results_folder(workdir, changes)
     with open_session(settings, workdir, load_source=weights.step is None) as session:
         cards = change_world(session.cards, changes)
+        check_shown(settings.pool.shown, cards, changes)
         shown = change_shown(cards, changes, config.seed)
         session.router.show(shown)
         questions = session.questions(config.evaluation.split)[: config.evaluation.questions]

@@ -144,6 +144,7 @@ def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_
         mains.command("evaluate", run, f"--compare={finished_run}", "evaluation.questions=7"),
         mains.command("evaluate", run, f"--compare={tmp_path}"),
         mains.command("evaluate", run, "--change=drop=Nova"),
+        mains.command("evaluate", run, "--change=drop=Titan", "pool.shown=5"),
         mains.command("evaluate", run, f"--checkpoint={tmp_path}"),
         mains.command("evaluate", run, "--checkpoint=no/such/folder"),
     ]
@@ -151,6 +152,7 @@ def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_
         "13 of the 20 questions of the second evaluation are not in the first one's 7",
         "holds no results.json of an evaluation",
         "--change=drop=Nova: there is no model 'Nova'; choose one of Titan, Reel",
+        "pool.shown is 5, and --change=drop=Titan leaves 4 models; show them all with --config.pool.shown=0",
         "is neither a run's folder",
         "--checkpoint=no/such/folder does not exist",
     ]

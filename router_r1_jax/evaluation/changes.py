@@ -107,6 +107,16 @@ def change_world(cards: Sequence[Card], changes: Sequence[Change]) -> Cards:
     return cards
 
 
+def check_shown(shown: int, cards: Sequence[Card], changes: Sequence[Change]) -> None:
+    """Raise ConfigError where prompts are to show more cards (`pool.shown`) than the changes leave."""
+    if shown > len(cards):
+        words = ",".join(map(str, changes))
+        raise ConfigError(
+            f"pool.shown is {shown}, and --change={words} leaves {len(cards)} models; "
+            "show them all with --config.pool.shown=0"
+        )
+
+
 def change_shown(cards: Sequence[Card], changes: Sequence[Change], seed: int) -> Cards:
     """The cards as the router is shown them, after rename, shuffle and blank; keys, prices and providers stay.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from router_r1_jax.config import ConfigError, base_config, model_card, provider
-from router_r1_jax.evaluation.changes import change_pool, change_shown, change_world, parse_changes
+from router_r1_jax.evaluation.changes import change_pool, change_shown, change_world, check_shown, parse_changes
 from router_r1_jax.pool.cards import Card, cards_from_config, route_names
 from router_r1_jax.prompts import card_line, render
 from router_r1_jax.protocol import RouteCall, RouteFault, parse_route
@@ -203,3 +203,13 @@ def test_no_card_keeps_its_place_in_any_size():
         after = shown("shuffle", int(seed), many)
         assert sorted(c.key for c in after) == sorted(c.key for c in many)
         assert all(a.key != b.key for a, b in zip(after, many, strict=True))
+
+
+def test_more_cards_than_a_changed_pool_has_cannot_be_shown():
+    changes = parse_changes("drop=Titan,rename")
+    check_shown(2, world("drop=Titan"), changes)
+    said = (
+        r"pool\.shown is 3, and --change=drop=Titan,rename leaves 2 models; .* --config\.pool\.shown=0"
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_shown(3, world("drop=Titan"), changes)
