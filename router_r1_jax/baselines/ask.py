@@ -124,11 +124,12 @@ def _until_accepted(baseline: Baseline, query: str, cards: Sequence[Card], ask: 
 
 
 def write_episode(replies: Sequence[Reply], answer: str, cards: Sequence[Card], *, thought: str) -> CalledEpisode:
-    """Calls and an answer as a response of the router's protocol."""
+    """Calls and an answer as a response of the router's protocol; replies come neutralised, queries are made so."""
     names = {card.key: card.name for card in cards}
     text = ""
     for reply in replies:
-        text += f"<think> {thought} </think>\n<search> {names.get(reply.model, 'nobody')}: {reply.query} </search>"
+        query = protocol.neutralize(reply.query)
+        text += f"<think> {thought} </think>\n<search> {names.get(reply.model, 'nobody')}: {query} </search>"
         text += protocol.information_block(reply.text)
     text += f"<think> {thought} </think>\n<answer> {answer} </answer>"
     return CalledEpisode(text, tuple(replies))

@@ -18,6 +18,7 @@ from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make
 from router_r1_jax.learning import learner_layout, make_rows
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import Card
+from router_r1_jax.protocol import neutralize
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.router import Router
 from router_r1_jax.session import Session
@@ -41,9 +42,9 @@ class AloneRouter(Router):
         self._instruction = instruction
 
     def _prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
-        """Token ids of instruction and question; no cards."""
+        """Token ids of instruction and question, which is external text; no cards."""
         prompt = self._config.prompt
-        text = self._instruction.replace("{question}", question)
+        text = self._instruction.replace("{question}", neutralize(question))
         return tuple(prompts.encode(self._tokenizer, text, system=prompt.system, thinking=prompt.thinking))
 
 

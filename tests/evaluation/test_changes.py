@@ -208,8 +208,6 @@ def test_no_card_keeps_its_place_in_any_size():
 def test_more_cards_than_a_changed_pool_has_cannot_be_shown():
     changes = parse_changes("drop=Titan,rename")
     check_shown(2, world("drop=Titan"), changes)
-    said = (
-        r"pool\.shown is 3, and --change=drop=Titan,rename leaves 2 models; .* --config\.pool\.shown=0"
-    )
+    said = r"pool\.shown is 3, and --change=drop=Titan,rename leaves 2 models; .* --config\.pool\.shown=0"
     with pytest.raises(ConfigError, match=said):
         check_shown(3, world("drop=Titan"), changes)
