@@ -13,8 +13,9 @@ do the same work in each system:
 - `tunix`: the same loop over the sampler of `google-tunix`, where that is installed (it is no dependency of ours);
   its compile time is taken off.
 
-    python experiments/bench_rollout.py            L4 D256, eleven minutes with Tunix
-    python experiments/bench_rollout.py --full     also L8 D512, and episodes per second over slots and over latency
+    python experiments/bench_rollout.py            L4 D256, seven to eleven minutes with Tunix
+    python experiments/bench_rollout.py --full     also L8 D512, and episodes per second over slots and over latency:
+                                                   three quarters of an hour
 
 `--keep=FILE` notes each part in a file when it is done, and does not repeat what stands there: a run that was cut goes
 on with the part it was cut in. Ratios of parts that ran hours apart say little: a machine's speed moves.
@@ -23,15 +24,22 @@ on with the part it was cut in. Ratios of parts that ran hours apart say little:
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
 the worst value over the sizes that ran.
 
-Result, 25 November 2026, 2 cores of an AMD EPYC (Zen 3), jax 0.10.2, torch 2.13.0, google-tunix 0.1.7, L4 D256:
-episodes per second 5.51 jitted, 4.85 host-driven, 0.42 by generate, 0.34 by Tunix: ratios 13.2 and 16.3 (aims 10, 10),
-jitted against host-driven 1.14; idle share 0.0006 (aim 0.05); `step_vs_matmul` 1.16 (aim 3). An earlier run gave .70
-for generate on the same machine, so its speed moves; within one run all systems share it.
+Result of `--full`, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, torch 2.13.0, google-tunix 0.1.7:
 
-Of `--full` only parts were measured, 26 November 2026, beside other work that took more than half of the same cores
-(load average 8 to 14): `step_vs_matmul` 1.18 at L4 D256 and 0.98 at L8 D512; episodes per second at L4 D256 3.79 with
-64 slots and 3.77 with 256, idle share 0.0006 and 0.0008. So the cores are full with 64 slots already. The larger size
-against the other systems, and episodes per second over latency, have yet to be run.
+| | jitted | host-driven | generate | Tunix | vs generate | vs Tunix | jit vs host | idle share | step_vs_matmul |
+|---|---|---|---|---|---|---|---|---|---|
+| L4 D256, episodes/s | 10.4 | 9.49 | 0.789 | 0.488 | 13.2 | 21.4 | 1.10 | 0.011 | 1.17 |
+| L8 D512, episodes/s | 2.57 | 2.19 | 0.220 | 0.111 | 11.6 | 23.2 | 1.17 | 0.0001 | 1.22 |
+| aim | | | | | 10 | 10 | 1 | 0.05 | 3 |
+
+`results/rollout_scaling.png`, L4 D256: 0.51, 1.63, 4.18, 10.4 and 13.2 episodes/s with 1, 4, 16, 64 and 256 slots;
+over latencies of 0, 0.4, 1 and 2 s 17.4, 10.4, 6.9 and 4.4 with 64 slots and 19.0, 13.2, 11.1 and 8.0 with 256. That is
+not flat, although some row can always decode (idle share 0 to 0.06): a step computes every slot, waiting or not, since a
+shape that depended on who waits would make results depend on the schedule; and on a CPU a step's time grows with the
+slots (2.1 ms with 1, 5.3 with 16, 13.6 with 64, 43 with 256). So a slot that waits costs what a slot that decodes costs,
+and 256 slots are worth little more than 64 that never wait. Where a step is bound by reading the weights, as it is on
+accelerators with few rows, slots are nearly free; that has not been measured. With 256 slots the runs are also short
+(two fills of the slots), and their end weighs in: calls of 15 s are among them at 2 s.
 """
 
 import argparse
