@@ -34,12 +34,12 @@ Result of `--full`, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2
 
 `results/rollout_scaling.png`, L4 D256: 0.51, 1.63, 4.18, 10.4 and 13.2 episodes/s with 1, 4, 16, 64 and 256 slots;
 over latencies of 0, 0.4, 1 and 2 s 17.4, 10.4, 6.9 and 4.4 with 64 slots and 19.0, 13.2, 11.1 and 8.0 with 256. That is
-not flat, although some row can always decode (idle share 0 to 0.06): a step computes every slot, waiting or not, since a
-shape that depended on who waits would make results depend on the schedule; and on a CPU a step's time grows with the
-slots (2.1 ms with 1, 5.3 with 16, 13.6 with 64, 43 with 256). So a slot that waits costs what a slot that decodes costs,
-and 256 slots are worth little more than 64 that never wait. Where a step is bound by reading the weights, as it is on
-accelerators with few rows, slots are nearly free; that has not been measured. With 256 slots the runs are also short
-(two fills of the slots), and their end weighs in: calls of 15 s are among them at 2 s.
+not flat, although some row can nearly always decode (idle share 0 to 0.06): a step computes every slot, waiting or not,
+since a shape that depended on who waits would make results depend on the schedule, and on a CPU a step's time grows
+with the slots (2.1 ms with 1, 5.3 with 16, 13.6 with 64, 43 with 256). So a slot that waits costs what one that decodes
+costs. Where a step is bound by reading the weights, as it is on accelerators with few rows, slots are nearly free; that
+has not been measured. With 256 slots the runs are short too (two fills of the slots), and their end weighs in: calls of
+15 s are among them at 2 s. What would help: fewer lanes that compute than slots that wait, both of a fixed number.
 """
 
 import argparse
