@@ -42,7 +42,7 @@ from router_r1_jax.evaluation.journal import FOLDER, Journal
 from router_r1_jax.evaluation.provenance import commit, versions
 from router_r1_jax.evaluation.records import Record, make_records
 from router_r1_jax.experience import judge
-from router_r1_jax.pool.cards import Card
+from router_r1_jax.pool.cards import Card, at_step
 from router_r1_jax.prompts import load_template
 from router_r1_jax.report import (
     EpisodeWriter,
@@ -321,7 +321,8 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
     settings.pool = change_pool(settings.pool, changes)
     folder = results_folder(workdir, changes)
     with open_session(settings, workdir, load_source=weights.step is None) as session:
-        cards = change_world(session.cards, changes)
+        # At the prices of one step: other policies are charged what the checkpoint evaluated is charged.
+        cards = at_step(change_world(session.cards, changes), weights.step or 0)
         check_shown(settings.pool.shown, cards, changes)
         shown = change_shown(cards, changes, config.seed)
         session.router.show(shown)

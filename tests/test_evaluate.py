@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from pathlib import Path
 
 import mains
 import pytest
@@ -136,6 +137,35 @@ def test_a_changed_pool_is_shown_charged_and_recorded_as_said(finished_run, tmp_
             model = record["calls"][0]["model"]
             assert shown.setdefault(first[1], model) == model != first[1]
     assert shown and "Titan" not in shown
+
+
+POOL = """
+import runpy
+SIMULATED = runpy.run_path({simulated!r})
+PRICE_DATE, providers = SIMULATED["PRICE_DATE"], SIMULATED["providers"]
+def models():
+    models = SIMULATED["models"]()
+    for model in models:
+        model.price_changes = ((1, 7.0, 11.0),)
+    return models
+"""
+
+
+def test_all_policies_are_charged_the_prices_of_the_step_that_is_evaluated(finished_run, tmp_path):
+    """Also the warm start, whose own step lies before the change, and the references."""
+    run = copy_of(finished_run, tmp_path / "run")
+    pool = tmp_path / "pool.py"
+    pool.write_text(POOL.format(simulated=str(Path(__file__).parents[1] / "configs/pools/simulated.py")))
+    mains.succeed("evaluate", run, f"--change=pool={pool}", "evaluation.questions=4")
+    (results,) = [json.loads(path.read_text()) for path in run.glob("changes/*/results.json")]
+    assert [p["checkpoint"] > 0 for p in results["policies"]] == [True, False]
+    calls = [line for line in read_ledger(run / "ledger.jsonl") if line["model"]]
+    assert {line["step"] for line in calls} == {p["checkpoint"] for p in results["policies"]}
+    for call in calls:
+        dollars = (7.0 * call["prompt_tokens"] + 11.0 * call["completion_tokens"]) / 1e6
+        assert call["charged"] == pytest.approx(dollars)
+    alone = [r["dollars_per_question"] for r in results["references"] if r["name"].endswith("alone")]
+    assert len(alone) > 1 and max(alone) < 2 * min(alone)  # one price for all; 20 times as much without the change
 
 
 def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_path):

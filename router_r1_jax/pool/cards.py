@@ -99,14 +99,12 @@ def roster_settings(pool_config: ConfigDict) -> dict[str, Any]:
 
 
 def at_step(cards: Sequence[Card], step: int) -> tuple[Card, ...]:
-    """The cards with the prices that are valid at a training step."""
+    """The cards with the prices that are valid at a training step, which no other step changes any more."""
 
     def priced(card: Card) -> Card:
         past = [change for change in card.price_changes if change[0] <= step]
-        if not past:
-            return card
-        _, price_in, price_out = max(past, key=lambda change: change[0])
-        return dataclasses.replace(card, price_in=price_in, price_out=price_out)
+        _, price_in, price_out = max(past, key=lambda c: c[0], default=(0, card.price_in, card.price_out))
+        return dataclasses.replace(card, price_in=price_in, price_out=price_out, price_changes=())
 
     return tuple(map(priced, cards))
 

@@ -153,4 +153,7 @@ def test_a_price_changes_at_its_step_and_nothing_else_does(pool_config):
     prices = [(card.price_in, card.price_out) for step in (0, 4, 5, 9, 10, 99) for card in at_step(cards, step)[:1]]
     assert prices == [(3.0, 12.0)] * 2 + [(4.0, 6.0)] * 2 + [(1.0, 2.0)] * 2
     assert at_step(cards, 99)[1] == cards[1]
-    assert dataclasses.replace(at_step(cards, 99)[0], price_in=3.0, price_out=12.0) == cards[0]
+    fields = dict(price_in=3.0, price_out=12.0, price_changes=cards[0].price_changes)
+    assert dataclasses.replace(at_step(cards, 99)[0], **fields) == cards[0]
+    for step in (0, 5, 10):
+        assert at_step(at_step(cards, step), 7) == at_step(cards, step)
