@@ -125,6 +125,16 @@ def identity(
     }  # fmt: skip
 
 
+def batch_size(config: ConfigDict, group: int = 1) -> int:
+    """Questions that share a roster: as many as fill a training step, with `group` episodes each.
+
+    Where a roster is a draw of cards or names, only as many as in a training step: an evaluation then sees many.
+    """
+    if config.pool.shown or config.pool.rename:
+        return config.rollout.questions
+    return max(1, config.rollout.questions * config.rollout.group // group)
+
+
 def answer_all(
     config: ConfigDict,
     session: Session,
@@ -135,12 +145,12 @@ def answer_all(
     step: int,
     policy: str,
 ) -> list[Record]:
-    """Records of the parameters pushed last. Questions go in batches, each with a roster of its own order.
+    """Records of the parameters pushed last. Questions go in batches, each with a roster of its own.
 
     Episodes of the journal are not sampled again, and what is sampled enters it at once.
     """
     split = config.evaluation.split
-    size = max(1, config.rollout.questions * config.rollout.group // mode.group)
+    size = batch_size(config, mode.group)
     normalizer = CostNormalizer(config.reward.window)
     records = []
     total = len(questions) * mode.group

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from router_r1_jax import prompts
 from router_r1_jax.data.questions import QuestionIterator, QuestionRecord
+from router_r1_jax.evaluate import batch_size
 from router_r1_jax.evaluation.records import Record, make_records
 from router_r1_jax.experience import judge
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_optimizer
@@ -57,8 +58,8 @@ def answer_greedily(
     split: str,
     on_finish: Callable[[], Any] = lambda: None,
 ) -> list[Record]:
-    """Records of greedy answers, in batches as evaluation asks them: each with a roster of its own order."""
-    size = config.rollout.questions * config.rollout.group
+    """Records of greedy answers, in batches as evaluation asks them: each with a roster of its own."""
+    size = batch_size(config)
     normalizer, records = CostNormalizer(config.reward.window), []
     for start in range(0, len(questions), size):
         answers = router.answer(

@@ -2,7 +2,8 @@
 
 Everything is computed from records (`evaluation.records`). Where a question has several records (samples at a
 temperature), its value is their mean, and intervals still resample questions: samples of one question are no new
-evidence about other questions.
+evidence about other questions. What the intervals do not hold: questions of one batch share a roster (`pool.shown`,
+`pool.rename`, `pool.shuffle`), and a roster that suits the router lifts all of them; nor other seeds of training.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny_world import CARDS, questions
 
-from router_r1_jax.baselines.own import DIRECT, AloneRouter, best_episodes
+from router_r1_jax.baselines.own import DIRECT, AloneRouter, answer_greedily, best_episodes
 from router_r1_jax.config import base_config
+from router_r1_jax.evaluate import answer_all, modes
+from router_r1_jax.evaluation.journal import Journal
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.rollout import Episode
 from router_r1_jax.router import Answers
@@ -54,6 +56,36 @@ def test_fine_tuning_keeps_the_best_right_episode_of_each_question(alpha):
         assert list(prefix) == [1, 2] and len(rows) == 2  # repeated until the batch is full
         for row in rows:
             assert list(row.prompt) == [3 + kept] and list(row.tokens) == [100 + kept] * 4 and list(row.mask) == [1] * 4
+
+
+class Batches:
+    """Notes the batches that it is asked; no episode is right."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def answer(self, questions, *, group, seed, **_) -> Answers:
+        self.asked.append((len(questions), seed))
+        episodes = [episode(i, "no", 1.0) for i in range(len(questions))]
+        return Answers(list(questions), episodes, group, CARDS, 2, np.ones(len(episodes), bool), None)
+
+
+@pytest.mark.parametrize(
+    ("pool", "sizes"), [({}, [6, 1]), ({"shown": 2}, [2, 2, 2, 1]), ({"rename": True}, [2, 2, 2, 1])]
+)
+def test_baselines_and_evaluation_ask_in_the_same_batches_small_where_rosters_differ(tmp_path, pool, sizes):
+    config = base_config()
+    config.rollout.update(dict(questions=2, group=GROUP))
+    config.pool.update(pool)
+    asked = questions("test")[:7]
+    router, evaluated = Batches(), Batches()
+    records = answer_greedily(config, router, asked, policy="b", split="test")
+    with Journal(tmp_path, "trained", {}) as journal:
+        mode = modes(config)[0]
+        session = SimpleNamespace(router=evaluated)
+        answer_all(config, session, asked, mode, journal, step=0, policy="trained")
+    assert router.asked == evaluated.asked and [size for size, _ in router.asked] == sizes
+    assert [record["id"] for record in records] == [question.id for question in asked]
 
 
 class Letters:
