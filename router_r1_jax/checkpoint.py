@@ -203,6 +203,10 @@ class CheckpointStore:
         """Only the parameters of `step`, e.g. for evaluation or as the reference policy; otherwise as `restore`."""
         return self._load(step, {"params": abstract_params})["params"]
 
+    def restore_run(self, step: int) -> dict[str, Any]:
+        """Only the `run` dict of `step`; otherwise as `restore`."""
+        return self._load(step, {"run": None})["run"]
+
     def _settled(self) -> dict[int, float | None]:
         """The metric of every step on disk, the one in flight included once it is there."""
         self.wait()

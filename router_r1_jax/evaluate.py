@@ -41,7 +41,7 @@ from router_r1_jax.evaluation.figures import (
 from router_r1_jax.evaluation.journal import FOLDER, Journal
 from router_r1_jax.evaluation.provenance import commit, versions
 from router_r1_jax.evaluation.records import Record, make_records
-from router_r1_jax.experience import judge
+from router_r1_jax.experience import judge, steady_costs
 from router_r1_jax.pool.cards import Card, at_step
 from router_r1_jax.prompts import load_template
 from router_r1_jax.report import (
@@ -58,12 +58,11 @@ from router_r1_jax.report import (
     write_report,
 )
 from router_r1_jax.report.writer import EPISODES_FOLDER, read_lines
-from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.rollout import Episode
 from router_r1_jax.router import is_valid
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.train import config_hash
-from router_r1_jax.weights import Weights, find_weights, fingerprint
+from router_r1_jax.weights import Weights, find_weights, fingerprint, first_costs
 
 
 class Mode(NamedTuple):
@@ -144,14 +143,16 @@ def answer_all(
     *,
     step: int,
     policy: str,
+    costs: dict[str, Any] | None = None,
 ) -> list[Record]:
     """Records of the parameters pushed last. Questions go in batches, each with a roster of its own.
 
+    `costs` is the window that they are judged by (`experience.steady_costs`).
     Episodes of the journal are not sampled again, and what is sampled enters it at once.
     """
     split = config.evaluation.split
     size = batch_size(config, mode.group)
-    normalizer = CostNormalizer(config.reward.window)
+    normalizer = steady_costs(config, costs)
     records = []
     total = len(questions) * mode.group
     with tqdm(total=total, desc=policy, unit="episode", dynamic_ncols=True, disable=not hosts.first()) as bar:
@@ -180,8 +181,9 @@ def evaluate_policy(
     shown: Sequence[Card],
     weights: Weights,
     workdir: Path,
+    costs: dict[str, Any] | None,
 ) -> Policy:
-    """Every mode of one policy; its episodes are written to `<workdir>/episodes`."""
+    """Every mode of one policy; its episodes are written to `<workdir>/episodes`. `costs` as for `answer_all`."""
     params = weights.load(session)
     session.router.push(params)
     bits = fingerprint(params)
@@ -196,7 +198,9 @@ def evaluate_policy(
                 )
             policy = weights.name if mode.name == "greedy" else f"{weights.name}, sampled"
             step = weights.step or 0
-            results[mode.name] = answer_all(config, session, questions, mode, journal, step=step, policy=policy)
+            results[mode.name] = answer_all(
+                config, session, questions, mode, journal, step=step, policy=policy, costs=costs
+            )
         if hosts.first():
             writer = EpisodeWriter(workdir, f"{split}_{name}")
             writer.write(results[mode.name])
@@ -340,8 +344,11 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", compare: str =
         other = read_other(Path(compare).absolute(), questions) if compare else None
 
         # ---- answers -------------------------------------------------------------------------------------------------
+        costs = None if weights.step is None else first_costs(weights.source)
         policies = [
-            evaluate_policy(settings, session, questions, shown, each, folder) for each in (weights, before) if each
+            evaluate_policy(settings, session, questions, shown, each, folder, costs)
+            for each in (weights, before)
+            if each
         ]
         if not hosts.first():
             return

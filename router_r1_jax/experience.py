@@ -9,9 +9,9 @@ sampling has devices, or cores, of its own.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -51,6 +51,14 @@ def judge(config: ConfigDict, answers: Answers, normalizer: CostNormalizer) -> R
         groups=answers.groups,
         valid=answers.valid,
     )
+
+
+def steady_costs(config: ConfigDict, first: Mapping[str, Any] | None) -> CostNormalizer:
+    """What several policies' costs are judged by, alike: `first`, a run's window after its first rollout.
+
+    A window that moved along would call the middle of any policy's own costs cheap. It does where `first` is None.
+    """
+    return CostNormalizer.fixed(first) if first else CostNormalizer(config.reward.window)
 
 
 def gather(

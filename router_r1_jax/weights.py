@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,19 @@ def find_weights(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Co
     if not checkpoint and config.model.source and not own.exists():
         return _hugging_face(config, config.model.source)
     return config, _checkpoint(own, checkpoint)
+
+
+def first_costs(folder: str | Path) -> dict[str, Any] | None:
+    """The cost window after the first rollout of the run whose checkpoints lie in `folder`; None where it is empty.
+
+    The window is in the unit of that run's `reward.cost`. The first checkpoint alone was written before any rollout.
+    """
+    with CheckpointStore(folder, keep=None) as store:
+        for step in (store.best(), store.latest()):
+            window = None if step is None else store.restore_run(step)["first_cost_window"]
+            if window and window["sqrt_costs"]:
+                return window
+    return None
 
 
 def fingerprint(params: Params) -> str:

@@ -250,9 +250,10 @@ def test_restores_on_another_mesh_and_back(tmp_path):
         assert_is_step(restore(store, 5), 5)
 
 
-def test_params_alone(tmp_path):
+def test_params_and_run_alone(tmp_path):
     with CheckpointStore(fill(tmp_path / "c", {3: 0.5})) as store:
         params = store.restore_params(3, abstract(state_of(3)["params"]))
+        assert store.restore_run(3) == state_of(3)["run"]
     assert np.array_equal(params["layers"]["w"], state_of(3)["params"]["layers"]["w"])
 
 

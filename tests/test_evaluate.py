@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import mains
+import numpy as np
 import pytest
 from bad_config import tiny_config
 from gated_pool import GatedPool
@@ -87,6 +88,22 @@ def test_killed_twice_it_ends_with_the_same_results_and_asks_nothing_twice(finis
     table = (cut / "results.md").read_text()
     mains.succeed("evaluate", cut, *SAMPLES, config=config)
     assert (cut / "results.md").read_text() == table
+
+
+def test_policies_are_judged_by_the_costs_of_the_run_s_first_rollout(finished_run):
+    """Both by one window that does not move: equal costs are judged alike, whoever made them."""
+    _, run = mains.checkpoint_arrays(finished_run, 4)
+    window = run["first_cost_window"]["sqrt_costs"]
+    assert len(window) == 16
+    low, high = np.percentile(window, [5, 95])
+    judged = set()
+    for name in ("trained", "warm_start"):
+        for record in read_lines(finished_run / "episodes" / f"test_{name}.jsonl"):
+            if not record["failed"]:
+                expected = 1 - np.clip((record["raw_cost"] ** 0.5 - low) / (high - low), 0, 1)
+                assert record["reward"]["cost"] == pytest.approx(expected, abs=1e-6)
+                judged.add(record["reward"]["cost"])
+    assert len(judged) > 1
 
 
 def test_an_exported_folder_and_another_runs_checkpoint_are_the_run_itself(finished_run, tmp_path):

@@ -43,14 +43,16 @@ from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.evaluate import with_tape
 from router_r1_jax.evaluation.figures import compare_records, policy_figures
 from router_r1_jax.evaluation.records import Answered, Record, make_records
+from router_r1_jax.experience import steady_costs
 from router_r1_jax.model import Params, add_adapters
 from router_r1_jax.pool.cards import route_names
 from router_r1_jax.pool.outcomes import provider_fault
 from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
-from router_r1_jax.reward import CostNormalizer, episode_cost, score
+from router_r1_jax.reward import episode_cost, score
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.train import config_hash
 from router_r1_jax.warmstart import warm_start
+from router_r1_jax.weights import first_costs
 
 TRIES = 500
 ORACLE = "oracle of one call"
@@ -66,6 +68,8 @@ class Bench:
         self.config, self.session, self.tries = config, session, tries
         self._records: list[TrainRecord] | None = None
         self._params: Params | None = None
+        folder = session.workdir / "checkpoints"
+        self.costs = first_costs(folder) if folder.exists() else None  # that the router is judged by
         self._fitted: dict[str, Baseline] = {}
 
     @property
@@ -164,7 +168,9 @@ def measure_own(bench: Bench, name: str, questions: Sequence[QuestionRecord]) ->
     router.push(params)
     split = config.evaluation.split
     with tqdm(total=len(questions), desc=name, unit="question", dynamic_ncols=True) as bar:
-        return own.answer_greedily(config, router, questions, policy=name, split=split, on_finish=bar.update)
+        return own.answer_greedily(
+            config, router, questions, policy=name, split=split, costs=bench.costs, on_finish=bar.update
+        )
 
 
 def judged(
@@ -178,7 +184,7 @@ def judged(
         np.array([episode_cost(reward.cost, episode.replies, 0, reward.router_price) for episode in episodes]),
         route_names(bench.session.cards),
         preset=reward.preset, alpha=reward.alpha, metric=reward.metric, groups=np.arange(len(episodes)),
-        normalizer=CostNormalizer(reward.window),
+        normalizer=steady_costs(bench.config, bench.costs),
         valid=np.array([not any(provider_fault(reply.outcome) for reply in e.replies) for e in episodes]),
     )  # fmt: skip
     answered = Answered(questions, episodes, bench.session.cards)

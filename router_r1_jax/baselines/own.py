@@ -14,7 +14,7 @@ from router_r1_jax import prompts
 from router_r1_jax.data.questions import QuestionIterator, QuestionRecord
 from router_r1_jax.evaluate import batch_size
 from router_r1_jax.evaluation.records import Record, make_records
-from router_r1_jax.experience import judge
+from router_r1_jax.experience import judge, steady_costs
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_optimizer
 from router_r1_jax.learning import learner_layout, make_rows
 from router_r1_jax.model import Params
@@ -56,11 +56,15 @@ def answer_greedily(
     *,
     policy: str,
     split: str,
+    costs: dict[str, Any] | None = None,
     on_finish: Callable[[], Any] = lambda: None,
 ) -> list[Record]:
-    """Records of greedy answers, in batches as evaluation asks them: each with a roster of its own."""
+    """Records of greedy answers, in batches as evaluation asks them: each with a roster of its own.
+
+    `costs` is the window that they are judged by (`experience.steady_costs`).
+    """
     size = batch_size(config)
-    normalizer, records = CostNormalizer(config.reward.window), []
+    normalizer, records = steady_costs(config, costs), []
     for start in range(0, len(questions), size):
         answers = router.answer(
             questions[start : start + size], group=1, temperature=0.0, seed=(config.seed, 0, 1, start), step=0,

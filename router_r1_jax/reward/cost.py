@@ -1,7 +1,8 @@
 """Turns an episode's raw cost into a number in [0, 1] that can stand beside the outcome.
 
 Raw costs spread over orders of magnitude and shift as the policy learns, so each is judged within a sliding window of
-the latest ones. The window is state: one per run, not shared with validation, kept in the checkpoint.
+the latest ones. The window is state: one per run, kept in the checkpoint; policies that are compared are judged by one
+window that does not move.
 """
 
 import math
@@ -55,8 +56,22 @@ class CostNormalizer:
         if window < 1:
             raise ValueError(f"window is {window}; the cost window holds at least 1 value")
         self.window = window
+        self._fixed = False
         self._arrived: deque[float] = deque()  # square roots in order of arrival; what leaves is at its left
         self._sorted: list[float] = []  # the same values in order of size: a percentile costs no sort
+
+    @classmethod
+    def fixed(cls, state: Mapping[str, Any]) -> "CostNormalizer":
+        """Judges by the window that `state()` returned, which no cost enters any more: the order is no matter.
+
+        Raises ValueError for a state that is damaged or holds no cost.
+        """
+        normalizer = cls(state["window"])
+        normalizer.restore(state)
+        if not normalizer._sorted:
+            raise ValueError("the saved cost window holds no sqrt_costs; nothing can be judged by it")
+        normalizer._fixed = True
+        return normalizer
 
     def __call__(self, raw_costs: np.ndarray) -> np.ndarray:
         """Cost components [B] in [0, 1] of raw costs [B] (tokens x dollars per million tokens), which enter the window.
@@ -96,11 +111,12 @@ class CostNormalizer:
         self._sorted = sorted(values)
 
     def _component(self, value: float) -> float:
-        """Let one square root of a cost into the window and judge it."""
-        if len(self._arrived) == self.window:
-            del self._sorted[bisect_left(self._sorted, self._arrived.popleft())]
-        self._arrived.append(value)
-        insort(self._sorted, value)
+        """Let one square root of a cost into the window, unless that is fixed, and judge it."""
+        if not self._fixed:
+            if len(self._arrived) == self.window:
+                del self._sorted[bisect_left(self._sorted, self._arrived.popleft())]
+            self._arrived.append(value)
+            insort(self._sorted, value)
         low, high = _quantile(self._sorted, _LOW), _quantile(self._sorted, _HIGH)
         if high - low < FLAT:
             return NEUTRAL

@@ -52,6 +52,25 @@ def test_resumed_equals_uninterrupted(raw_costs, cut, window):
     assert second.state() == whole.state()
 
 
+@given(costs.filter(len), costs, costs, st.integers(1, 12))
+def test_a_fixed_window_judges_each_cost_by_itself(first, one, other, window):
+    moving = CostNormalizer(window)
+    moving(np.array(first))
+    fixed = CostNormalizer.fixed(moving.state())
+    components = [fixed(np.array(side)) for side in (one, other)]
+    together = CostNormalizer.fixed(moving.state())(np.array([*other, *one]))
+    np.testing.assert_array_equal(together, np.concatenate(components[::-1]))
+    low, high = np.percentile(np.sqrt(first[-window:]), [5, 95])
+    expected = 1 - np.clip((np.sqrt(one) - low) / (high - low), 0, 1) if high - low >= 1e-8 else np.full(len(one), 0.5)
+    np.testing.assert_allclose(components[0], expected, rtol=0, atol=1e-6)
+    assert fixed.state() == moving.state()
+
+
+def test_nothing_is_judged_by_no_cost():
+    with pytest.raises(ValueError, match="holds no sqrt_costs"):
+        CostNormalizer.fixed(CostNormalizer(3).state())
+
+
 def test_a_full_window_resumes_to_the_published_values():
     first, second = CostNormalizer(), CostNormalizer()
     first(RAW[:1200])
