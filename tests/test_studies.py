@@ -80,3 +80,14 @@ def test_means_over_seeds_carry_student_s_interval(studies):
     assert means["em"]["ci"] == pytest.approx([interval.low, interval.high]) and means["seeds"] == [0, 1, 2]
     assert studies["runner"]["spelt"](means["em"]) == f"0.920 [{interval.low:.3f} .. {interval.high:.3f}]"
     assert "f1" not in means
+
+
+def test_a_run_is_trained_to_its_end_when_its_last_step_is_written(studies, tmp_path):
+    """Steps of the warm start are none of training; a line that a kill has torn is no line."""
+    ended, metrics = studies["runner"]["checkpoints"], tmp_path / "metrics.jsonl"
+    assert not ended(tmp_path)
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    lines = ['{"step": 120, "phase": "warmstart"}\n', '{"step": 2}\n', '{"step": 3}\n', '{"st']
+    for count, done in ((0, False), (1, False), (2, False), (3, True), (4, True)):
+        metrics.write_text("".join(lines[:count]))
+        assert ended(tmp_path) == done

@@ -30,7 +30,7 @@ from router_r1_jax.evaluation.records import Record, summarise
 from router_r1_jax.evaluation.statistics import bootstrap_mean
 from router_r1_jax.pool.cards import Card, route_names
 from router_r1_jax.protocol import RouteFault, parse_route
-from router_r1_jax.report.writer import EpisodeWriter, replace_file
+from router_r1_jax.report.writer import EpisodeWriter, read_metrics, replace_file
 from router_r1_jax.router import Router
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.sweep import Run, finished, plan, run_all, seed_mean
@@ -89,11 +89,9 @@ def trained_runs(
 
 def checkpoints(folder: Path) -> bool:
     """Whether a run was trained to its end."""
-    config, metrics = folder / "config.json", folder / "metrics.jsonl"
-    if not (config.exists() and metrics.exists()):
-        return False
-    last = json.loads(metrics.read_text().splitlines()[-1])
-    return last["step"] >= json.loads(config.read_text())["steps"]
+    config = folder / "config.json"
+    done = [line["step"] for line in read_metrics(folder) if line.get("phase") != "warmstart"]
+    return config.exists() and max(done, default=-1) >= json.loads(config.read_text())["steps"]
 
 
 def run_config(options: argparse.Namespace, run: Run, **more: Any) -> ConfigDict:
