@@ -124,6 +124,14 @@ def identity(
     }  # fmt: skip
 
 
+def records_identity(
+    config: ConfigDict, shown: Sequence[Card], questions: Sequence[QuestionRecord], weights: str
+) -> dict[str, Any]:
+    """All that the records of greedy episodes depend on: `identity`, and what judges them."""
+    judges = {"reward": config.reward.to_dict(), "golds": [question.golds for question in questions]}
+    return identity(config, shown, questions, modes(config)[0], weights) | judges
+
+
 def batch_size(config: ConfigDict, group: int = 1) -> int:
     """Questions that share a roster: as many as fill a training step, with `group` episodes each.
 

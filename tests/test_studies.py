@@ -4,14 +4,19 @@ import runpy
 import sys
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.data.reference import oracle, trees
 from router_r1_jax.data.world import World, query_text
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.reward import exact_match
+from router_r1_jax.rollout import Episode
+from router_r1_jax.router import Answers
 
 STUDIES = Path(__file__).parents[1] / "experiments" / "studies"
 NAMES = ("main_table", "cost_curve", "unseen_models", "format_reward", "routing_worth")
@@ -91,3 +96,35 @@ def test_a_run_is_trained_to_its_end_when_its_last_step_is_written(studies, tmp_
     for count, done in ((0, False), (1, False), (2, False), (3, True), (4, True)):
         metrics.write_text("".join(lines[:count]))
         assert ended(tmp_path) == done
+
+
+class Silent:
+    """A router that answers nothing, and counts the questions."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def answer(self, questions, *, group, **_):
+        self.asked += len(questions)
+        episodes = [Episode(i, prompt=(), stop="answer", text="<answer> no </answer>") for i in range(len(questions))]
+        return Answers(list(questions), episodes, group, (), 0, np.ones(len(questions), bool), None)
+
+
+def test_episodes_are_measured_once_for_each_checkpoint_and_variant(studies, world_and_cards, tmp_path):
+    runner, (world, cards) = studies["runner"], world_and_cards
+    config = runpy.run_path(str(Path(__file__).parent / "tiny_config.py"))["get_config"]()
+    asked = [QuestionRecord(q.id, "synthetic", q.text, q.golds, 1, (), ()) for q in world.questions("test")[:3]]
+    session = SimpleNamespace(config=config, workdir=tmp_path, cards=cards, pool=None)
+    router = Silent()
+
+    def measured(weight, **overrides):
+        checkpoint = runner["Checkpoint"](session, {"w": np.full(3, weight, np.float32)})
+        checkpoint.router = lambda variant: router
+        return runner["measured"](checkpoint, runner["Variant"]("v", overrides), asked, study="s")
+
+    assert measured(1.0) == measured(1.0) and router.asked == 3
+    measured(2.0)
+    assert router.asked == 6
+    measured(2.0, **{"rollout.max_calls": 0})
+    measured(2.0, **{"rollout.max_calls": 0})
+    assert router.asked == 9

@@ -26,14 +26,17 @@ from router_r1_jax.baselines.own import answer_greedily
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.config import validate
 from router_r1_jax.data.questions import QuestionRecord
+from router_r1_jax.evaluate import records_identity
+from router_r1_jax.evaluation.journal import measured_once
 from router_r1_jax.evaluation.records import Record, summarise
 from router_r1_jax.evaluation.statistics import bootstrap_mean
 from router_r1_jax.pool.cards import Card, route_names
 from router_r1_jax.protocol import RouteFault, parse_route
-from router_r1_jax.report.writer import EpisodeWriter, read_metrics, replace_file
+from router_r1_jax.report.writer import read_metrics, replace_file
 from router_r1_jax.router import Router
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.sweep import Run, finished, plan, run_all, seed_mean
+from router_r1_jax.weights import fingerprint
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -162,12 +165,16 @@ class Checkpoint:
         self._pool.choose = variant.choose
         key = (tuple(variant.overrides.items()), variant.shown)
         if key not in self._routers:
-            session, config = self.session, self.session.config.copy_and_resolve_references()
-            config.update_from_flattened_dict(dict(variant.overrides))
-            cards = tuple(map(variant.shown, session.cards)) if variant.shown else session.cards
+            session, (config, cards) = self.session, self.circumstances(variant)
             self._routers[key] = Router(config, session.model, session.tokenizer, cards, self._pool, session.mesh)
             self._routers[key].push(self.params)
         return self._routers[key]
+
+    def circumstances(self, variant: Variant) -> tuple[ConfigDict, tuple[Card, ...]]:
+        """Configuration and cards of a variant."""
+        session, config = self.session, self.session.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(dict(variant.overrides))
+        return config, tuple(map(variant.shown, session.cards)) if variant.shown else session.cards
 
 
 @contextmanager
@@ -183,20 +190,16 @@ def opened(config: ConfigDict, workdir: Path, checkpoint: str = "best") -> Itera
 def measured(
     checkpoint: Checkpoint, variant: Variant, questions: Sequence[QuestionRecord], *, study: str
 ) -> list[Record]:
-    """Greedy records of a variant; read where they were measured on these very questions."""
-    folder, config = checkpoint.session.workdir / "studies", checkpoint.session.config
-    name = f"{study}_{variant.name}".replace(" ", "_")
-    path = folder / "episodes" / f"{name}.jsonl"
-    if path.exists():
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        if [record["id"] for record in records] == [question.id for question in questions]:
-            return records
-    router, split = checkpoint.router(variant), config.evaluation.split
-    records = answer_greedily(config, router, questions, policy=variant.name, split=split)
-    writer = EpisodeWriter(folder, name)
-    writer.write(records)
-    writer.close()
-    return records
+    """Greedy records of a variant; read where they were measured on these very questions, weights and circumstances."""
+    session, (config, cards) = checkpoint.session, checkpoint.circumstances(variant)
+    made_with = records_identity(config, cards, questions, fingerprint(checkpoint.params))
+
+    def measure() -> list[Record]:
+        router, split = checkpoint.router(variant), config.evaluation.split
+        return answer_greedily(config, router, questions, policy=variant.name, split=split)
+
+    name, ids = f"{study}_{variant.name}".replace(" ", "_"), [question.id for question in questions]
+    return measured_once(session.workdir / "studies", name, made_with, ids, measure)
 
 
 # ---- results and pages ----------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 Single-call baselines ask the chosen model through the pool; with a star (`knn*`) the question is first cut into parts,
 each routed by itself. `--tries` train questions are put to every model to fit them. Baselines of the router's own
 language model start from the run's first checkpoint, or from the warm start where there is none. Each leaves its
-episodes; one that has them already is not measured again, so the same command goes on where it was cut. With
-`evaluation.tape` or `pool.tape` it pays for no call twice.
+episodes; one that has them already, made with the same questions, pool, weights and settings, is not measured again, so
+the same command goes on where it was cut. With `evaluation.tape` or `pool.tape` it pays for no call twice.
 
 It writes baselines.json and baselines.md. Where `evaluate` has left episodes of the trained router on the same
 questions, each baseline's line also says by how much the router is ahead, paired by question.
@@ -40,19 +40,20 @@ from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.evaluate import with_tape
+from router_r1_jax.evaluate import records_identity, with_tape
 from router_r1_jax.evaluation.figures import compare_records, policy_figures
+from router_r1_jax.evaluation.journal import measured_once
 from router_r1_jax.evaluation.records import Answered, Record, make_records
 from router_r1_jax.experience import steady_costs
 from router_r1_jax.model import Params, add_adapters
 from router_r1_jax.pool.cards import route_names
 from router_r1_jax.pool.outcomes import provider_fault
-from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
+from router_r1_jax.report.writer import EPISODES_FOLDER, MetricsWriter, read_lines, replace_file
 from router_r1_jax.reward import episode_cost, score
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.train import config_hash
 from router_r1_jax.warmstart import warm_start
-from router_r1_jax.weights import first_costs
+from router_r1_jax.weights import fingerprint, first_costs
 
 TRIES = 500
 ORACLE = "oracle of one call"
@@ -196,13 +197,22 @@ def file_name(split: str, name: str) -> str:
     return f"{split}_baseline_{name.replace(STAR, '_star').replace(' ', '_')}"
 
 
-def read_records(workdir: Path, name: str, questions: Sequence[QuestionRecord]) -> list[Record] | None:
-    """Records that lie in episodes/NAME.jsonl, if they are of these very questions."""
-    path = workdir / "episodes" / f"{name}.jsonl"
-    if not path.exists():
-        return None
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return records if [record["id"] for record in records] == [question.id for question in questions] else None
+def trained_records(workdir: Path, split: str, questions: Sequence[QuestionRecord]) -> list[Record] | None:
+    """What `evaluate` has left of the trained router on these questions; None where one of them is not there."""
+    own = {record["id"]: record for record in read_lines(workdir / EPISODES_FOLDER / f"{split}_trained.jsonl")}
+    return [own[question.id] for question in questions] if all(q.id in own for q in questions) else None
+
+
+def depends(bench: Bench, name: str, questions: Sequence[QuestionRecord]) -> dict[str, Any]:
+    """All that a baseline's records depend on."""
+    config = bench.config
+    reads_model = name in OWN or name.removesuffix(STAR) == "classifier"
+    weights = fingerprint(bench.params()) if reads_model else ""
+    fitting = {
+        "data": config.data.to_dict(), "tries": bench.tries, "steps": config.steps,
+        "temperature": config.rollout.temperature, "learner": config.learner.to_dict(), "costs": bench.costs,
+    }  # fmt: skip
+    return records_identity(config, bench.session.cards, questions, weights) | fitting
 
 
 def entry(
@@ -254,15 +264,16 @@ def main(config: ConfigDict, workdir: Path, only: str = "", tries: str = "") -> 
         names = chosen_names(only, bench.names())
         split = config.evaluation.split
         questions = session.questions(split)[: config.evaluation.questions]
-        trained = read_records(workdir, f"{split}_trained", questions)
+        trained = trained_records(workdir, split, questions)
+        if trained is None:
+            print("no episodes of the trained router on these questions: evaluate the run first to compare with it")
         entries = [] if trained is None else [entry(config, session, "trained router", trained, None)]
+        ids = [question.id for question in questions]
         for name in names:
-            records = read_records(workdir, file_name(split, name), questions)
-            if records is None:
-                records = measure(bench, name, questions)
-                writer = EpisodeWriter(workdir, file_name(split, name))
-                writer.write(records)
-                writer.close()
+            made_with = depends(bench, name, questions)
+            records = measured_once(
+                workdir, file_name(split, name), made_with, ids, lambda name=name: measure(bench, name, questions)
+            )
             entries.append(entry(config, session, name, records, trained))
         results = {
             "config_hash": config_hash(config), "alpha": config.reward.alpha, "split": split,

@@ -8,12 +8,13 @@ Episodes in which a provider failed are left out: they are asked again.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from router_r1_jax.evaluation.records import Record
 from router_r1_jax.pool.outcomes import Outcome, Reply
-from router_r1_jax.report.writer import JsonLines, read_lines
+from router_r1_jax.report.writer import EPISODES_FOLDER, EpisodeWriter, JsonLines, read_lines
 
 FOLDER = "evaluation"
 
@@ -31,6 +32,24 @@ class Finished(Protocol):
 def digest(identity: Mapping[str, Any]) -> str:
     """A short hash of what an evaluation's episodes depend on, as JSON."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def measured_once(
+    workdir: Path, name: str, identity: Mapping[str, Any], ids: Sequence[str], measure: Callable[[], list[Record]]
+) -> list[Record]:
+    """The records of the questions `ids` that lie in `<workdir>/episodes/NAME.jsonl`, else `measure`'s, put there.
+
+    Each line carries the digest of `identity`, all that the records depend on: others' are measured anew.
+    Raises BrokenFileError.
+    """
+    made_with = digest(identity)
+    records = read_lines(workdir / EPISODES_FOLDER / f"{name}.jsonl")
+    if [(r["id"], r.get("made_with")) for r in records] != [(question, made_with) for question in ids]:
+        records = [record | {"made_with": made_with} for record in measure()]
+        writer = EpisodeWriter(workdir, name)
+        writer.write(records)
+        writer.close()
+    return records
 
 
 class Journal:

@@ -9,13 +9,16 @@ import mains
 import numpy as np
 import pytest
 from tiny_config import get_config
+from tiny_world import CARDS, questions
 
 from router_r1_jax.baselines import __main__ as baselines
 from router_r1_jax.baselines.__main__ import chosen_names
 from router_r1_jax.config import ConfigError
+from router_r1_jax.evaluation.journal import digest
 from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, abstract_params, init_params, lora_from
 from router_r1_jax.model.lora import split_trainable
+from router_r1_jax.report.writer import EpisodeWriter
 
 NAMES = ("direct", "prompt only", "fine-tuned", "random", "knn*", "classifier*", "oracle of one call")
 
@@ -85,6 +88,35 @@ def assert_same_leaves(tree, other):
     assert jax.tree.structure(tree) == jax.tree.structure(other)
     for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(leaf, own)
+
+
+def test_the_trained_router_is_compared_on_some_of_the_questions_that_it_answered(tmp_path):
+    writer = EpisodeWriter(tmp_path, "test_trained")
+    writer.write([{"id": name, "em": 1.0} for name in "abc"])
+    writer.close()
+    asked = [SimpleNamespace(id=name) for name in "ca"]
+    assert [r["id"] for r in baselines.trained_records(tmp_path, "test", asked)] == ["c", "a"]
+    assert baselines.trained_records(tmp_path, "test", [*asked, SimpleNamespace(id="d")]) is None
+    assert baselines.trained_records(tmp_path, "validation", asked) is None
+
+
+def test_records_depend_on_what_they_were_fitted_and_judged_with(tmp_path):
+    asked = questions("test")[:3]
+
+    def depends(name="knn", tries=5, **fields):
+        config = get_config()
+        config.update_from_flattened_dict(fields)
+        session = SimpleNamespace(workdir=tmp_path, cards=CARDS)
+        bench = baselines.Bench(config, session, tries)
+        bench._params = {"w": np.ones(3, np.float32)}
+        return digest(baselines.depends(bench, name, asked))
+
+    changed = [
+        {"tries": 6}, {"reward.alpha": 0.5}, {"seed": 1}, {"data.world.seed": 9}, {"name": "classifier"},
+        {"learner.learning_rate": 0.5}, {"rollout.temperature": 0.5}, {"pool.max_tokens": 9},
+    ]  # fmt: skip
+    assert depends() == depends(**{"evaluation.bootstrap": 7, "evaluation.tape": False})
+    assert len({depends(), *(depends(**fields) for fields in changed)}) == len(changed) + 1
 
 
 def test_an_unknown_baseline_is_refused():

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_r1_jax.evaluation.journal import Journal
+from router_r1_jax.evaluation.journal import Journal, measured_once
 from router_r1_jax.pool.outcomes import Outcome, Reply
-from router_r1_jax.report.writer import BrokenFileError
+from router_r1_jax.report.writer import BrokenFileError, read_lines
 
 replies = st.builds(
     Reply, text=st.text(max_size=20), outcome=st.sampled_from(Outcome), model=st.text(max_size=5),
@@ -80,3 +80,23 @@ def test_a_file_that_is_no_journal_is_named(tmp_path):
     journal.path.write_text("not JSON\n")
     with pytest.raises(BrokenFileError, match=f"{journal.path}, line 1 is not JSON"):
         Journal(tmp_path, "trained", {})
+
+
+def test_records_are_measured_once_and_anew_where_anything_differs(tmp_path):
+    path, asked = tmp_path / "episodes" / "b.jsonl", []
+
+    def records(identity, ids):
+        def measure():
+            asked.append(identity)
+            return [{"id": name, "em": len(asked)} for name in ids]
+
+        return measured_once(tmp_path, "b", identity, ids, measure)
+
+    first = records({"seed": 0}, ["x", "y"])
+    assert records({"seed": 0}, ["x", "y"]) == first == read_lines(path) and len(asked) == 1
+    assert [r["em"] for r in records({"seed": 1}, ["x", "y"])] == [2, 2]
+    assert [r["em"] for r in records({"seed": 1}, ["y", "x"])] == [3, 3]
+    path.write_bytes(path.read_bytes()[:-5])  # a kill has torn the last line
+    assert [r["em"] for r in records({"seed": 1}, ["y", "x"])] == [4, 4] and len(read_lines(path)) == 2
+    path.write_text('{"id": "y"}\n{"id": "x"}\n')  # of other code, which did not say what they were made with
+    assert [r["em"] for r in records({"seed": 1}, ["y", "x"])] == [5, 5]
