@@ -46,7 +46,7 @@ from router_r1_jax.evaluation.journal import measured_once
 from router_r1_jax.evaluation.records import Answered, Record, make_records
 from router_r1_jax.experience import steady_costs
 from router_r1_jax.model import Params, add_adapters
-from router_r1_jax.pool.cards import route_names
+from router_r1_jax.pool.cards import at_step, route_names
 from router_r1_jax.pool.outcomes import provider_fault
 from router_r1_jax.report.writer import EPISODES_FOLDER, MetricsWriter, read_lines, replace_file
 from router_r1_jax.reward import episode_cost, score
@@ -267,6 +267,9 @@ def main(config: ConfigDict, workdir: Path, only: str = "", tries: str = "") -> 
         trained = trained_records(workdir, split, questions)
         if trained is None:
             print("no episodes of the trained router on these questions: evaluate the run first to compare with it")
+        # At the prices that the trained router was evaluated with.
+        session.cards = at_step(session.cards, trained[0]["step"] if trained else 0)
+        session.router.show(session.cards)
         entries = [] if trained is None else [entry(config, session, "trained router", trained, None)]
         ids = [question.id for question in questions]
         for name in names:

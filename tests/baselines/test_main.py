@@ -1,5 +1,7 @@
 """The main on the tiny run: baselines measured, left as episodes, and not measured twice."""
 
+import contextlib
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import mains
 import numpy as np
 import pytest
 from tiny_config import get_config
-from tiny_world import CARDS, questions
+from tiny_world import CARDS, WORLD, WorldPool, questions
 
 from router_r1_jax.baselines import __main__ as baselines
 from router_r1_jax.baselines.__main__ import chosen_names
@@ -98,6 +100,23 @@ def test_the_trained_router_is_compared_on_some_of_the_questions_that_it_answere
     assert [r["id"] for r in baselines.trained_records(tmp_path, "test", asked)] == ["c", "a"]
     assert baselines.trained_records(tmp_path, "test", [*asked, SimpleNamespace(id="d")]) is None
     assert baselines.trained_records(tmp_path, "validation", asked) is None
+
+
+def test_baselines_have_the_prices_of_a_step(tmp_path, monkeypatch):
+    """Without a trained router that of step 0."""
+    cards = tuple(dataclasses.replace(card, price_changes=((0, 7.0, 11.0), (3, 1.0, 1.0))) for card in CARDS)
+    shown, config = [], get_config()
+    session = SimpleNamespace(
+        workdir=tmp_path, cards=cards, pool=WorldPool(), router=SimpleNamespace(show=shown.append), world=WORLD,
+        questions=questions,
+    )  # fmt: skip
+    monkeypatch.setattr(baselines, "open_session", lambda *_, **__: contextlib.nullcontext(session))
+    baselines.main(config, tmp_path, only="Titan alone")
+    (line,) = json.loads((tmp_path / "baselines.json").read_text())["policies"]
+    assert line["raw_cost_per_question"] > 0  # 11 for each token written, and WorldPool counts 5 read ones
+    dollars = (7.0 * 5 + line["raw_cost_per_question"]) / 1e6
+    assert line["dollars_per_question"] == pytest.approx(dollars)
+    assert {(card.price_in, card.price_out) for card in shown[0]} == {(7.0, 11.0)}
 
 
 def test_records_depend_on_what_they_were_fitted_and_judged_with(tmp_path):
