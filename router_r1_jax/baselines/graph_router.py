@@ -19,6 +19,7 @@ import optax
 
 from router_r1_jax.baselines.features import WordFeatures, scikit_learn
 from router_r1_jax.baselines.interface import (
+    TIE,
     Baseline,
     TrainRecord,
     cheapness,
@@ -93,7 +94,7 @@ class GraphRouter(Baseline):
         raw = np.array([[r.trials[key].reply.raw_cost for key in self._keys] for r in records])
         em = np.array([[r.trials[key].exact_match for key in self._keys] for r in records])
         self._edges = np.stack([em, cheapness(raw, cost_bounds(raw))], axis=-1)
-        self._worth = np.clip(utilities(records, self._keys, self._alpha), 0, 1)
+        self._worth = utilities(records, self._keys, self._alpha) / (1 + TIE)  # in [0, 1]: targets of a sigmoid
         self._params = self._learn([self._cards[key] for key in self._keys])
 
     def choose(self, question: str, cards: Sequence[Card]) -> str:

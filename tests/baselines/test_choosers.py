@@ -103,6 +103,16 @@ def test_a_model_without_trials_is_chosen_by_its_card_alone_or_not_at_all():
 # What they learn from.
 
 
+def test_graph_router_s_targets_prefer_the_cheaper_of_equals():
+    """Also where cost does not count, and both are worth all there is."""
+    graph = GraphRouter(CARDS, 0.0, 0)
+    costs = dict(zip((card.key for card in CARDS), (1.0, 4.0, 9.0), strict=False))
+    right = {key: trial(1, cost) for key, cost in costs.items()} | {CARDS[3].key: trial(0, 2.0)}
+    graph.fit([TrainRecord(f"Who is the {word} of Velmora?", right) for word in ("director", "writer", "singer")])
+    assert graph._worth.min() >= 0 and graph._worth.max() <= 1
+    assert np.all(graph._worth[:, 0] > graph._worth[:, 1]) and np.all(graph._worth[:, 1] > graph._worth[:, 2])
+
+
 def trial(em: float, cost: float) -> Trial:
     return Trial(Reply("r", Outcome.OK, raw_cost=cost), em, em)
 
