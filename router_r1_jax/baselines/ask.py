@@ -136,7 +136,7 @@ def write_episode(replies: Sequence[Reply], answer: str, cards: Sequence[Card], 
 
 
 def hindsight(records: Sequence[TrainRecord], cards: Sequence[Card], *, thought: str = "oracle") -> list[CalledEpisode]:
-    """The oracle of one call: per question the cheapest model that was right; where none was, the cheapest."""
+    """The oracle of one call: per question the cheapest of the models that were right, else of the best by F1."""
     episodes = []
     for record in records:
         best = max(record.trials.values(), key=lambda trial: (trial.exact_match, trial.f1, -trial.reply.charged))

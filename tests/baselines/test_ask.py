@@ -8,7 +8,7 @@ from tiny_world import CARDS, WorldPool, mean_em, questions, train_records
 
 from router_r1_jax.baselines.ask import answer_all, answer_in, hindsight, try_all, write_episode
 from router_r1_jax.baselines.decompose import by_model, by_pattern, read_parts
-from router_r1_jax.baselines.interface import Baseline
+from router_r1_jax.baselines.interface import Baseline, TrainRecord, Trial
 from router_r1_jax.baselines.simple import NearestNeighbours, OneModel, RandomModel
 from router_r1_jax.evaluation.records import Answered, make_records, summarise
 from router_r1_jax.pool.cards import route_names
@@ -101,6 +101,13 @@ def test_the_oracle_of_one_call_takes_the_cheapest_right_model():
         (reply,) = episode.replies
         right = [trial.reply for trial in record.trials.values() if trial.exact_match]
         assert reply.charged == min(r.charged for r in right or [t.reply for t in record.trials.values()])
+
+
+def test_where_no_model_was_right_the_oracle_takes_the_best_by_f1_and_of_equals_the_cheapest():
+    values = {"Titan": (0.5, 9e-6), "Reel": (0.5, 2e-6), "Aria": (0.0, 1e-6), "Atlas": (0.4, 1e-6)}
+    trials = {key: Trial(Reply("r", Outcome.OK, key, "q", charged=cost), 0.0, f1) for key, (f1, cost) in values.items()}
+    (episode,) = hindsight([TrainRecord("q", trials)], CARDS)
+    assert [reply.model for reply in episode.replies] == ["Reel"]
 
 
 # Decomposition.
