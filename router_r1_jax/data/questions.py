@@ -73,11 +73,6 @@ class StoredQuestions(Sequence[QuestionRecord]):
         return _record(example, self.suite, self._folder)
 
 
-def load(data_dir: str | Path, split: str) -> list[QuestionRecord]:
-    """All of `StoredQuestions(data_dir, split)`."""
-    return list(StoredQuestions(data_dir, split))
-
-
 def _record(example: Mapping[str, Any], suite: str, data_dir: str | Path) -> QuestionRecord:
     """A TFDS example, whose text is bytes, as a record."""
     record = QuestionRecord(

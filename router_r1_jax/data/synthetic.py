@@ -1,6 +1,6 @@
 """TFDS builder of the synthetic world's questions, and `prepare`, which makes sure that a data set lies on disk.
 
-TensorFlow is never imported: the files are array_record and are read with `as_data_source` (see `questions.load`).
+TensorFlow is never imported: the files are array_record and are read by `questions.StoredQuestions`.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Synthetic(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data: ConfigDict, workdir: str | Path) -> Path:
-    """Build the data set of `config.data` unless it lies there already; returns its folder, for `questions.load`.
+    """Build the data set of `config.data` unless it lies there already; returns its folder, for `StoredQuestions`.
 
     The folder lies below data.dir, or below `workdir`/data where that is empty. An interrupted build leaves nothing
     that would be taken for a data set.

@@ -20,7 +20,6 @@ EXACT_MATCH: Mapping[str, Mapping[str, float]] = {
         "bamboogle": 0.520,
     },
 }  # fmt: skip
-MEAN_NOTE = "mean over the paper's seven sets"
 
 
 def base_model(family: str) -> str:

@@ -35,15 +35,9 @@ FAULT_TEXT = {
     Outcome.MALFORMED_ROUTE: "A call is a name, a colon and a question.",
 }
 
-_POLICY_FAULTS = frozenset({Outcome.UNKNOWN_MODEL, Outcome.MALFORMED_ROUTE})
 _PROVIDER_FAULTS = frozenset(
     {Outcome.TIMEOUT, Outcome.UNAVAILABLE, Outcome.RATE_LIMITED, Outcome.BAD_REQUEST, Outcome.OVER_BUDGET}
 )
-
-
-def policy_fault(outcome: Outcome) -> bool:
-    """Whether the router wrote a call that cannot be made."""
-    return outcome in _POLICY_FAULTS
 
 
 def provider_fault(outcome: Outcome) -> bool:

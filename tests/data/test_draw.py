@@ -99,7 +99,7 @@ def test_training_leaves_out_what_evaluation_asks(data, tmp_path, per_test_set):
     data.test = ("nq",)
     folders = open_sets(data, tmp_path)
     nq, hotpotqa = draw_split(data, folders, "train")
-    asked = {text_key(r.question) for r in questions.load(folders["nq"], "test")}
+    asked = {text_key(r.question) for r in questions.StoredQuestions(folders["nq"], "test")}
     assert (nq.overlapping, hotpotqa.overlapping) == (0, 1)
     assert not asked & {text_key(r.question) for r in (*nq.records, *hotpotqa.records)}
     data.drop_overlap = False
@@ -125,7 +125,7 @@ def test_the_synthetic_world_is_a_set_among_others(data, tmp_path):
     data.per_set.update(dict(train=0, validation=0, test=0))
     folders = open_sets(data, "/nowhere")
     (train,) = draw_split(data, folders, "train")
-    assert list(train.records) == questions.load(synthetic.prepare(data, "/nowhere"), "train")
+    assert list(train.records) == list(questions.StoredQuestions(synthetic.prepare(data, "/nowhere"), "train"))
     assert train.overlapping == 0 and len(train.records) == 1274
 
 

@@ -41,7 +41,7 @@ def expected(flashrag, suite, stem):
 
 
 def loaded(folder, split):
-    records = questions.load(folder, split)
+    records = list(questions.StoredQuestions(folder, split))
     found = {record.id: (record.question, record.golds) for record in records}
     assert len(found) == len(records)
     return found
@@ -66,12 +66,12 @@ def test_a_set_on_disk_is_the_set_in_the_files(prepared_root, flashrag, suite):
         assert train | validation == expected(flashrag, suite, "train")
     else:
         with pytest.raises(DataError, match=f"{folder} has no split 'train'; choose one of test"):
-            questions.load(folder, "train")
+            list(questions.StoredQuestions(folder, "train"))
 
 
 @pytest.mark.parametrize("suite", PAPER_SETS)
 def test_records_carry_their_sets_name_and_stay_in_the_files_order(prepared_root, flashrag, suite):
-    records = questions.load(folder_of(prepared_root, suite), "test")
+    records = list(questions.StoredQuestions(folder_of(prepared_root, suite), "test"))
     assert [record.id for record in records] == list(expected(flashrag, suite, "test" if suite in HAS_TEST else "dev"))
     assert {(record.suite, record.hops, record.domains, record.relations) for record in records} == {(suite, 0, (), ())}
 
@@ -84,7 +84,7 @@ def test_no_id_is_that_of_another_set_or_split(prepared_root, flashrag):
         for suite in PAPER_SETS
         for split in ("train", "validation", "test")
         if split in metadata(folder_of(prepared_root, suite))["splits"]
-        for record in questions.load(folder_of(prepared_root, suite), split)
+        for record in questions.StoredQuestions(folder_of(prepared_root, suite), split)
     ]
     assert len(set(ids)) == len(ids) == len(in_files)
 
@@ -150,7 +150,7 @@ def test_shards_change_nothing_but_the_files(tmp_path, flashrag, monkeypatch, sh
     folder = prepare_set("hotpotqa", str(flashrag), tmp_path)
     assert len(list(folder.glob("*-train.*"))) == -(-11 // shard)
     assert loaded(folder, "test") == expected(flashrag, "hotpotqa", "dev")
-    train = questions.load(folder, "train") + questions.load(folder, "validation")
+    train = list(questions.StoredQuestions(folder, "train")) + list(questions.StoredQuestions(folder, "validation"))
     assert {r.id: (r.question, r.golds) for r in train} == expected(flashrag, "hotpotqa", "train") and len(train) == 12
 
 
@@ -201,7 +201,7 @@ def test_a_set_of_ones_own_is_read_by_the_files_that_are_there(tmp_path, flashra
         (tmp_path / "mine").mkdir(exist_ok=True)
         shutil.copy(flashrag / "hotpotqa" / f"{stem}.jsonl", tmp_path / "mine")
     folder = prepare_set("mine", str(tmp_path), tmp_path / "out")
-    assert {record.suite for record in questions.load(folder, "test")} == {"mine"}
+    assert {record.suite for record in questions.StoredQuestions(folder, "test")} == {"mine"}
     assert set(metadata(folder)["splits"]) == {"train", "validation", "test"}
     shutil.copy(flashrag / "nq" / "test.jsonl", tmp_path / "mine")
     folder = prepare_set("mine", str(tmp_path), tmp_path / "out2")
@@ -255,7 +255,7 @@ def test_overlaps_are_those_of_all_pairs(prepared_root):
     counts = overlaps(folders)
     assert set(counts) == set(PAPER_SETS) and all(set(row) == HAS_TRAIN for row in counts.values())
     texts = {
-        (suite, split): [record.question for record in questions.load(folders[suite], split)]
+        (suite, split): [record.question for record in questions.StoredQuestions(folders[suite], split)]
         for suite in PAPER_SETS
         for split in ("train", "test")
         if split == "test" or suite in HAS_TRAIN
@@ -326,7 +326,8 @@ def test_wrong_flags_end_in_one_line(tmp_path, flashrag, flags, message):
 def test_neither_tensorflow_nor_jax_is_imported(tmp_path, flashrag):
     code = (
         "import sys; from router_r1_jax.data import prepare, questions; from pathlib import Path;"
-        "folder = prepare.prepare_set('nq', sys.argv[1], Path(sys.argv[2])); questions.load(folder, 'test');"
+        "folder = prepare.prepare_set('nq', sys.argv[1], Path(sys.argv[2]));"
+        "list(questions.StoredQuestions(folder, 'test'));"
         "print(*sorted({'jax', 'tensorflow', 'torch'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(flashrag), str(tmp_path)]

@@ -37,7 +37,7 @@ def test_a_split_on_disk_is_the_worlds_split(prepared, split):
         )
         for question in World(data.world).questions(split)
     }
-    records = questions.load(folder, split)
+    records = list(questions.StoredQuestions(folder, split))
     assert {r.id: (r.question, r.golds, r.hops, r.domains, r.relations) for r in records} == expected
     assert len(records) == len(expected)
     assert {record.suite for record in records} == {"synthetic"}
@@ -67,7 +67,7 @@ def test_wrong_data_fields_are_named(tmp_path):
 def test_neither_tensorflow_nor_jax_is_imported(prepared):
     code = (
         "import sys; from router_r1_jax.data import questions, synthetic; from router_r1_jax.config import base_config;"
-        "folder = synthetic.prepare(base_config().data, sys.argv[1]); questions.load(folder, 'test');"
+        "folder = synthetic.prepare(base_config().data, sys.argv[1]); list(questions.StoredQuestions(folder, 'test'));"
         "print(*sorted({'jax', 'tensorflow', 'torch'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(prepared[1].parents[3])]
@@ -76,9 +76,9 @@ def test_neither_tensorflow_nor_jax_is_imported(prepared):
 
 def test_a_folder_without_data_and_an_unknown_split_are_named(prepared, tmp_path):
     with pytest.raises(DataError, match=f"{tmp_path} holds no prepared data set"):
-        questions.load(tmp_path, "train")
+        list(questions.StoredQuestions(tmp_path, "train"))
     with pytest.raises(DataError, match="no split 'dev'; choose one of train, validation, test"):
-        questions.load(prepared[1], "dev")
+        list(questions.StoredQuestions(prepared[1], "dev"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "info"])
@@ -92,7 +92,7 @@ def test_a_damaged_data_set_is_named_with_the_way_out(prepared, tmp_path, damage
     else:
         (folder / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match=f"{folder} cannot be read .*; remove the folder and prepare the data again"):
-        questions.load(folder, "test")
+        list(questions.StoredQuestions(folder, "test"))
 
 
 class Broken(tfds.core.GeneratorBasedBuilder):
@@ -129,7 +129,7 @@ def test_an_empty_question_is_refused_with_its_id(tmp_path, config, message):
     builder = Broken(data_dir=tmp_path, config=config, file_format="array_record")
     builder.download_and_prepare()
     with pytest.raises(DataError, match=message):
-        questions.load(builder.data_dir, "test")
+        list(questions.StoredQuestions(builder.data_dir, "test"))
 
 
 RECORDS = [QuestionRecord(str(i), "set", "?", ("a",), 1, (), ()) for i in range(23)]

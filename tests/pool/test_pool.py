@@ -12,7 +12,7 @@ from scripted_provider import completion
 from router_r1_jax.config import ConfigError, provider
 from router_r1_jax.pool.cards import cards_from_config, roster
 from router_r1_jax.pool.ledger import read_ledger
-from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply, policy_fault, provider_fault
+from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply, provider_fault
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.pool.tape import TapeMiss
 
@@ -95,9 +95,8 @@ def test_the_routers_own_fault_is_answered_at_once_and_costs_nothing(
 
 
 def test_whose_fault_it_is():
-    faults = {outcome: (policy_fault(outcome), provider_fault(outcome)) for outcome in Outcome}
-    assert {o for o, (policy, _) in faults.items() if policy} == {"unknown_model", "malformed_route"}
-    assert {o for o, (_, prov) in faults.items() if prov} == {
+    faults = {outcome: provider_fault(outcome) for outcome in Outcome}
+    assert {outcome for outcome, fault in faults.items() if fault} == {
         "timeout", "unavailable", "rate_limited", "bad_request", "over_budget",
     }  # fmt: skip
     assert set(faults) == {
