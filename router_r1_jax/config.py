@@ -163,7 +163,9 @@ def base_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.source = ""  # Hugging Face folder or hub name; "" initialises `arch` at random
     c.model.tokenizer = ""  # folder or hub name; "" takes model.source's, or trains a BPE on the synthetic world's text
-    c.model.dtype = "float32"  # of parameters and activations; softmax, norms and log-probs are float32 at least
+    # Of parameters and activations; softmax, norms and log-probs are float32 at least, and bfloat16 parameters are
+    # trained on float32 copies. float16 has too little range for gradients: to evaluate only.
+    c.model.dtype = "float32"
     c.model.attention = "einsum"  # einsum | xla | cudnn (a GPU with dtype bfloat16 or float16)
     c.model.remat = "full"  # the backward pass recomputes: none | dots (all but the projections) | full (every block)
     c.model.lora = ConfigDict(dict(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down")))  # 0: off

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from router_r1_jax.config import ConfigError
 from router_r1_jax.learner import (
     Layout,
     Learner,
@@ -82,6 +83,8 @@ def learner_layout(config: ConfigDict, mesh: Mesh, *, rows: int) -> Layout:
 def make_trainer(config: ConfigDict, session: Session) -> Trainer:
     """What `config.learner` describes, for the session's model and mesh. Nothing is compiled yet."""
     c, mesh = config.learner, session.mesh
+    if session.model.dtype == "float16":
+        raise ConfigError("model.dtype is 'float16', whose gradients vanish without a loss scale; train in 'bfloat16'")
     rows = config.rollout.questions * config.rollout.group // c.minibatches
     settings = dict(
         warmup=c.warmup, total=config.steps * c.minibatches * c.epochs, decay=c.decay, weight_decay=c.weight_decay,

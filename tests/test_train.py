@@ -169,6 +169,22 @@ def test_eight_devices_go_on_with_the_numbers_of_one(finished_run, warm_file, tm
     assert worst < min(1e-5, moved / 20)
 
 
+@pytest.mark.slow
+def test_a_run_in_half_precision_goes_on_as_if_it_had_never_stopped(tmp_path):
+    """Its checkpoints hold the float32 copies too, without which the steps so far would be rounded."""
+    overrides = ("model.dtype=bfloat16", "warmstart.steps=20", "validation.questions=0", "learner.learning_rate=1e-5")
+    whole, later = tmp_path / "whole", tmp_path / "later"
+    mains.succeed("train", whole, *overrides)
+    lines = train_lines(whole)
+    assert all(line["skipped"] == 0 and line["logp_diff_mean"] < 0.05 for line in lines)
+    for step in ("0", "2"):
+        shutil.copytree(whole / "checkpoints" / step, later / "checkpoints" / step)
+    mains.succeed("train", later, *overrides)
+    assert mains.repeatable(train_lines(later)) == mains.repeatable(lines)[2:]
+    assert_same_checkpoint(later, whole, 4)
+    mains.succeed("evaluate", whole, *overrides)
+
+
 PPO = (
     "learner.advantage=gae", "learner.value_coef=0.1", "learner.kl=k1", "learner.kl_in=reward", "learner.epochs=2",
     "learner.minibatches=2", "learner.old_logps=learner", "learner.importance_cap=2.0", "rollout.top_p=0.9",

@@ -39,7 +39,6 @@ from router_r1_jax.model.presets import preset
 from router_r1_jax.model.transformer import Params
 
 GB = 10**9  # a device of "16 GB" has 16 GiB: the 7 % between them are for the runtime itself
-GRADIENT_COPIES = 3  # the sum over micro-batches, one micro-batch's, and those that come back through the prefix
 TAG_STATES = 32  # of the automaton over the closing tags, at most
 TAG_TOKENS = 32  # around a reply, as rollout.engine has it
 ROW_BUCKET, PREFIX_BUCKET = 32, 64  # what is read of rows and prefixes is padded to multiples of them
@@ -77,19 +76,31 @@ def param_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     return _stored_bytes(abstract_params(config, mesh))
 
 
-def trainable_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes per device of the parameters that training changes: with LoRA the adapters, else all."""
-    return _stored_bytes(split_trainable(abstract_params(config, mesh))[0])
+def trainable(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
+    """The parameters that training changes, abstract: with LoRA the adapters, else all."""
+    return split_trainable(abstract_params(config, mesh))[0]
 
 
-def _stored_bytes(abstract: Params) -> int:
+def _stored_bytes(abstract: Params, *, least: int = 0) -> int:
+    """Bytes on one device; a value takes `least` bytes or more."""
     leaves = jax.tree.leaves(abstract)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * max(x.dtype.itemsize, least) for x in leaves)
 
 
 def optimizer_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes per device of AdamW's two moments, and the counters of updates, of moments and of the schedule."""
-    return 2 * trainable_bytes(config, mesh) + 3 * 4
+    """Bytes per device of AdamW's two moments, and the counters of updates, of moments and of the schedule.
+
+    Both are float32 at least, as are the copies that half-precision parameters are trained on.
+    """
+    abstract = trainable(config, mesh)
+    float32 = _stored_bytes(abstract, least=4)
+    return 2 * float32 + (float32 if _stored_bytes(abstract) < float32 else 0) + 3 * 4
+
+
+def gradient_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes per device of the sum over micro-batches, one micro-batch's, and what comes back through the prefix."""
+    abstract = trainable(config, mesh)
+    return _stored_bytes(abstract, least=4) + 2 * _stored_bytes(abstract)
 
 
 def batch_bytes(shape: UpdateShape, mesh: Mesh | AbstractMesh) -> int:
@@ -187,7 +198,7 @@ def plan(
     return {
         "update": resident
         | {
-            "gradients": GRADIENT_COPIES * trainable_bytes(config, mesh),
+            "gradients": gradient_bytes(config, mesh),
             "activations kept (remat)": saved_bytes(config, mesh, update),
             "activations at work": update_workspace_bytes(config, mesh, update),
             "batch": batch_bytes(update, mesh),

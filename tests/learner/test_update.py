@@ -31,6 +31,7 @@ from router_r1_jax.learner import (
     Learner,
     PolicyLoss,
     SupervisedLoss,
+    abstract_state,
     init_critic,
     init_state,
     make_batch,
@@ -266,6 +267,34 @@ def test_lora_leaves_the_base_alone(params):
     for moment in ("mu", "nu"):
         held = optax.tree_utils.tree_get(state.opt_state, moment)
         assert jax.tree.map(jnp.shape, held) == jax.tree.map(jnp.shape, after)
+
+
+def test_steps_that_half_precision_would_round_away_add_up(params):
+    """Forty steps of 1e-6 on weights of about 0.02, whose neighbours in bfloat16 lie 1e-4 away."""
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), params)
+    optimizer, _ = make_optimizer(
+        learning_rate=1e-6, warmup=0, total=40, decay=False, weight_decay=0.0, max_grad_norm=1.0
+    )
+    prefix, rows = make_rows()
+    moved, states = {}, {}
+    for config in (CONFIG, half):
+        abstract = abstract_params(config, ONE)
+        learner = make_learner(config, optimizer, abstract)
+        start = jax.tree.map(lambda x, a: jnp.asarray(x, a.dtype), rounded, abstract)
+        state = init_state(optimizer, start, abstract, ONE)
+        for _ in range(40):
+            state, _ = learner.update(state, prefix, rows)
+        trained = state.params if config is CONFIG else state.opt_state.params
+        steps = jax.tree.map(lambda x, y: np.ravel(np.asarray(x) - y.astype(np.float32)), trained, rounded)
+        moved[config.dtype], states[config.dtype] = np.concatenate(jax.tree.leaves(steps)), state
+    one, other, state = moved["float32"], moved["bfloat16"], states["bfloat16"]
+    assert np.linalg.norm(other) == pytest.approx(np.linalg.norm(one), rel=0.05)
+    assert one @ other > 0.9 * np.linalg.norm(one) * np.linalg.norm(other)
+    shapes = abstract_state(optimizer, abstract_params(half, ONE), ONE)
+    jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype) or pytest.fail(str((x, y))), state, shapes)
+    for leaf, copy in zip(*map(jax.tree.leaves, (state.params, state.opt_state.params)), strict=True):
+        np.testing.assert_array_equal(leaf, copy.astype(leaf.dtype))
 
 
 def test_the_order_of_rows_and_what_stands_outside_the_mask_do_not_matter(learner, params):
