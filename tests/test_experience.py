@@ -35,8 +35,8 @@ class Questions:
 class FakeRouter:
     """Answers at once; the second episode of a live group is wrong."""
 
-    def __init__(self):
-        self.seeds, self.rosters = [], []
+    def __init__(self, failed=()):
+        self.seeds, self.rosters, self.failed = [], [], failed  # failed: numbers of episodes, by their provider
 
     def answer(self, questions, *, group, seed, roster_seed, **_):
         self.seeds.append(seed)
@@ -47,7 +47,7 @@ class FakeRouter:
             word = "no" if i % group and not question.dead else "yes"
             text = f"<think> {question.id} </think><answer> {word} </answer>"
             episodes.append(Episode(id=i, prompt=(1, 2), text=text))
-        valid = np.ones(len(episodes), bool)
+        valid = np.array([i not in self.failed for i in range(len(episodes))])
         return Answers(repeated, episodes, group, (), 1 + len(self.seeds), valid, stats=None)
 
 
@@ -92,6 +92,13 @@ def test_groups_without_a_spread_are_replaced(config, dead, resample, ids, round
     assert {len(getattr(rewards, f.name)) for f in dataclasses.fields(rewards)} == {4 * GROUP}
     assert len(set(router.seeds)) == rounds and set(router.rosters) == {(0, 4)}  # one prefix, other draws
     assert answers.prefix_length == 2
+
+
+@pytest.mark.parametrize(("group", "failed", "rounds"), [(1, {1}, 1), (GROUP, {2, 3}, 2), (GROUP, set(range(8)), 4)])
+def test_a_group_that_failed_as_a_whole_has_no_spread(config, group, failed, rounds):
+    config.rollout.group, config.learner.resample = group, rounds - 1
+    experience = gather(config, FakeRouter(failed), Questions(4, 100), CostNormalizer(10), 1)
+    assert len(experience.rounds) == rounds and len(experience.chosen.answers.episodes) == 4 * group
 
 
 class SlowGather:

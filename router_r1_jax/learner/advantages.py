@@ -49,7 +49,8 @@ def group_advantages(
 
 def groups_with_spread(rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The groups, ascending, whose rewards [B] differ among episodes of a weight above 0."""
-    return np.array([g for g in np.unique(groups) if np.ptp(rewards[(groups == g) & (weights > 0)]) >= SAME], int)
+    counted = {group: rewards[(groups == group) & (weights > 0)] for group in np.unique(groups)}
+    return np.array([group for group, own in counted.items() if len(own) and np.ptp(own) >= SAME], int)
 
 
 def component_advantages(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_r1_jax.learner import component_advantages, group_advantages
+from router_r1_jax.learner import component_advantages, group_advantages, groups_with_spread
 
 episodes = st.lists(
     st.tuples(st.integers(0, 3), st.sampled_from([-1.0, 0.0, 0.25, 1.0]), st.sampled_from([0, 1, 1])), max_size=20
@@ -44,6 +44,14 @@ def test_against_a_loop(kind, rows):
     expected, expected_dead = naive(rows, kind)
     assert advantages.dtype == np.float32 and dead == expected_dead
     np.testing.assert_allclose(advantages, expected, atol=1e-6)
+
+
+@given(rows=episodes)
+def test_groups_with_a_spread_are_those_that_have_advantages(rows):
+    """Also where all episodes of a group failed."""
+    groups, rewards, weights = [np.array([row[i] for row in rows]) for i in range(3)]
+    advantages = np.array(naive(rows)[0])
+    assert list(groups_with_spread(rewards, groups, weights)) == sorted(set(groups[advantages != 0].tolist()))
 
 
 def test_weights_may_be_booleans_or_missing():
