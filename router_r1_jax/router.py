@@ -215,7 +215,7 @@ class Router:
         all_stats = [s for _, part in parts for s in part]
         stats = joined(all_stats) if all_stats else None
         valid = np.array([is_valid(episode) for episode in episodes])
-        self._refuse_outage(episodes)
+        hosts.together(lambda: self._refuse_outage(episodes))
         return Answers(repeated, episodes, group, cards, shared, valid, stats)
 
     def _shared_tokens(self, prompts: Sequence[tuple[int, ...]], cards: Sequence[Card]) -> int:

@@ -358,7 +358,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 writer.write(run.step, metrics)
             if saves(config, step):
                 run.save(store, validated)
-            run.alarms.check()
+            hosts.together(run.alarms.check)
             bar.update()
             bar.set_postfix(
                 em=f"{metrics['em']:.2f}", reward=f"{metrics['reward/total']:.2f}",

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mains
 import numpy as np
@@ -15,9 +16,12 @@ from mains import checkpoint_arrays, repeatable, train_lines
 
 from router_r1_jax import hosts
 from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.config import base_config
 from router_r1_jax.pool.ledger import Ledger, ledger_totals
-from router_r1_jax.pool.outcomes import Outcome, Reply
+from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply
 from router_r1_jax.report import read_episodes
+from router_r1_jax.rollout import Episode
+from router_r1_jax.router import Router
 from router_r1_jax.session import Session
 
 SCRIPT = Path(__file__).parent / "two_hosts.py"
@@ -91,6 +95,20 @@ def test_one_process_takes_back_what_another_wrote_behind_the_checkpoint(tmp_pat
     assert session.spent == 4 * 0.125  # what was paid stays paid
     for path in paths:
         assert ledger_totals(path)["calls"] == 1 and ledger_totals(path)["charged"] == 0.25
+
+
+def test_an_outage_ends_all_processes_at_a_place_where_they_can_keep_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "gather", lambda value: [value, value])
+    monkeypatch.setattr(hosts._Ending, "agreed", False)
+    monkeypatch.setattr(Router, "_prompt_ids", lambda *_: (1, 2))
+    router = object.__new__(Router)
+    router._config, router._cards = base_config(), ()
+    questions = [SimpleNamespace(question="?")]
+    finished = {0: Episode(0, (1, 2), replies=[Reply("", Outcome.TIMEOUT, "Aria")])}
+    with pytest.raises(PoolError, match="2 of 2 calls failed at their provider"):
+        router.answer(questions, group=1, temperature=0.0, seed=(0,), step=1, split="train", finished=finished)
+    assert hosts.in_step()
 
 
 @pytest.mark.slow
@@ -215,16 +233,28 @@ def test_ledgers_of_two_processes_sum_to_what_one_writes(continued, uninterrupte
         assert sum(part["calls"] for part in parts) == sums["calls"]
 
 
-# PPO and evaluation.
+# A collapse, PPO and evaluation.
 
 
-def on_two(main, workdir, *overrides):
-    """A main as two processes, which both end well."""
+def on_two(main, workdir, *overrides, status=0):
+    """What a main says as two processes, which both end with this status: (output, errors) of each."""
     where = ("distributed.processes=2", f"distributed.coordinator=127.0.0.1:{free_port()}")
     command = (main, workdir, *overrides, *where)
     started = [mains.start(*command, f"distributed.process={i}", JAX_PLATFORMS="cpu") for i in range(2)]
     ended = [process.communicate(timeout=mains.TIMEOUT) for process in started]
-    assert [process.returncode for process in started] == [0, 0], ended
+    assert [process.returncode for process in started] == [status, status], ended
+    return ended
+
+
+@pytest.mark.slow
+def test_an_alarm_that_ends_two_processes_keeps_their_last_step(uninterrupted, tape, tmp_path):
+    begin_from(uninterrupted, tmp_path, step=0)
+    alarm = ("alarms.stop=True", "alarms.patience=1", "alarms.length=0.0", "checkpoint.every=1000")
+    (out, err), (_, other_err) = on_two("train", tmp_path, *STRICT, tape, *alarm, status=1)
+    assert "step 1 is kept" in out
+    assert all("length has stood for 1 steps (alarms.patience)" in said for said in (err, other_err))
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        assert store.latest() == 1
 
 
 @pytest.mark.slow
