@@ -433,6 +433,12 @@ def validate(config: ConfigDict) -> None:
     _one_of("learner.kl_in", config.learner.kl_in, ("loss", "reward"))
     _one_of("learner.old_logps", config.learner.old_logps, ("sampler", "learner"))
     _critic(config.learner)
+    c = config.learner
+    if c.kl_in == "reward" and c.kl != "none" and any(c.component_weights.values()):
+        raise ConfigError(
+            "learner.kl_in is 'reward', but learner.component_weights compare components of the reward, none of which "
+            "holds the KL; set it to 'loss', or learner.kl to 'none'"
+        )
     if 0.0 < config.learner.dual_clip <= 1.0:
         raise ConfigError(
             f"learner.dual_clip is {config.learner.dual_clip}; it is greater than 1 (3 is usual), or 0 for no bound"

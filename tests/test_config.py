@@ -62,6 +62,16 @@ def test_a_loss_that_cannot_be_is_refused(config, field, value, message):
         validate(config)
 
 
+def test_a_kl_in_the_reward_would_be_lost_beside_component_weights(config):
+    config.learner.kl_in = "reward"
+    validate(config)
+    config.learner.component_weights.outcome = 1.0
+    with pytest.raises(ConfigError, match="learner.kl_in is 'reward', but learner.component_weights compare"):
+        validate(config)
+    config.learner.kl = "none"
+    validate(config)
+
+
 def test_a_prompt_cannot_show_more_cards_than_there_are(config):
     config.pool.shown = len(config.pool.models)
     validate(config)
