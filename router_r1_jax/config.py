@@ -224,7 +224,7 @@ def base_config() -> ConfigDict:
     c.pool.breaker = ConfigDict(dict(failures=50, pause=1.0, pause_max=10.0))  # pool.limits.Breaker; 0 failures: off
     c.pool.hedge = False  # ask a second time after the p95 of the model's latencies; the sooner answer counts
     c.pool.budget = 0.0  # dollars really paid, calls in flight still are; then the run stops; 0: none
-    c.pool.fault_weight = 0.0  # in the loss, of an episode whose provider failed; 0: it also leaves its group's mean
+    c.pool.fault_weight = 0.0  # factor of the advantages of an episode whose provider failed; 0: it is left out of all
     c.pool.max_tokens = 512  # asked of the external model
     c.pool.temperature = 0.0
     c.pool.tape = ConfigDict(dict(mode="off", path=""))  # off | record | replay | strict; "" is <workdir>/tape.sqlite

@@ -202,7 +202,7 @@ def with_advantages(
             apart = np.where(row.mask > 0, np.subtract(row.reference_logps, row.logps), 0.0)
             penalty += c.kl_coef * np.asarray(kl_estimate(c.kl, apart))
     if c.advantage == "gae":
-        return _against_critic(config, rows, readings, penalties, rewards.total)
+        return _against_critic(config, rows, readings, penalties, rewards.total, answers.weights(config.pool))
     less = dataclasses.replace(rewards, total=rewards.total - np.array([penalty.sum() for penalty in penalties]))
     advantages, without_spread = compare(config, answers, less)
     made = [row._replace(advantages=float(x)) for row, x in zip(rows, advantages, strict=True)]
@@ -210,9 +210,17 @@ def with_advantages(
 
 
 def _against_critic(
-    config: ConfigDict, rows: list[Row], readings: list[Reading], penalties: list[np.ndarray], totals: np.ndarray
+    config: ConfigDict,
+    rows: list[Row],
+    readings: list[Reading],
+    penalties: list[np.ndarray],
+    totals: np.ndarray,
+    weights: np.ndarray,
 ) -> tuple[list[Row], dict[str, float]]:
-    """Rows with the advantages of GAE, whitened over all sampled tokens; an episode's reward falls to its last one."""
+    """Rows with the advantages of GAE, whitened over all sampled tokens; an episode's reward falls to its last one.
+
+    The episodes' `weights` [B] are factors of what is whitened; the critic learns from each alike.
+    """
     c, made = config.learner, []
     for row, reading, penalty, total in zip(rows, readings, penalties, totals, strict=True):
         given, at = -penalty, np.flatnonzero(row.mask)
@@ -224,4 +232,4 @@ def _against_critic(
     values = np.concatenate([row.values[row.mask > 0] for row in made])
     unexplained = np.var(returns - values) / np.var(returns) if np.var(returns) > 0 else 1.0
     figures = {"value_mean": float(np.mean(values)), "value_explained": float(1 - unexplained)}
-    return [row._replace(advantages=x) for row, x in zip(made, white, strict=True)], figures
+    return [row._replace(advantages=w * x) for row, w, x in zip(made, weights, white, strict=True)], figures

@@ -68,7 +68,7 @@ class Answers:
         return np.arange(len(self.episodes)) // self.group
 
     def weights(self, pool: ConfigDict) -> np.ndarray:
-        """[B] of the episodes in the loss: 1, or `pool.fault_weight` where a provider failed."""
+        """[B], factors of the episodes' advantages: 1, or `pool.fault_weight` where a provider failed."""
         return np.where(self.valid, 1.0, pool.fault_weight)
 
     def take(self, episodes: np.ndarray) -> "Answers":

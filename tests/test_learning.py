@@ -112,6 +112,21 @@ def test_ppo_gives_each_token_the_reward_of_the_rest_less_the_kl_and_the_critic(
     assert not made[2].mask.any() and not np.any(made[2].advantages)
 
 
+def test_a_weight_between_scales_what_ppo_learns_from_a_failed_episode():
+    config = base_config()
+    use_loss(config, "ppo")
+    answers, rewards = make_answers(failed={2})
+    made = {}
+    for weight in (1.0, 0.25):
+        config.pool.fault_weight = weight
+        rows = [row._replace(reference_logps=np.array(row.logps)) for row in make_rows(config, answers)]
+        readings = [Reading(None, None, np.zeros(len(row.tokens))) for row in rows]
+        made[weight], _ = with_advantages(config, rows, readings, answers, rewards)
+    for i, (row, whole) in enumerate(zip(made[0.25], made[1.0], strict=True)):
+        np.testing.assert_allclose(row.advantages, whole.advantages * (0.25 if i == 2 else 1.0))
+    assert np.any(made[0.25][2].advantages)
+
+
 def test_the_kl_in_the_reward_of_groups_is_summed_over_an_episode():
     config = base_config()
     config.learner.update(dict(kl_in="reward", kl="k1", kl_coef=0.2, advantage="dr_grpo"))
