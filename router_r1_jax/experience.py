@@ -1,7 +1,7 @@
 """What a training step learns from: episodes of a batch of questions, scored; sampled now, or one step ahead.
 
-Groups whose rewards are all equal teach nothing. With learner.resample they are replaced by groups of new questions
-(dynamic sampling; DAPO, section 3.2).
+Groups in which all that the update compares is equal teach nothing. With learner.resample they are replaced by groups
+of new questions (dynamic sampling; DAPO, section 3.2).
 
 With rollout.ahead the next step's episodes are sampled while the update runs, by parameters that lack that one update
 (one step off-policy; `learner.importance_cap` corrects for it). Calls and decoding then hide behind the update, where
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from router_r1_jax.data.questions import QuestionIterator
 from router_r1_jax.learner import groups_with_spread
+from router_r1_jax.learning import compared
 from router_r1_jax.pool.cards import route_names
 from router_r1_jax.reward import CostNormalizer, Rewards, score
 from router_r1_jax.router import Answers, Router, join_answers
@@ -80,8 +81,10 @@ def gather(
 
 
 def _alive(config: ConfigDict, one: Round) -> np.ndarray:
-    """Groups of a round whose rewards differ."""
-    return groups_with_spread(one.rewards.total, one.answers.groups, one.answers.weights(config.pool))
+    """Groups of a round in which the rewards that the update compares differ, or one of them."""
+    weights = one.answers.weights(config.pool)
+    parts = compared(config, one.rewards).values()
+    return np.unique(np.concatenate([groups_with_spread(part, one.answers.groups, weights) for part in parts]))
 
 
 def _choose(config: ConfigDict, rounds: Sequence[Round]) -> Round:

@@ -102,14 +102,20 @@ def make_trainer(config: ConfigDict, session: Session) -> Trainer:
     return Trainer(learner, optimizer, schedule, critic_optimizer, session)
 
 
+def compared(config: ConfigDict, rewards: Rewards) -> dict[str, np.ndarray]:
+    """The rewards [B] that the update compares: the components that have weights, or else the total."""
+    shares = config.learner.component_weights
+    return {name: getattr(rewards, name) for name, share in shares.items() if share} or {"total": rewards.total}
+
+
 def compare(config: ConfigDict, answers: Answers, rewards: Rewards) -> tuple[np.ndarray, int]:
     """Advantages [B] of the total reward, or of its components where they have weights; groups without a spread."""
-    weights, shares = answers.weights(config.pool), config.learner.component_weights.to_dict()
+    weights, parts = answers.weights(config.pool), compared(config, rewards)
     kind = config.learner.advantage
-    if any(shares.values()):
-        components = {"format": rewards.format, "outcome": rewards.outcome, "cost": rewards.cost}
-        return component_advantages(components, shares, answers.groups, weights, kind=kind)
-    return group_advantages(rewards.total, answers.groups, weights, kind=kind)
+    if "total" in parts:
+        return group_advantages(parts["total"], answers.groups, weights, kind=kind)
+    shares = {name: config.learner.component_weights[name] for name in parts}
+    return component_advantages(parts, shares, answers.groups, weights, kind=kind)
 
 
 def make_rows(config: ConfigDict, answers: Answers) -> list[Row]:

@@ -35,8 +35,9 @@ class Questions:
 class FakeRouter:
     """Answers at once; the second episode of a live group is wrong."""
 
-    def __init__(self, failed=()):
-        self.seeds, self.rosters, self.failed = [], [], failed  # failed: numbers of episodes, by their provider
+    def __init__(self, failed=(), thought="<think> {} </think>"):
+        """`failed`: numbers of the episodes whose provider failed."""
+        self.seeds, self.rosters, self.failed, self.thought = [], [], failed, thought
 
     def answer(self, questions, *, group, seed, roster_seed, **_):
         self.seeds.append(seed)
@@ -45,7 +46,7 @@ class FakeRouter:
         episodes = []
         for i, question in enumerate(repeated):
             word = "no" if i % group and not question.dead else "yes"
-            text = f"<think> {question.id} </think><answer> {word} </answer>"
+            text = self.thought.format(question.id) + f"<answer> {word} </answer>"
             episodes.append(Episode(id=i, prompt=(1, 2), text=text))
         valid = np.array([i not in self.failed for i in range(len(episodes))])
         return Answers(repeated, episodes, group, (), 1 + len(self.seeds), valid, stats=None)
@@ -99,6 +100,16 @@ def test_a_group_that_failed_as_a_whole_has_no_spread(config, group, failed, rou
     config.rollout.group, config.learner.resample = group, rounds - 1
     experience = gather(config, FakeRouter(failed), Questions(4, 100), CostNormalizer(10), 1)
     assert len(experience.rounds) == rounds and len(experience.chosen.answers.episodes) == 4 * group
+
+
+@pytest.mark.parametrize(("component", "ids"), [("outcome", [1, 3, 5, 7]), ("format", [0, 1, 2, 3])])
+def test_what_the_update_compares_decides_which_groups_have_a_spread(config, component, ids):
+    """All episodes are malformed: their totals are equal, and so are their formats, but not their outcomes."""
+    config.learner.resample = 1
+    config.learner.component_weights[component] = 1.0
+    experience = gather(config, FakeRouter(thought=""), Questions(4, 2), CostNormalizer(10), 1)
+    assert not np.ptp(experience.chosen.rewards.total)
+    assert chosen_ids(experience) == ids
 
 
 class SlowGather:
