@@ -10,7 +10,7 @@ sampling has devices, or cores, of its own.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,8 +113,9 @@ class Ahead:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.begun:
-            self._router.stop()
+        while self._begun is not None and not self._begun.done():
+            self._router.stop()  # once is not enough: the thread may be between two rollouts
+            wait([self._begun], timeout=0.2)
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     @property

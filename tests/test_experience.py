@@ -120,7 +120,10 @@ class SlowGather:
         self.threads.append(threading.current_thread())
         if step == "fails":
             raise OSError("no more")
-        if step == "endless":
+        if step == "prompts first":
+            time.sleep(0.3)
+            self.stopped.clear()  # no rollout was under way that could hear it
+        if step in ("endless", "prompts first"):
             self.stopped.wait(20)
             raise RuntimeError("stopped")
         return step
@@ -142,9 +145,10 @@ def test_a_step_begun_ahead_is_taken_from_the_thread_and_others_are_made_at_once
     assert slow.threads[0] is threading.main_thread() is not slow.threads[1]
 
 
-def test_leaving_ends_the_rollout_that_is_under_way():
+@pytest.mark.parametrize("step", ["endless", "prompts first"])
+def test_leaving_ends_the_rollout_that_is_under_way_or_about_to_be(step):
     slow, began = SlowGather(), time.monotonic()
     with pytest.raises(KeyboardInterrupt), Ahead(slow, slow) as ahead:
-        ahead.begin("endless")
+        ahead.begin(step)
         raise KeyboardInterrupt
     assert slow.stopped.is_set() and time.monotonic() - began < 15
