@@ -53,15 +53,16 @@ def config_hash(config: ConfigDict) -> str:
 
 
 def estimate(config: ConfigDict) -> str:
-    """What the run will ask of the pool, said before it starts."""
+    """The most that the run will ask of the pool, said before it starts."""
     c = config
-    validations = c.steps // c.validation.every if c.validation.questions else 0
-    episodes = c.steps * c.rollout.questions * c.rollout.group + validations * c.validation.questions
+    validations = sum(validates(c, step) for step in range(1, c.steps + 1))
+    rounds = c.steps * (1 + c.learner.resample)
+    episodes = rounds * c.rollout.questions * c.rollout.group + validations * c.validation.questions
     calls = episodes * c.rollout.max_calls
     prices = [model.price_out for model in c.pool.models]
     dollars = [calls * c.rollout.reply_tokens * price / 1e6 for price in (np.mean(prices), max(prices))]
     return (
-        f"{c.steps} steps, {episodes} episodes, at most {calls} calls; with replies of rollout.reply_tokens="
+        f"{c.steps} steps, at most {episodes} episodes and {calls} calls; with replies of rollout.reply_tokens="
         f"{c.rollout.reply_tokens} tokens that is ${dollars[0]:.2f} at the models' mean price, "
         f"${dollars[1]:.2f} at the dearest's"
     )

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import mains
 import numpy as np
 import pytest
+import tiny_config
 from mains import assert_same_checkpoint, checkpoint_arrays, train_lines
 
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.pool.ledger import read_ledger
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.report import read_episodes
-from router_r1_jax.train import hit_rate
+from router_r1_jax.train import estimate, hit_rate
 
 MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 STEP_METRICS = {
@@ -37,6 +38,13 @@ def test_the_tapes_hit_rate_is_of_calls_that_reached_a_model(replies, rate):
     )
 
 
+@pytest.mark.parametrize(("resample", "every", "episodes"), [(0, 2, 104), (3, 2, 344), (0, 9, 88), (0, 5, 88)])
+def test_the_estimate_counts_groups_drawn_anew_and_the_last_validation(resample, every, episodes):
+    config = tiny_config.get_config()
+    config.steps, config.learner.resample, config.validation.every = 5, resample, every
+    assert f"5 steps, at most {episodes} episodes and {2 * episodes} calls" in estimate(config)
+
+
 # What a finished run leaves.
 
 
@@ -52,7 +60,7 @@ def test_workdir_holds_all_that_is_promised(finished_run):
         assert store.best() in (2, 4)
     config = json.loads((finished_run / "config.json").read_text())
     assert (config["steps"], config["rollout"]["group"]) == (4, 4)
-    assert "4 steps, 80 episodes, at most 160 calls" in (finished_run / "train.stdout").read_text()
+    assert "4 steps, at most 80 episodes and 160 calls" in (finished_run / "train.stdout").read_text()
 
 
 def test_every_step_has_its_metrics(finished_run):
