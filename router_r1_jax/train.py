@@ -177,7 +177,10 @@ class Run:
         if saved.run["config"] != config_hash(self.session.config):
             hosts.say(f"note: step {step} was made with another configuration; going on with the present one")
         self.iterator.restore(saved.run["data"])
-        self.normalizer.restore(saved.run["cost_window"])
+        try:
+            self.normalizer.restore(saved.run["cost_window"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.first_window = saved.run["first_cost_window"]
         self.session.restore_pools(saved.run["pools"], step)
         self.alarms.restore(saved.run["alarms"])
