@@ -110,7 +110,7 @@ class Router:
     ) -> None:
         """`mesh` is the learner's, from which parameters come. Nothing is compiled before the first question.
 
-        Raises ConfigError where there are too few devices.
+        Raises ConfigError where there are too few devices, or turns are too long for the driver.
         """
         self._config, self._tokenizer, self._cards, self._pool = config, tokenizer, tuple(cards), pool
         self._template = prompts.load_template(config.prompt.template)
@@ -122,9 +122,13 @@ class Router:
                 f"rollout.replicas is {r.replicas} and rollout.tensor {r.tensor}; each replica takes rollout.tensor "
                 f"devices, of which this process has {len(devices)}, a multiple of rollout.tensor"
             )
+        try:
+            limits = make_limits(r, config.prompt.question_tokens)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._engine = Engine(
             model,
-            make_limits(r, config.prompt.question_tokens),
+            limits,
             tokenizer,
             make_manners(config, replicas=wanted // r.tensor),
             driver=r.driver,

@@ -72,6 +72,7 @@ REFUSED = {
     "no such dtype": ("model.dtype=float31", "model.dtype is 'float31'; choose one of float32"),
     "heads that do not divide": ("model.arch.num_kv_heads=3", "model.arch.num_kv_heads is 3; it must divide num_heads"),
     "no weights": ("model.source=/no/such", "model.source is '/no/such'", "name a folder or hub name"),
+    "turns too long": ("rollout.max_turn_tokens=5000", "rollout.max_turn_tokens is 5000; with rollout.driver 'jit'"),
     "no tokenizer": ("model.tokenizer=/no/such", "model.tokenizer is '/no/such'", "name a folder or hub name"),
     "negative price": (
         BAD + "negative_price",

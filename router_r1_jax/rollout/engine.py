@@ -29,7 +29,16 @@ LAST_STEPS = 1.0  # seconds that a stopped run waits for its replicas; one that 
 
 
 def make_limits(rollout: Any, question_tokens: int) -> Limits:
-    """Static sizes from `config.rollout` and the longest question behind the shared prefix."""
+    """Static sizes from `config.rollout` and the longest question behind the shared prefix.
+
+    Raises ValueError where one turn makes a callback's argument larger than CALLBACK_BYTES. Questions and replies are
+    its result, which no device holds back: they may be longer.
+    """
+    if rollout.driver == "jit" and 4 * rollout.max_turn_tokens > CALLBACK_BYTES:
+        raise ValueError(
+            f"rollout.max_turn_tokens is {rollout.max_turn_tokens}; with rollout.driver 'jit' a turn has at most "
+            f"{CALLBACK_BYTES // 4} tokens, what one callback carries: lower it, or set rollout.driver to 'host'"
+        )
     feed_tokens = max(rollout.reply_tokens + TAG_TOKENS, question_tokens)
     widest = max(feed_tokens, rollout.max_turn_tokens)
     return Limits(

@@ -385,3 +385,10 @@ def test_limits_keep_an_exchange_small():
     config.slots, config.max_turn_tokens = 3, 20
     limits = make_limits(config, question_tokens=2000)
     assert (limits.exchange_rows, limits.feed_rows, limits.feed_tokens) == (2, 3, 2000)
+    config.max_turn_tokens = 4096
+    assert make_limits(config, question_tokens=5000).exchange_rows == 1
+    config.max_turn_tokens = 4097
+    with pytest.raises(ValueError, match="rollout.max_turn_tokens is 4097; with rollout.driver 'jit' a turn has at"):
+        make_limits(config, question_tokens=256)
+    config.driver = "host"
+    assert make_limits(config, question_tokens=256).turn_tokens == 4097
