@@ -4,8 +4,9 @@ Groups in which all that the update compares is equal teach nothing. With learne
 of new questions (dynamic sampling; DAPO, section 3.2).
 
 With rollout.ahead the next step's episodes are sampled while the update runs, by parameters that lack that one update
-(one step off-policy; `learner.importance_cap` corrects for it). Calls and decoding then hide behind the update, where
-sampling has devices, or cores, of its own.
+(one step off-policy). The clipped ratio corrects for it with learner.old_logps "sampler", the weights of
+`learner.importance_cap` do with "learner". Calls and decoding then hide behind the update, where sampling has devices,
+or cores, of its own.
 """
 
 import contextlib

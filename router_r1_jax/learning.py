@@ -141,7 +141,8 @@ def improve(
     """`learner.epochs` passes over a rollout's rows, one update per mini-batch; the new state, and metrics.
 
     Metrics are means over the updates, but for `skipped`, their sum, `programs`, and `logp_diff_mean` and
-    `logp_diff_max`, those of the first update: sampler and learner are compared at the same parameters.
+    `logp_diff_max`, those of the first update: sampler and learner are compared at the same parameters, but with
+    rollout.ahead a step apart.
 
     `reference` None: the state's own parameters without their adapters, which no update changes.
     """

@@ -17,7 +17,7 @@ class ReplyText(Protocol):
 class Respond(Protocol):
     """How the loop reaches external models: it passes the inside of a route tag on and gets a future reply."""
 
-    def __call__(self, route: str, *, episode: int, call: int) -> Future:
+    def __call__(self, route: str, *, episode: int, call: int) -> Future[ReplyText]:
         """`call` counts the episode's calls from 0. The future resolves within the pool's own deadline."""
 
 
