@@ -18,7 +18,9 @@ The last line is one JSON object; its top-level keys hold the worst value over t
 Result, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, torch 2.13.0, medians of 5, L4 D256: ours 1.69
 s, torch 9.47 s, plain 11.2 s: `ratio_vs_torch` 5.62 (aim 5), `ratio_vs_plain_jax` 6.63; `temp_memory_ratio` 3.01;
 `grad_max_rel_diff` 4.4e-6 (aim 1e-4). The day before on Zen 3, with an earlier learner: 2.98 s against 15.98 s, 5.36.
-L8 D512 and a GPU have not been run.
+Later on 26 November beside low-priority work, medians of 5 again: L4 D256 1.93 s, 10.86 s, 17.5 s: 5.61 and 9.03.
+L8 D512, medians of 3, the plain path left out (two minutes an update): ours 16.9 s, torch 92.4 s: `ratio_vs_torch` 5.48
+(aim 4.5), `grad_max_rel_diff` 6.3e-6. A GPU has not been at hand.
 """
 
 import argparse
