@@ -32,6 +32,8 @@ Result of `--full`, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2
 | L8 D512, episodes/s | 2.57 | 2.19 | 0.220 | 0.111 | 11.6 | 23.2 | 1.17 | 0.0001 | 1.22 |
 | aim | | | | | 10 | 10 | 1 | 0.05 | 3 |
 
+Of L8 D512 half of the jitted run, a tenth of generate's and half of Tunix's went on beside tests on one of the cores.
+
 `results/rollout_scaling.png`, L4 D256: 0.51, 1.63, 4.18, 10.4 and 13.2 episodes/s with 1, 4, 16, 64 and 256 slots;
 over latencies of 0, 0.4, 1 and 2 s 17.4, 10.4, 6.9 and 4.4 with 64 slots and 19.0, 13.2, 11.1 and 8.0 with 256. That is
 not flat, although some row can nearly always decode (idle share 0 to 0.06): a step computes every slot, waiting or not,
