@@ -311,7 +311,8 @@ def base_config() -> ConfigDict:
     c.warmstart.batch = 64
     c.warmstart.learning_rate = 2e-3
     c.warmstart.warmup = 50
-    c.warmstart.copy_steps = 0  # first updates in which half of the batch are repeating random sequences
+    c.warmstart.copy_steps = 0  # first updates in which half of the batch are exercises: `warmstart.scripted_rows`
+    c.warmstart.copy_periods = (8, 40)  # of the random sequences among them that repeat, in tokens, both included
 
     c.checkpoint = ConfigDict(dict(every=20, keep=2))  # steps; latest ones kept beside first and best
 

@@ -11,7 +11,7 @@ trains anew and writes `config.warmstart.file`, or `<workdir>/warmstart.safetens
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ from router_r1_jax import hosts, prompts
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data import synthetic
-from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
+from router_r1_jax.data.scripted import recited_cards, repeating_sequences, scripted_episode
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
@@ -34,7 +34,8 @@ from router_r1_jax.report.writer import MetricsWriter
 from router_r1_jax.rollout import common_prefix
 from router_r1_jax.session import Session, open_session
 
-COPY_LENGTH = 96  # tokens of a repeating sequence
+COPY_LENGTH = 96  # tokens of an exercise, at most
+RECITED = 24  # lines of recited cards
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -59,10 +60,11 @@ def recipe(config: ConfigDict) -> str:
 
 
 def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
-    """The shared prefix and the rows of one supervised update, of scripted episodes and at first random sequences.
+    """The shared prefix and the rows of one supervised update: scripted episodes, and at first exercises beside them.
 
-    The episodes show one roster; the sequences repeat. Without them a router of this size learns neither to copy names
-    of several tokens nor to read cards; with them, both within a few hundred updates.
+    The episodes show one roster. The exercises are random sequences that repeat, without which a router of this size
+    learns to copy no name of several tokens; and where names are dealt anew, recited cards, without which it learns to
+    read none.
     """
     config = session.config
     rng = np.random.default_rng([config.warmstart.seed, step])
@@ -75,18 +77,28 @@ def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
     chat = dict(system=config.prompt.system, thinking=config.prompt.thinking)
     ids = [prompts.encode(session.tokenizer, text, **chat) for text in rendered]
     shared = common_prefix(ids)
-    rows = []
-    for question, prompt in zip(asked, ids, strict=True):
-        tokens, mask = [], []
-        for text, spoken in scripted_episode(question, session.world, cards, rng):
-            piece = session.tokenizer.encode(text, add_special_tokens=False)
-            tokens += piece
-            mask += [float(spoken)] * len(piece)
-        rows.append(Row(prompt[shared:], tokens, mask))
+    scripts = [scripted_episode(question, session.world, cards, rng) for question in asked]
+    rows = [Row(prompt[shared:], *_tokens(session, pieces)) for prompt, pieces in zip(ids, scripts, strict=True)]
+    recited = copies // 2 if config.pool.rename else 0
+    for _ in range(recited):
+        tokens, mask = _tokens(session, recited_cards(cards, rng, RECITED))
+        rows.append(Row([], tokens[:COPY_LENGTH], mask[:COPY_LENGTH]))
     if copies:
-        tokens, repeats = repeating_sequences(rng, copies, COPY_LENGTH, len(session.tokenizer))
+        tokens, repeats = repeating_sequences(
+            rng, copies - recited, COPY_LENGTH, len(session.tokenizer), periods=config.warmstart.copy_periods
+        )
         rows += [Row([], t, m) for t, m in zip(tokens, repeats, strict=True)]
     return ids[0][:shared], rows
+
+
+def _tokens(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:
+    """Token ids of pieces of text, and a mask of those that carry loss."""
+    tokens, mask = [], []
+    for text, spoken in pieces:
+        piece = session.tokenizer.encode(text, add_special_tokens=False)
+        tokens += piece
+        mask += [float(spoken)] * len(piece)
+    return tokens, mask
 
 
 def train_warm_start(session: Session, report: Report) -> Params:

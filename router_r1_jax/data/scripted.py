@@ -1,4 +1,4 @@
-"""Scripted episodes for the warm start, and the copying curriculum that comes before them.
+"""Scripted episodes for the warm start, and the copying and reading curriculum that comes before them.
 
 The script shows the format, the splitting of a two-hop question and the copying of replies. Its choice of model is
 uniformly random and its replies are right or wrong as the chosen model is, so that whom to ask is left to RL.
@@ -45,8 +45,22 @@ def scripted_episode(
     return pieces
 
 
+def recited_cards(roster: Sequence[RosterCard], rng: np.random.Generator, count: int) -> list[tuple[str, bool]]:
+    """`count` lines "film 97 : Titan" about random domains of random cards, in pieces: True where the name is said.
+
+    What a think segment says of a model, many times over: an episode looks up one or two names, which teaches a router
+    to read too slowly where names are dealt anew.
+    """
+    pieces = []
+    for _ in range(count):
+        card = roster[rng.integers(len(roster))]
+        domain = list(card.performance)[rng.integers(len(card.performance))]
+        pieces += [(f" {domain} {prompts.score_text(card.performance[domain])} :", False), (f" {card.name}", True)]
+    return pieces
+
+
 def repeating_sequences(
-    rng: np.random.Generator, batch: int, length: int, vocab_size: int, *, periods: tuple[int, int] = (8, 40)
+    rng: np.random.Generator, batch: int, length: int, vocab_size: int, *, periods: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random token sequences, each repeating with its own period, drawn from `periods` (both ends included).
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from router_r1_jax import protocol
 from router_r1_jax.config import base_config
-from router_r1_jax.data.scripted import repeating_sequences, scripted_episode
+from router_r1_jax.data.scripted import recited_cards, repeating_sequences, scripted_episode
 from router_r1_jax.data.world import World
+from router_r1_jax.prompts import score_text
 
 WORLD = World(base_config().data.world)
 ROSTER = runpy.run_path(str(Path(__file__).parents[2] / "configs/pools/simulated.py"))["models"]()
@@ -80,7 +81,7 @@ def test_the_choice_of_model_is_uniform_whatever_the_domain():
 
 
 def test_repeating_sequences_are_periodic_and_the_mask_is_the_repeats():
-    tokens, mask = repeating_sequences(np.random.default_rng(0), 200, 100, 500)
+    tokens, mask = repeating_sequences(np.random.default_rng(0), 200, 100, 500, periods=(8, 40))
     assert tokens.shape == mask.shape == (200, 100)
     assert tokens.dtype == np.int32 and mask.dtype == bool
     assert 0 <= tokens.min() and tokens.max() < 500
@@ -92,3 +93,15 @@ def test_repeating_sequences_are_periodic_and_the_mask_is_the_repeats():
         assert len(set(row)) > period / 2  # random within a period
         periods[period] += 1
     assert min(periods) == 8 and max(periods) == 40 and len(periods) > 25
+
+
+def test_recited_cards_name_a_card_that_states_the_score():
+    rng = np.random.default_rng(0)
+    named = collections.Counter()
+    pieces = recited_cards(ROSTER, rng, 500)
+    for (question, asked), (name, said) in zip(pieces[::2], pieces[1::2], strict=True):
+        domain, score, colon = question.split()
+        assert not asked and said and colon == ":"
+        assert score_text(CARDS[name.strip()].performance[domain]) == score
+        named[name.strip(), domain] += 1
+    assert len(named) == 25 and min(named.values()) > 5
