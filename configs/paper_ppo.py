@@ -15,11 +15,12 @@ What differs from the published run, and why:
 
 Name your provider, and the variable with its key, in configs/pools/paper.py.
 
-Hardware: 8 devices of 48 GB; one needs about 38 GB, as
+Hardware: 8 devices of 24 GB; one needs about 22 GB, as
 
-    python -m router_r1_jax.model.plan --config=configs/paper_ppo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=48
+    python -m router_r1_jax.model.plan --config=configs/paper_ppo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=24
 
-says. Not run yet: wall time and numbers are unknown. The paper's, for orientation: mean EM .416 over seven sets (500
+says. Not run yet. Expected on 8 H100, by arithmetic: ten seconds a step, three quarters of an hour in all, most of it
+decoding and calls (as for configs/qwen25_3b_grpo.py; half the episodes, two updates). The paper's, for orientation: mean EM .416 over seven sets (500
 questions each, one run).
 `--config=configs/paper_ppo.py:runlocal` runs the same settings with a random 2-layer model and simulated models on a
 CPU, in a minute or two; `--config.reward.alpha` is the paper's alpha.
@@ -40,6 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     use_pool(c, POOLS / "paper.py")
     use_loss(c, "ppo")
     c.model.source = "Qwen/Qwen2.5-3B-Instruct"
+    c.model.dtype = "bfloat16"
     c.model.arch = ConfigDict(preset_arch("Qwen2.5-3B"))  # only read where model.source is empty: a random start
     c.prompt.template = "published"
     c.steps = 225

@@ -3,13 +3,14 @@
     python -m router_r1_jax.train    --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
     python -m router_r1_jax.evaluate --config=configs/qwen25_3b_grpo.py --workdir=runs/qwen3b --config.mesh.fsdp=8
 
-Hardware: 8 devices of 48 GB, each with a replica of the rollout; one needs about 38 GB, as
+Hardware: 8 devices of 24 GB, each with a replica of the rollout; one needs about 22 GB, as
 
-    python -m router_r1_jax.model.plan --config=configs/qwen25_3b_grpo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=48
+    python -m router_r1_jax.model.plan --config=configs/qwen25_3b_grpo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=24
 
-says. On one device of 24 GB: `--config.model.dtype=bfloat16 --config.model.lora.rank=16` (23 GB; raise the learning
-rate, 1e-5 to 1e-4 is usual for LoRA). Not run yet: wall time and numbers unknown. With `--config.model.source=` it
-starts from random weights.
+says (38 GB with model.dtype float32). On one device of 24 GB: `--config.model.lora.rank=16` (23 GB; raise the learning
+rate, 1e-5 to 1e-4 is usual for LoRA). Not run yet. Expected on 8 H100, by arithmetic: ten seconds a step, three
+quarters of an hour in all (128 episodes of a thousand tokens: update at 40 % of the peak 1.5 s, 600 decode steps at
+half of the memory's bandwidth 2.5 s, three calls of 2 s). With `--config.model.source=` it starts from random weights.
 `--config=configs/qwen25_3b_grpo.py:paper` takes the published questions (`use_paper_data`; prepare them first) and the
 paper's models (configs/pools/paper.py; name your endpoint there) instead of the synthetic world's.
 `--config=configs/qwen25_3b_grpo.py:runlocal` runs the same settings with a random 2-layer model on a CPU;
@@ -30,6 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.pool.simulate = True
 
     c.model.source = "Qwen/Qwen2.5-3B-Instruct"
+    c.model.dtype = "bfloat16"
     c.model.arch = ConfigDict(preset_arch("Qwen2.5-3B"))  # only read where model.source is empty: a random start
     c.prompt.template = "router"
     c.steps = 225

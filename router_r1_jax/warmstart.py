@@ -62,9 +62,8 @@ def recipe(config: ConfigDict) -> str:
 def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
     """The shared prefix and the rows of one supervised update: scripted episodes, and at first exercises beside them.
 
-    The episodes show one roster. The exercises are random sequences that repeat, without which a router of this size
-    learns to copy no name of several tokens; and where names are dealt anew, recited cards, without which it learns to
-    read none.
+    The episodes show one roster. The exercises are random sequences that repeat, to learn copying from; and where names
+    are dealt anew, recited cards, to learn reading. How far that goes is in experiments/studies/README.md.
     """
     config = session.config
     rng = np.random.default_rng([config.warmstart.seed, step])

@@ -48,8 +48,7 @@ def scripted_episode(
 def recited_cards(roster: Sequence[RosterCard], rng: np.random.Generator, count: int) -> list[tuple[str, bool]]:
     """`count` lines "film 97 : Titan" about random domains of random cards, in pieces: True where the name is said.
 
-    What a think segment says of a model, many times over: an episode looks up one or two names, which teaches a router
-    to read too slowly where names are dealt anew.
+    What a think segment says of a model, many times over: an episode looks up one or two names only.
     """
     pieces = []
     for _ in range(count):
