@@ -20,8 +20,8 @@ Hardware: 8 devices of 24 GB; one needs about 22 GB, as
     python -m router_r1_jax.model.plan --config=configs/paper_ppo.py --config.mesh.fsdp=8 --devices=8 --hbm_gb=24
 
 says. Not run yet. Expected on 8 H100, by arithmetic: ten seconds a step, three quarters of an hour in all, most of it
-decoding and calls (as for configs/qwen25_3b_grpo.py; half the episodes, two updates). The paper's, for orientation: mean EM .416 over seven sets (500
-questions each, one run).
+decoding and calls (as for configs/qwen25_3b_grpo.py; half the episodes, two updates). The paper's numbers, for
+orientation: mean EM .416 over seven sets (500 questions each, one run).
 `--config=configs/paper_ppo.py:runlocal` runs the same settings with a random 2-layer model and simulated models on a
 CPU, in a minute or two; `--config.reward.alpha` is the paper's alpha.
 """

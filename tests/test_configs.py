@@ -1,4 +1,4 @@
-"""The configurations that a user starts from, as their `runlocal` says: the same settings, a random 2-layer model, a CPU."""
+"""The configurations that a user starts from, rehearsed as `runlocal`: the same settings with a small random model."""
 
 from pathlib import Path
 

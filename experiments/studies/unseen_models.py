@@ -4,8 +4,8 @@
 
 The routers: one trained with three of the demo's five models; one with all five, which is what retraining gives; and
 one with forty others, five at a time under names dealt anew (`configs/sweeps/demo_cards.py`), which has met none of the
-five, nor their names. Each answers the test questions with the three models in prompt and pool, with all five, and with all
-five under one another's names. A gain that comes with no call to a new model is no generalisation, so the share of
+five, nor their names. Each answers the test questions with the three models in prompt and pool, with all five, and with
+all five under one another's names. A gain that comes with no call to a new model is no generalisation, so the share of
 calls stands beside it.
 
 Result and what it shows: experiments/studies/README.md.
