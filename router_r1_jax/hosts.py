@@ -26,6 +26,7 @@ from orbax.checkpoint import multihost
 
 T = TypeVar("T")
 
+ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a process counts as dead; JAX then ends the others
 LONGEST_WAIT = 24 * 3600  # seconds for which a process waits for another's rollout
 SMALLEST_MESSAGE = 1 << 12  # bytes; messages are padded to a power of two, so that few programs are compiled
@@ -47,9 +48,15 @@ class _Ending:
 
 
 def join(settings: ConfigDict) -> None:
-    """Become one of several processes, as `config.distributed` says; before JAX is used for anything else."""
+    """Become one of several processes, as `config.distributed` says; before JAX is used for anything else.
+
+    On CPUs XLA's schedule for concurrency lets independent collectives of a program run in any order: one process then
+    waited for the critic's gradient where the other sent the body's. With JAX_PLATFORMS=cpu it is turned off.
+    """
     if not settings.coordinator:
         return
+    if jax.config.jax_platforms == "cpu":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_ORDER}"
     where: dict[str, Any] = {}
     if settings.coordinator != "auto":
         where = dict(

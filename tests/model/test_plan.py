@@ -161,7 +161,7 @@ def test_rows_that_do_not_divide_are_refused():
 
 def test_model_of_a_configuration(tmp_path):
     model = configuration("configs/qwen25_3b_grpo.py").model
-    published = preset("Qwen2.5-3B")
+    published = dataclasses.replace(preset("Qwen2.5-3B"), dtype=model.dtype)
     assert plan.model_of(model, 2048) == published  # of the hub name, without a network
     model.source = ""
     assert plan.model_of(model, 2048) == published  # of model.arch
