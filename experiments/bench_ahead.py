@@ -11,8 +11,8 @@ compile and are left out, and so is the last. Medians are divided: above 1 means
 The last line is one JSON object; its top-level keys hold the worst value over the latencies that ran.
 
 Result, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, idle, calls of 1 s: 6.24 s a step without, 5.32 s
-with: `ratio` 1.17. The medians of single runs were 6.10 and then more without, 5.77 and then less with: of about
-eight steps each they vary by a tenth. `--full` has not been run.
+with: `ratio` 1.17 (after one run of each 6.10 and 5.77: medians of eight steps vary by some percent). `--full` has not
+been run.
 """
 
 import argparse
