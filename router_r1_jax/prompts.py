@@ -61,8 +61,7 @@ def card_line(card: PromptCard) -> str:
     """One model in one line, scores in percent: "film 97 music 16 : Titan ; price 12 latency 0.06".
 
     What is not known is left out: a latency that nobody measured, scores without a test.
-    The scores come directly before the name: a small router that looks for a topic copies the name that follows. With
-    other layouts it stayed at chance.
+    The scores come directly before the name, which is then what follows a topic's score.
     """
     scores = "".join(f"{topic} {score_text(score)} " for topic, score in card.performance.items())
     latency = "" if card.latency is None else f" latency {card.latency:g}"
