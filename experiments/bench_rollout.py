@@ -74,12 +74,12 @@ from router_r1_jax.model import (
     Params,
     Prefix,
     RouterLM,
-    empty_cache,
     init_params,
     unroll,
 )
 from router_r1_jax.rollout import Engine, Manners, Prompt, engine
 from router_r1_jax.rollout.exchange import ANSWER, ROUTE, Exchange
+from router_r1_jax.rollout.lanes import empty_caches
 from router_r1_jax.rollout.state import RUN, TURN_LIMIT, Limits, Outbox, empty_rows
 from router_r1_jax.rollout.step import Sampler, decode
 
@@ -89,7 +89,8 @@ SIZES = {
 }
 PREFIX, QUESTION, TURN, REPLY, CALLS, GROUP = 1024, 32, 40, 64, 3, 8
 OWN = QUESTION + (CALLS + 1) * TURN + CALLS * REPLY
-SLOTS, MEDIANS = (1, 4, 16, 64, 256), (0.0, 0.4, 1.0, 2.0)  # of the table: over latency for the last two only
+SLOTS, MEDIANS = (1, 4, 16, 64, 256), (0.0, 0.4, 1.0, 2.0)  # of the table, all slots in lanes
+LINES = {(256, 64): "#0072B2", (256, 256): "#009E73", (64, 64): "#D55E00"}  # slots and lanes whose latency varies
 TAGS = ("<information>", "</information>", "[UNK]")
 
 
@@ -184,13 +185,13 @@ class Reply(NamedTuple):
     text: str
 
 
-def make_limits(slots: int) -> Limits:
+def make_limits(slots: int, lanes: int) -> Limits:
     """A chunk of 33 holds a question, and two a reply; looks for replies cost little beside steps of many ms."""
     fed = max(QUESTION, REPLY + 1)
     room = engine.CALLBACK_BYTES // (4 * max(fed, TURN))
     return Limits(
-        slots=slots, row_tokens=OWN, turn_tokens=TURN, episode_tokens=OWN, feed_tokens=fed, chunk=33,
-        feed_rows=min(8, slots), feed_wait=8, exchange_rows=min(slots, room), poll_every=2,
+        slots=slots, lanes=lanes, row_tokens=OWN, turn_tokens=TURN, episode_tokens=OWN, feed_tokens=fed, chunk=33,
+        feed_rows=min(8, lanes), feed_wait=8, exchange_rows=min(slots, room), poll_every=2,
     )  # fmt: skip
 
 
@@ -205,12 +206,13 @@ def make_prompts(config: ModelConfig, episodes: int) -> list[Prompt]:
 
 
 def our_rollout(
-    config: ModelConfig, params: Params, address: str, *, driver: str, slots: int, episodes: int, latency: Latency
+    config: ModelConfig, params: Params, address: str, *, driver: str, slots: int, lanes: int, latency: Latency
 ) -> dict[str, Any]:
-    """Figures of one run; a short one before it has compiled everything."""
+    """Figures of one run that fills the slots four times or more; a short one before it has compiled everything."""
+    episodes = max(16, 4 * slots, min(512, 8 * slots))
     manners = Manners(max_calls=CALLS, reply_tokens=REPLY)
     devices = jax.local_devices()[:slots]
-    limits = make_limits(slots // len(devices))
+    limits = make_limits(slots // len(devices), lanes // len(devices))
     runner = Engine(config, limits, make_tokenizer(config.vocab_size), manners, driver=driver, devices=devices)
     runner.push(params)
     with ThreadPoolExecutor(slots) as threads:
@@ -231,6 +233,7 @@ def our_rollout(
         "slots_used": stats.slots_used,
         "decode_share": stats.decode_seconds / stats.seconds,
         "feed_share": stats.feed_seconds / stats.seconds,
+        "lane_wait_share": stats.lane_wait_share,
         "decode_step_ms": 1e3 * stats.decode_seconds / stats.decode_steps,
         "calls_in_flight": stats.calls_in_flight,
         "latency_p50": stats.latency_p50,
@@ -339,7 +342,7 @@ def barrier_rollout(
 
 def step_against_products(config: ModelConfig, params: Params, slots: int) -> dict[str, float]:
     """Milliseconds of a decode step with all slots running, and of its bare matrix products."""
-    c, limits = config, make_limits(slots)
+    c, limits = config, make_limits(slots, slots)
     flat = unroll(params, c.num_layers)
     rng = np.random.default_rng(0)
     kv = KV(*(jnp.asarray(rng.normal(size=(PREFIX, c.num_kv_heads, c.head_dim)), c.dtype) for _ in range(2))).laid_out()
@@ -350,7 +353,7 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
         status=jnp.full(slots, RUN), position=jnp.full(slots, 3 * OWN // 4), episode=jnp.arange(slots, dtype=jnp.uint32)
     )
     step = jax.jit(functools.partial(decode, RouterLM(c, unrolled=True), limits), donate_argnums=3)
-    caches = [empty_cache(c, slots, OWN)]
+    caches = [empty_caches(c, limits, OWN)]
 
     def run_step() -> None:
         caches[0], found = step(flat, prefix, sampler, caches[0], rows)
@@ -376,7 +379,7 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
         return jnp.sum(x @ flat["embed"].T) + total
 
     x = jnp.asarray(rng.normal(size=(slots, c.width)), c.dtype)
-    calls = {"step": run_step, "products": lambda: jax.block_until_ready(products(flat, x, caches[0]))}
+    calls = {"step": run_step, "products": lambda: jax.block_until_ready(products(flat, x, caches[0].lanes))}
     seconds = in_turns(calls, repeats=30)
     return {f"{name}_ms": 1e3 * value for name, value in seconds.items()} | {
         "step_vs_matmul": seconds["step"] / seconds["products"]
@@ -403,11 +406,10 @@ class Parts:
         print(f"{name}: {self._done[name]}", flush=True)
         return self._done[name]
 
-    def ours(self, size: str, *, driver: str, slots: int, latency: Latency) -> dict[str, Any]:
+    def ours(self, size: str, *, driver: str, slots: int, lanes: int, latency: Latency) -> dict[str, Any]:
         """Figures of one of our rollouts."""
-        episodes = max(16, min(512, 8 * slots))
-        settings = {"driver": driver, "slots": slots, "episodes": episodes, "latency": latency}
-        name = f"{size}, {driver}, {slots} slots, median {latency.median} s"
+        settings = {"driver": driver, "slots": slots, "lanes": lanes, "latency": latency}
+        name = f"{size}, {driver}, {slots} slots, {lanes} lanes, median {latency.median} s"
         return self.figures(name, lambda: our_rollout(*make_router(size), self._address, **settings))
 
     def theirs(self, size: str, system: str) -> dict[str, Any]:
@@ -429,7 +431,7 @@ def compare(parts: Parts, size: str) -> dict[str, Any]:
     """All systems at one size."""
     result = {"step": parts.figures(f"{size}, step", lambda: step_against_products(*make_router(size), 64))}
     for driver in ("jit", "host"):
-        result[driver] = parts.ours(size, driver=driver, slots=64, latency=Latency())
+        result[driver] = parts.ours(size, driver=driver, slots=64, lanes=64, latency=Latency())
     theirs = ["generate", *(["tunix"] if importlib.util.find_spec("tunix") else [])]
     for system in theirs:
         result[system] = parts.theirs(size, system)
@@ -443,13 +445,14 @@ def compare(parts: Parts, size: str) -> dict[str, Any]:
 
 
 def scaling(parts: Parts) -> list[dict[str, float]]:
-    """Rows of a table: episodes per second of the first size, over the number of slots and over the median latency."""
+    """Rows of a table: episodes per second of the first size, over slots and lanes and over the median latency."""
 
-    def row(slots: int, median: float) -> dict[str, float]:
-        figures = parts.ours("L4 D256", driver="jit", slots=slots, latency=Latency(median, 7.5 * median))
-        return {"slots": slots, "median": median, **figures}
+    def row(slots: int, lanes: int, median: float) -> dict[str, float]:
+        latency = Latency(median, 7.5 * median)
+        figures = parts.ours("L4 D256", driver="jit", slots=slots, lanes=lanes, latency=latency)
+        return {"slots": slots, "lanes": lanes, "median": median, **figures}
 
-    points = {(slots, MEDIANS[1]) for slots in SLOTS} | {(slots, median) for slots in SLOTS[-2:] for median in MEDIANS}
+    points = {(slots, slots, MEDIANS[1]) for slots in SLOTS} | {(*line, median) for line in LINES for median in MEDIANS}
     return [row(*point) for point in sorted(points)]
 
 
@@ -465,13 +468,15 @@ def draw(table: Sequence[dict[str, float]], path: Path) -> None:
         end = rows[-1][x], rows[-1]["episodes_per_s"]
         axes.annotate(label, end, (7, 0), textcoords="offset points", color=colour, va="center", fontsize=9)
 
-    line(left, [row for row in table if row["median"] == MEDIANS[1]], "slots", "#0072B2", "")
-    for slots, colour in zip(SLOTS[-2:], ("#D55E00", "#009E73"), strict=True):
-        line(right, [row for row in table if row["slots"] == slots], "median", colour, f"{slots} slots")
+    whole = [row for row in table if row["slots"] == row["lanes"]]
+    line(left, [row for row in whole if row["median"] == MEDIANS[1]], "slots", "#555555", "")
+    for (slots, lanes), colour in LINES.items():
+        rows = [row for row in table if (row["slots"], row["lanes"]) == (slots, lanes)]
+        line(right, rows, "median", colour, f"{slots} slots" + (f",\n{lanes} lanes" if lanes < slots else ""))
     left.set_xscale("log", base=2)
     left.set_xticks(SLOTS, SLOTS)
     left.set(xlabel="slots", ylim=(0, None))
-    right.set(xlabel="median latency of a call, s", xticks=MEDIANS, xlim=(-0.1, 1.2 * MEDIANS[-1]))
+    right.set(xlabel="median latency of a call, s", xticks=MEDIANS, xlim=(-0.1, 1.25 * MEDIANS[-1]))
     left.set_title(f"Episodes per second; calls of {MEDIANS[1]} s", loc="left", fontsize=10, fontweight="bold")
     right.set_title("Episodes per second over latency", loc="left", fontsize=10, fontweight="bold")
     for axes in (left, right):

@@ -235,6 +235,9 @@ def base_config() -> ConfigDict:
     c.rollout.replicas = 0  # sampling loops, each on devices of its own; 0: as many as this process's devices allow
     c.rollout.tensor = 1  # devices of one replica, which share every product
     c.rollout.slots = 64  # rows of a replica's sampling loop
+    # Rows of them that compute at a time, while others wait for replies; 0: all. On a CPU, where a step's time grows
+    # with its rows, 32 with four times as many slots make latency cost little.
+    c.rollout.lanes = 0
     c.rollout.temperature = 1.0
     c.rollout.top_k = 0  # draw among the k most probable tokens only; 0: all
     c.rollout.top_p = 1.0  # then among the most probable ones that together reach p
@@ -347,9 +350,9 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
     "model.lora.rank", "pool.shown", "pool.temperature", "pool.breaker.failures", "pool.budget",
-    "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.top_k", "rollout.feed_wait",
-    "alarms.entropy", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
-    "validation.questions", "evaluation.samples",
+    "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.lanes", "rollout.top_k",
+    "rollout.feed_wait", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
+    "alarms.entropy", "validation.questions", "evaluation.samples",
     "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",
     "learner.dual_clip", "learner.kl_coef", "learner.entropy_coef", "learner.value_coef", "learner.value_clip",
     "learner.value_learning_rate", "learner.importance_cap", "learner.resample", "learner.component_weights.format",
@@ -456,6 +459,11 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(f"rollout.top_p is {config.rollout.top_p}; it lies in (0, 1], and 1 keeps all")
     if not 0.0 <= config.rollout.min_p <= 1.0:
         raise ConfigError(f"rollout.min_p is {config.rollout.min_p}; it lies in [0, 1], and 0 keeps all")
+    if config.rollout.lanes > config.rollout.slots:
+        raise ConfigError(
+            f"rollout.lanes is {config.rollout.lanes}, more than rollout.slots ({config.rollout.slots}); lanes are the "
+            "slots that compute at a time: lower it, or 0 for all of them"
+        )
     needs_group = config.learner.advantage not in ("gae", "reinforce") or config.learner.resample
     if config.rollout.group < (2 if needs_group else 1):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Losses by their names, and what the checks of a configuration say of the loss' fields."""
+"""Losses by their names, and what the checks of a configuration say of the loss' fields and of the rollout's lanes."""
 
 import pytest
 
@@ -77,4 +77,19 @@ def test_a_prompt_cannot_show_more_cards_than_there_are(config):
     validate(config)
     config.pool.shown += 1
     with pytest.raises(ConfigError, match="pool.shown is 2, and pool.models are 1; 0 shows them all"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "message"),
+    [
+        (65, r"rollout.lanes is 65, more than rollout.slots \(64\); lanes are .* lower it, or 0 for all"),
+        (-1, "rollout.lanes is -1; it must be at least 0"),
+    ],
+)
+def test_lanes_that_cannot_be_are_refused(config, lanes, message):
+    config.rollout.lanes = 64
+    validate(config)
+    config.rollout.lanes = lanes
+    with pytest.raises(ConfigError, match=message):
         validate(config)

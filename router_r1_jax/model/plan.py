@@ -62,6 +62,7 @@ class RolloutShape:
     """Sizes of the sampling loop, as `rollout.state.Limits` has them, and the shared prefix."""
 
     slots: int
+    lanes: int
     row_tokens: int  # S
     turn_tokens: int
     feed_tokens: int
@@ -154,11 +155,15 @@ def gathered_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
 
 
 def cache_bytes(config: ModelConfig, shape: RolloutShape) -> int:
-    """Bytes of the KV caches of all slots, at their longest, and of the shared prefix, on a device of the rollout."""
+    """Bytes of the KV caches of all slots, at their longest, and of the shared prefix, on a device of the rollout.
+
+    Where there are fewer lanes than slots, up to `feed_rows` spare caches are among them.
+    """
     longest = (
         -(-shape.row_tokens // CACHE_BUCKET) * CACHE_BUCKET if shape.row_tokens > SHORT_CACHE else shape.row_tokens
     )
-    positions = shape.slots * longest + shape.prefix_tokens
+    places = shape.slots + min(shape.feed_rows, shape.slots - shape.lanes)
+    positions = places * longest + shape.prefix_tokens
     kv_heads = _share(config, abstract_mesh(1, 1, shape.tensor, shape.tensor)).kv_heads
     return 2 * config.num_layers * positions * kv_heads * config.head_dim * _itemsize(config)
 
@@ -169,7 +174,7 @@ def rollout_workspace_bytes(config: ModelConfig, shape: RolloutShape) -> int:
     keys = shape.row_tokens + shape.prefix_tokens
     state = 4 * shape.slots * (shape.feed_tokens + 2 * shape.turn_tokens) + TAG_STATES * c.vocab_size
     layer = 2 * shape.row_tokens * c.num_kv_heads * c.head_dim * e  # of a row that is fed
-    decode = shape.slots * max(8 * c.num_heads * keys, 2 * 4 * c.vocab_size)
+    decode = shape.lanes * max(8 * c.num_heads * keys, 2 * 4 * c.vocab_size)
     tokens = shape.feed_rows * shape.chunk
     feed = tokens * (3 * c.num_heads * keys + e * (2 * c.mlp + c.width)) + shape.feed_rows * layer
     return state + int(max(decode, feed))
@@ -278,9 +283,9 @@ def shapes_of(config: Any, prefix_tokens: int, mesh: Mesh | AbstractMesh) -> tup
     rows, shares = r.questions * r.group // c.minibatches, _row_shares(mesh)
     micro_batch = min(max(c.micro_tokens // longest, 1), -(-rows // shares)) * shares
     update = UpdateShape(rows, micro_batch, longest, prefix, c.logit_chunk, c.length_buckets)
-    feed_tokens = max(r.reply_tokens + TAG_TOKENS, config.prompt.question_tokens)
+    feed_tokens, lanes = max(r.reply_tokens + TAG_TOKENS, config.prompt.question_tokens), r.lanes or r.slots
     return update, RolloutShape(
-        r.slots, r.max_tokens, r.max_turn_tokens, feed_tokens, r.chunk, min(r.feed_rows, r.slots), prefix, r.tensor
+        r.slots, lanes, r.max_tokens, r.max_turn_tokens, feed_tokens, r.chunk, min(r.feed_rows, lanes), prefix, r.tensor
     )
 
 

@@ -41,14 +41,16 @@ def make_limits(rollout: Any, question_tokens: int) -> Limits:
         )
     feed_tokens = max(rollout.reply_tokens + TAG_TOKENS, question_tokens)
     widest = max(feed_tokens, rollout.max_turn_tokens)
+    lanes = rollout.lanes or rollout.slots
     return Limits(
         slots=rollout.slots,
+        lanes=lanes,
         row_tokens=rollout.max_tokens,
         turn_tokens=rollout.max_turn_tokens,
         episode_tokens=rollout.max_episode_tokens or rollout.max_tokens,
         feed_tokens=feed_tokens,
         chunk=rollout.chunk,
-        feed_rows=min(rollout.feed_rows, rollout.slots),
+        feed_rows=min(rollout.feed_rows, lanes),
         exchange_rows=min(rollout.slots, max(1, CALLBACK_BYTES // (4 * widest))),
         feed_wait=rollout.feed_wait,
         poll_every=rollout.poll_every,

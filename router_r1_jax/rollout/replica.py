@@ -29,11 +29,11 @@ from router_r1_jax.model import (
     Prefix,
     RouterLM,
     abstract_params,
-    empty_cache,
     merge_adapters,
     unroll,
 )
 from router_r1_jax.rollout.exchange import STOP_TAGS, Exchange
+from router_r1_jax.rollout.lanes import Caches, empty_caches
 from router_r1_jax.rollout.push import take_local
 from router_r1_jax.rollout.sampling import Cut
 from router_r1_jax.rollout.state import (
@@ -47,10 +47,11 @@ from router_r1_jax.rollout.state import (
     positions_needed,
     wants_exchange,
 )
-from router_r1_jax.rollout.step import Caches, Sampler, work
+from router_r1_jax.rollout.step import Sampler, work
 
 # Cache lengths are multiples of it. From the shortest on XLA's CPU compiler sums over keys in the same order for all of
-# them, so that the length changes no bit of a result (128 does, by 7e-7); a GPU does not promise that.
+# them, so that the length changes no bit of a result (128 does, by 7e-7, and any does with two or three lanes, by
+# 1e-6); a GPU does not promise that.
 LENGTH_BUCKET = 128
 PREFIX_BUCKET = 64  # the shared prefix is padded to a multiple of it: few compilations
 SHORTEST_CACHE = 256
@@ -128,10 +129,11 @@ class Replica:
                 caches, rows = drive(self._params, shared, sampler, caches, rows)
                 if rows.stop:
                     return
-                needed, layers = int(self._needed(rows)), list(caches)
+                needed, parts = int(self._needed(rows)), [list(part) for part in caches]
                 length = next(n for n in lengths if n >= needed)
                 del caches  # so that each layer's old cache goes when its new one is made
-                caches = tuple(self._grow(layers.pop(0), length) for _ in range(len(layers)))
+                grown = [tuple(self._grow(part.pop(0), length) for _ in range(len(part))) for part in parts]
+                caches = Caches(*grown)
 
     def _shared_prefix(self, tokens: Sequence[int]) -> Prefix:
         padded = np.zeros(max(1, -(-len(tokens) // PREFIX_BUCKET)) * PREFIX_BUCKET, np.int32)
@@ -144,10 +146,10 @@ class Replica:
         return tuple(KV(layer.k[0], layer.v[0]).laid_out() for layer in kv)
 
     def _empty_fn(self, length: int) -> Caches:
-        return empty_cache(self._model.config, self._limits.slots, length)
+        return empty_caches(self._model.config, self._limits, length)
 
     def _fits(self, caches: Caches, rows: Rows) -> jax.Array:
-        return positions_needed(rows, self._limits) <= caches[0].length
+        return positions_needed(rows, self._limits) <= caches.length
 
     def _drive_jit(self, *args: Any) -> tuple[Caches, Rows]:
         return self._loop(*args)
@@ -171,7 +173,7 @@ class Replica:
     def _drive_host(
         self, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
     ) -> tuple[Caches, Rows]:
-        while not rows.stop and self._needed(rows) <= caches[0].length:
+        while not rows.stop and self._needed(rows) <= caches.length:
             caches, rows = self._work(params, prefix, sampler, caches, rows)
             if self._wants(rows):
                 rows, out = self._collect(rows)

@@ -21,13 +21,15 @@ EMPTY, RUN, WAIT, FEED = range(4)
 # Why a turn ended. Values from FIRST_TAG on are the automaton's accepting states, in the order of its tags.
 TURN_LIMIT, ROW_FULL, END_OF_TEXT, TOKEN_LIMIT = 101, 102, 103, 104
 # What is counted over a run, in the order of `Rows.counts`. Only steps count what had nothing to feed or decode.
-COUNTS = ("decode_steps", "decoded_tokens", "feed_steps", "fed_tokens", "steps")
+# `lane_waits` are steps that rows with tokens to read spent without a lane, summed over the rows.
+COUNTS = ("decode_steps", "decoded_tokens", "feed_steps", "fed_tokens", "steps", "lane_waits")
 
 
 class Limits(NamedTuple):
     """Static sizes of a compiled loop; all lengths are tokens."""
 
     slots: int  # B, rows
+    lanes: int  # A, rows that compute at a time
     row_tokens: int  # S, own positions of a row
     turn_tokens: int  # M, sampled tokens of one turn
     episode_tokens: int  # sampled tokens of one episode
@@ -37,6 +39,11 @@ class Limits(NamedTuple):
     feed_wait: int  # steps that a row may be held back from feeding until others join it
     exchange_rows: int  # rows that one exchange carries each way
     poll_every: int  # decode steps between looks for replies while rows wait
+
+    @property
+    def places(self) -> int:
+        """Rows' caches that there is room for: where some are parked, with spare places through which they move."""
+        return self.slots + min(self.feed_rows, self.slots - self.lanes)
 
 
 @flax.struct.dataclass
@@ -53,17 +60,20 @@ class Rows:
     feed: jax.Array  # [B, F] int32
     feed_length: jax.Array  # [B] int32
     feed_done: jax.Array  # [B] int32
+    handed: jax.Array  # [B] int32, the step at which the host handed over what is fed
     turn: jax.Array  # [B, M] int32, tokens sampled in this turn
     logps: jax.Array  # [B, M] float32, in the uncut distribution
     drawn_logps: jax.Array  # [B, M] float32, in the one drawn from
     turn_length: jax.Array  # [B] int32
     sampled: jax.Array  # [B] int32, tokens sampled in this episode
     began: jax.Array  # [B] int32, the step that sampled the turn's first token
+    place: jax.Array  # [B] int32, where the row's cache is: lanes come first, see `rollout.lanes`
+    row_at: jax.Array  # [B + spare] int32, the row in each place, B for none
     since_exchange: jax.Array  # int32, steps
     held: jax.Array  # int32, steps since the last feed in which a row had tokens to read
     more: jax.Array  # bool, the host has more to hand over than one exchange carries
     stop: jax.Array  # bool
-    counts: jax.Array  # [5] int32: COUNTS
+    counts: jax.Array  # [6] int32: COUNTS
 
 
 class Outbox(NamedTuple):
@@ -77,7 +87,7 @@ class Outbox(NamedTuple):
     drawn_logps: np.ndarray  # [E, M] float32
     began: np.ndarray  # [E] int32
     idle: np.ndarray  # bool: no row can go on by itself, and no ended turn is left to tell
-    counts: np.ndarray  # [5] int32: COUNTS
+    counts: np.ndarray  # [6] int32: COUNTS
 
 
 class Inbox(NamedTuple):
@@ -110,6 +120,7 @@ def inbox_spec(limits: Limits) -> Inbox:
 def empty_rows(limits: Limits) -> Rows:
     """All rows EMPTY."""
     B, F, M = limits.slots, limits.feed_tokens, limits.turn_tokens
+    place = jnp.arange(limits.places, dtype=jnp.int32)
 
     def ints(*shape: int) -> jax.Array:
         return jnp.zeros(shape, jnp.int32)
@@ -117,10 +128,18 @@ def empty_rows(limits: Limits) -> Rows:
     return Rows(
         status=ints(B), episode=jnp.zeros(B, jnp.uint32), position=ints(B), last=ints(B), tag=jnp.zeros(B, jnp.uint8),
         reason=ints(B), reported=jnp.ones(B, bool), feed=ints(B, F), feed_length=ints(B), feed_done=ints(B),
-        turn=ints(B, M), logps=jnp.zeros((B, M), jnp.float32), drawn_logps=jnp.zeros((B, M), jnp.float32),
-        turn_length=ints(B), sampled=ints(B), began=ints(B), since_exchange=ints(), held=ints(), more=jnp.array(True),
-        stop=jnp.array(False), counts=ints(len(COUNTS)),
+        handed=ints(B), turn=ints(B, M), logps=jnp.zeros((B, M), jnp.float32),
+        drawn_logps=jnp.zeros((B, M), jnp.float32), turn_length=ints(B), sampled=ints(B), began=ints(B),
+        place=place[:B], row_at=jnp.minimum(place, B), since_exchange=ints(),
+        held=ints(), more=jnp.array(True), stop=jnp.array(False), counts=ints(len(COUNTS)),
     )  # fmt: skip
+
+
+def in_lanes(field: jax.Array, rows: Rows, limits: Limits) -> jax.Array:
+    """A field [B, ...] of the rows that hold a lane: [A, ...], by lane."""
+    if limits.lanes == limits.slots:
+        return field
+    return field.at[rows.row_at[: limits.lanes]].get(mode="clip")
 
 
 def positions_needed(rows: Rows, limits: Limits) -> jax.Array:
@@ -134,11 +153,12 @@ def positions_needed(rows: Rows, limits: Limits) -> jax.Array:
 def wants_feed(rows: Rows, limits: Limits) -> jax.Array:
     """Whether to feed now: a feed costs for one row what it costs for R, so rows wait for company while others run.
 
-    Of few busy rows fewer are waited for: a third of them would be long in coming together.
+    Of few busy rows fewer are waited for: a third of them would be long in coming together. Only lanes can be fed.
     """
-    feeding = jnp.sum(rows.status == FEED)
-    company = jnp.clip(jnp.sum(rows.status != EMPTY) // 3, 1, limits.feed_rows)
-    alone = ~jnp.any(rows.status == RUN)
+    status = in_lanes(rows.status, rows, limits)
+    feeding = jnp.sum(status == FEED)
+    company = jnp.clip(jnp.sum(status != EMPTY) // 3, 1, limits.feed_rows)
+    alone = ~jnp.any(status == RUN)
     return (feeding > 0) & ((feeding >= company) | (rows.held >= limits.feed_wait) | alone)
 
 
@@ -195,6 +215,7 @@ def deliver(rows: Rows, inbox: Inbox) -> Rows:
         feed=put(rows.feed, inbox.feed),
         feed_length=put(rows.feed_length, inbox.length),
         feed_done=put(rows.feed_done, 0),
+        handed=put(rows.handed, rows.counts[COUNTS.index("steps")]),
         since_exchange=jnp.zeros_like(rows.since_exchange),
         more=inbox.more,
         stop=inbox.stop,

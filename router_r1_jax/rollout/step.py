@@ -1,5 +1,7 @@
 """One step of the sampling loop: feed a chunk to the rows that have tokens to read, decode one token on those that run.
 
+Both work on the rows that hold a lane; before them, rows that wait give their lanes to rows that can go on.
+
 Pure functions of (parameters, caches, rows); both drivers, the jitted loop and the host-driven one, call these very
 functions. Every row's result depends on its own tokens, key and position only, so a schedule changes nothing.
 """
@@ -9,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from router_r1_jax.model import Cache, Params, Prefix, RouterLM
+from router_r1_jax.model import Params, Prefix, RouterLM
+from router_r1_jax.rollout.lanes import Caches, swap, wants_swap
 from router_r1_jax.rollout.sampling import Cut, row_keys, sample
 from router_r1_jax.rollout.state import (
     COUNTS,
@@ -22,10 +25,9 @@ from router_r1_jax.rollout.state import (
     WAIT,
     Limits,
     Rows,
+    in_lanes,
     wants_feed,
 )
-
-Caches = tuple[Cache, ...]
 
 
 class Sampler(NamedTuple):
@@ -48,8 +50,9 @@ def feed(
     model: RouterLM, limits: Limits, params: Params, prefix: Prefix, caches: Caches, rows: Rows
 ) -> tuple[Caches, Rows]:
     """Read up to C tokens into up to R rows. The last token of a feed is left to the decode step, which samples."""
-    B, S = limits.slots, caches[0].length
-    (row,) = jnp.nonzero(rows.status == FEED, size=limits.feed_rows, fill_value=B)
+    A, B, S = limits.lanes, limits.slots, caches.length
+    (lane,) = jnp.nonzero(in_lanes(rows.status, rows, limits) == FEED, size=limits.feed_rows, fill_value=A)
+    row = lane if A == B else rows.row_at[:A].at[lane].get(mode="fill", fill_value=B)
 
     def of_row(field: jax.Array) -> jax.Array:
         return field.at[row].get(mode="fill", fill_value=0)
@@ -60,9 +63,10 @@ def feed(
     source = jnp.minimum(done[:, None] + offset, limits.feed_tokens - 1)
     tokens = jnp.take_along_axis(of_row(rows.feed), source, axis=1)
     positions = jnp.where(offset < here[:, None], start[:, None] + offset, S)  # S: nothing is written
-    _, caches = model.apply(
-        {"params": params}, tokens, positions=positions, prefix=prefix, cache=caches, rows=row, method=RouterLM.hidden
-    )
+    _, lanes = model.apply(
+        {"params": params}, tokens, positions=positions, prefix=prefix, cache=caches.lanes, rows=lane,
+        method=RouterLM.hidden,
+    )  # fmt: skip
     done = done + here
     ready = done >= of_row(rows.feed_length) - 1
     last = jnp.take_along_axis(of_row(rows.feed), done[:, None], axis=1)[:, 0]
@@ -70,7 +74,7 @@ def feed(
     def put(field: jax.Array, value: jax.Array) -> jax.Array:
         return field.at[row].set(value, mode="drop")
 
-    return caches, rows.replace(
+    return caches._replace(lanes=lanes), rows.replace(
         status=put(rows.status, jnp.where(ready, RUN, FEED)),
         position=put(rows.position, start + here),
         feed_done=put(rows.feed_done, done),
@@ -85,22 +89,29 @@ def feed(
 def decode(
     model: RouterLM, limits: Limits, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
 ) -> tuple[Caches, Rows]:
-    """Sample one token on every running row and see whether its turn ends there."""
+    """Sample one token on every running row, all of which are in lanes, and see whether its turn ends there."""
+
+    def here(field: jax.Array) -> jax.Array:
+        return in_lanes(field, rows, limits)
+
     running = rows.status == RUN
-    positions = jnp.where(running, rows.position, caches[0].length)  # out of range: nothing is written
-    hidden, caches = model.apply(
+    positions = here(jnp.where(running, rows.position, caches.length))  # out of range: nothing is written
+    hidden, lanes = model.apply(
         {"params": params},
-        rows.last[:, None],
+        here(rows.last)[:, None],
         positions=positions[:, None],
         prefix=prefix,
-        cache=caches,
+        cache=caches.lanes,
         method=RouterLM.hidden,
     )
     logits = model.apply({"params": params}, hidden[:, 0], method=RouterLM.logits)
-    keys = row_keys(sampler.key, rows.episode, rows.position)
+    keys = row_keys(sampler.key, here(rows.episode), here(rows.position))
     token, logp, drawn_logp = sample(logits, keys, sampler.temperature, sampler.cut)
+    index = here(jnp.arange(limits.slots)), here(jnp.where(running, rows.turn_length, limits.turn_tokens))
+    turn = rows.turn.at[index].set(token, mode="drop")
+    if limits.lanes < limits.slots:
+        token = token.at[rows.place].get(mode="clip")  # [A] -> [B]; what parked rows get is not looked at
     tag = sampler.next_state[rows.tag, token]
-    index = (jnp.arange(limits.slots), jnp.where(running, rows.turn_length, limits.turn_tokens))
     length, sampled, position = rows.turn_length + 1, rows.sampled + 1, rows.position + 1
     ended_by = jnp.select(
         [(tag >= 1) & (tag <= sampler.tags), token == sampler.end_of_text, sampled >= limits.episode_tokens,
@@ -109,14 +120,14 @@ def decode(
         0,
     )  # fmt: skip
     ended = running & (ended_by > 0)
-    return caches, rows.replace(
+    return caches._replace(lanes=lanes), rows.replace(
         status=jnp.where(ended, WAIT, rows.status),
         reason=jnp.where(ended, ended_by, rows.reason),
         reported=rows.reported & ~ended,
         position=jnp.where(running, position, rows.position),
         last=jnp.where(running, token, rows.last),
         tag=jnp.where(running, tag, rows.tag),
-        turn=rows.turn.at[index].set(token, mode="drop"),
+        turn=turn,
         logps=rows.logps.at[index].set(logp, mode="drop"),
         drawn_logps=rows.drawn_logps.at[index].set(drawn_logp, mode="drop"),
         turn_length=jnp.where(running, length, rows.turn_length),
@@ -129,11 +140,17 @@ def decode(
 def work(
     model: RouterLM, limits: Limits, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
 ) -> tuple[Caches, Rows]:
-    """One step: feed if enough rows have tokens to read, decode if one runs."""
+    """One step: swap if a parked row can go on, feed if enough rows have tokens to read, decode if one runs."""
+    if limits.lanes < limits.slots:
+        caches, rows = jax.lax.cond(
+            wants_swap(rows, limits), lambda c, r: swap(limits, c, r), lambda c, r: (c, r), caches, rows
+        )
+    feeding = in_lanes(rows.status, rows, limits) == FEED
+    waiting = jnp.sum(rows.status == FEED) - jnp.sum(feeding)
     caches, rows = jax.lax.cond(
         wants_feed(rows, limits),
         lambda c, r: feed(model, limits, params, prefix, c, r),
-        lambda c, r: (c, r.replace(held=r.held + jnp.any(r.status == FEED))),
+        lambda c, r: (c, r.replace(held=r.held + jnp.any(feeding))),
         caches,
         rows,
     )
@@ -144,4 +161,5 @@ def work(
         caches,
         rows,
     )
-    return caches, rows.replace(since_exchange=rows.since_exchange + 1, counts=_counted(rows, steps=1))
+    counts = _counted(rows, steps=1, lane_waits=waiting)
+    return caches, rows.replace(since_exchange=rows.since_exchange + 1, counts=counts)

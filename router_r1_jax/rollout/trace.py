@@ -33,11 +33,13 @@ class RolloutStats:
       seconds: the run's wall time.
       rows: of all replicas.
       prefix_tokens: tokens that all prompts share; prefilled once per replica, in prefill_seconds.
-      decode_seconds: of decode steps, estimated, as feed_seconds, by least squares over the times between exchanges.
+      decode_seconds: of decode steps, estimated, as feed_seconds, by least squares over the times between exchanges;
+        moving rows into lanes counts in either.
       exchanges: callbacks; callback_bytes is what went through them, both ways.
       idle_seconds: in which no row of a replica could go on by itself, summed over the replicas.
       idle_share: of idle_seconds in the replicas' time.
       slots_used: share of the rows' time in which they held an episode.
+      lane_wait_share: of the rows' steps, those in which they had tokens to read and no lane.
       cut_replies: of which only the first rollout.reply_tokens tokens entered the context.
       calls_in_flight: at most, at one time.
       latency_p50: of a call as the rollout sees it, with latency_p95; 0 without calls.
@@ -61,6 +63,7 @@ class RolloutStats:
     idle_seconds: float
     idle_share: float
     slots_used: float
+    lane_wait_share: float
     calls: int
     cut_replies: int
     calls_in_flight: int
@@ -190,6 +193,7 @@ def summary(
         callback_bytes=sum(trace.callback_bytes for trace in traces),
         idle_seconds=idle,
         idle_share=idle / (seconds * len(traces)),
+        lane_wait_share=counts["lane_waits"] / max(1, slots * counts["steps"]),
         slots_used=sum(s.end - s.start for s in spans) / (seconds * slots * len(traces)),
         calls=sum(len(e.replies) for e in episodes),
         cut_replies=sum(trace.cut_replies for trace in traces),
@@ -226,6 +230,7 @@ def joined(parts: Sequence[RolloutStats]) -> RolloutStats:
         prefix_tokens=parts[0].prefix_tokens,
         prefill_seconds=max(part.prefill_seconds for part in parts),
         idle_share=float(np.average([part.idle_share for part in parts], weights=row_seconds)),
+        lane_wait_share=float(np.average([part.lane_wait_share for part in parts], weights=row_seconds)),
         slots_used=float(np.average([part.slots_used for part in parts], weights=row_seconds)),
         stops=dict(sum((Counter(part.stops) for part in parts), Counter())),
         spans=tuple(s._replace(row=s.row + b) for part, b in zip(parts, before, strict=False) for s in part.spans),

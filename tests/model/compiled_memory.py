@@ -14,6 +14,7 @@ from router_r1_jax.learner import Layout, Learner, PolicyLoss, Row, abstract_sta
 from router_r1_jax.mesh import RULES, make_mesh
 from router_r1_jax.model import ModelConfig, Prefix, RouterLM, abstract_params, empty_cache, unroll
 from router_r1_jax.model.plan import TAG_STATES, UpdateShape
+from router_r1_jax.rollout.lanes import empty_caches
 from router_r1_jax.rollout.state import Limits, empty_rows
 from router_r1_jax.rollout.step import Sampler, work
 
@@ -52,9 +53,9 @@ def compiled_step(config, shape):
     """(arguments, all) of the step that both drivers of the rollout run, compiled as the engine compiles it."""
     c = config
     limits = Limits(
-        slots=shape.slots, row_tokens=shape.row_tokens, turn_tokens=shape.turn_tokens, episode_tokens=shape.row_tokens,
-        feed_tokens=shape.feed_tokens, chunk=shape.chunk, feed_rows=shape.feed_rows, feed_wait=8,
-        exchange_rows=shape.slots, poll_every=8,
+        slots=shape.slots, lanes=shape.lanes, row_tokens=shape.row_tokens, turn_tokens=shape.turn_tokens,
+        episode_tokens=shape.row_tokens, feed_tokens=shape.feed_tokens, chunk=shape.chunk, feed_rows=shape.feed_rows,
+        feed_wait=8, exchange_rows=shape.slots, poll_every=8,
     )  # fmt: skip
     stacked = abstract_params(c, make_mesh(1, 1, 1, jax.devices()[:1]))
     params = jax.eval_shape(lambda p: unroll(p, c.num_layers), stacked)
@@ -64,7 +65,7 @@ def compiled_step(config, shape):
     sampler = Sampler(
         Shape((TAG_STATES, c.vocab_size), jnp.uint8), number, number, Shape((), jnp.float32), key, None
     )  # fmt: skip
-    caches = jax.eval_shape(lambda: empty_cache(c, shape.slots, shape.row_tokens))
+    caches = jax.eval_shape(lambda: empty_caches(c, limits, shape.row_tokens))
     rows = jax.eval_shape(lambda: empty_rows(limits))
     step = jax.jit(functools.partial(work, RouterLM(c, unrolled=True), limits), donate_argnums=(3, 4))
     return needed(step.lower(params, prefix, sampler, caches, rows))

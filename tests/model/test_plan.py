@@ -33,7 +33,7 @@ ADAPTERS = LoRA(rank=8, alpha=16.0)
 UPDATE = UpdateShape(rows=16, micro_batch=8, row_tokens=96, prefix_tokens=64, logit_chunk=16)
 LONG = UpdateShape(rows=8, micro_batch=4, row_tokens=256, prefix_tokens=128, logit_chunk=64)
 STEP = RolloutShape(
-    slots=16, row_tokens=256, turn_tokens=48, feed_tokens=64, chunk=16, feed_rows=4, prefix_tokens=64
+    slots=16, lanes=16, row_tokens=256, turn_tokens=48, feed_tokens=64, chunk=16, feed_rows=4, prefix_tokens=64
 )  # fmt: skip
 
 
@@ -92,10 +92,14 @@ def test_update_on_meshes_is_what_xla_needs():
     [
         (SMALL, {}),
         (LLAMA, {"row_tokens": 1024}),
-        (dataclasses.replace(SMALL, vocab_size=16_000, width=64, num_layers=1), {"slots": 64, "row_tokens": 64}),
+        (
+            dataclasses.replace(SMALL, vocab_size=16_000, width=64, num_layers=1),
+            {"slots": 64, "lanes": 64, "row_tokens": 64},
+        ),
         (SMALL, {"chunk": 64, "feed_rows": 16, "row_tokens": 64}),
+        (SMALL, {"slots": 64}),
     ],
-    ids=["short rows", "long rows", "large vocabulary", "wide feed"],
+    ids=["short rows", "long rows", "large vocabulary", "wide feed", "few lanes"],
 )
 def test_step_is_what_xla_needs(config, changes):
     shape = dataclasses.replace(STEP, **changes)

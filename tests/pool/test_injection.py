@@ -152,8 +152,8 @@ def engine():
         vocab_size=len(tok), num_layers=1, width=8, mlp=8, num_heads=2, num_kv_heads=1, head_dim=4, remat="none"
     )
     limits = Limits(
-        slots=8, row_tokens=192, turn_tokens=12, episode_tokens=99, feed_tokens=64, chunk=32, feed_rows=4, feed_wait=2,
-        exchange_rows=8, poll_every=4,
+        slots=8, lanes=8, row_tokens=192, turn_tokens=12, episode_tokens=99, feed_tokens=64, chunk=32, feed_rows=4,
+        feed_wait=2, exchange_rows=8, poll_every=4,
     )  # fmt: skip
     made = Engine(model, limits, tok, Manners(max_calls=3, reply_tokens=BUDGET))
     made.push(init_params(model, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0))

@@ -1,7 +1,7 @@
 """Run by test_replicas.py with fake CPU devices: engines of several replicas against one; prints JSON.
 
-replicas.py REPLICASxTENSOR ...        digests and counts of each engine's episodes
-replicas.py --process=I --port=PORT    one of two processes, with its half of the prompts
+replicas.py REPLICASxTENSOR[:LANES] ...  digests and counts of each engine's episodes
+replicas.py --process=I --port=PORT      one of two processes, with its half of the prompts
 """
 
 import argparse
@@ -41,13 +41,13 @@ class HeldBack:
         return future
 
 
-def run(replicas, tensor, prompts=PROMPTS, devices=None, **kwargs):
+def run(replicas, tensor, prompts=PROMPTS, devices=None, lanes=LIMITS.lanes, **kwargs):
     """Episodes and stats. With prompts enough, more calls wait at a time than all replicas but one have rows.
 
     Not for tensor-parallel ones: fake devices share few threads, and one that waits can starve another's all-reduce.
     """
     devices = (devices or jax.devices())[: replicas * tensor]
-    engine = make_engine("jit", devices=devices, tensor=tensor)
+    engine = make_engine("jit", devices=devices, tensor=tensor, lanes=lanes)
     together = (replicas - 1) * LIMITS.slots + 1
     pool = HeldBack(together) if tensor == 1 and together < len(prompts) / 2 else Latecomers(DELAYS)
     return engine.run(prompts, pool, temperature=1.0, seed=SEED, **kwargs)
@@ -69,8 +69,9 @@ def main():
         return
     report = {}
     for size in args.sizes:
-        replicas, tensor = map(int, size.split("x"))
-        episodes, stats = run(replicas, tensor)
+        size_of_mesh, _, lanes = size.partition(":")
+        replicas, tensor = map(int, size_of_mesh.split("x"))
+        episodes, stats = run(replicas, tensor, lanes=int(lanes or LIMITS.lanes))
         rows = {span.row // LIMITS.slots for span in stats.spans}
         report[size] = {
             "episodes": described(episodes),

@@ -34,6 +34,7 @@ from router_r1_jax.model import Prefix, empty_cache
 from router_r1_jax.rollout import Manners, Prompt, make_limits
 from router_r1_jax.rollout import engine as engine_module
 from router_r1_jax.rollout.exchange import Exchange
+from router_r1_jax.rollout.lanes import empty_caches
 from router_r1_jax.rollout.sampling import Cut
 from router_r1_jax.rollout.state import empty_rows
 from router_r1_jax.rollout.step import Sampler
@@ -184,7 +185,16 @@ class Placing(Exchange):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limits", [{}, {"slots": 7, "exchange_rows": 1, "feed_rows": 3}, {"slots": 1, "feed_rows": 1}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"slots": 7, "exchange_rows": 1, "feed_rows": 3},
+        {"slots": 1, "feed_rows": 1},
+        {"slots": 9, "lanes": 3},
+        {"slots": 7, "lanes": 4, "exchange_rows": 1, "feed_rows": 3},
+    ],
+)
 def test_no_schedule_changes_an_episode_many_times(params, limits, monkeypatch):
     """Nor does the number of replicas, nor which of them samples an episode, nor in which slot."""
     monkeypatch.setattr(engine_module, "Exchange", Placing)
@@ -361,12 +371,13 @@ def test_prompts_that_cannot_run_are_refused(run):
         run("jit", long)
 
 
+@pytest.mark.parametrize("slots", [8, 16], ids=["all rows in lanes", "half of them parked"])
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_the_compiled_program_holds_no_second_cache(driver):
+def test_the_compiled_program_holds_no_second_cache(driver, slots):
     """Neither the loop nor the step that Python calls. Caches are updated in place; no layer's fits beside them."""
-    (replica,) = make_engine(driver, slots=8, row_tokens=4096)._replicas
-    limits = LIMITS._replace(slots=8, row_tokens=4096)
-    caches = jax.eval_shape(lambda: empty_cache(MODEL, 8, 4096))
+    limits = LIMITS._replace(slots=slots, lanes=8, row_tokens=4096)
+    (replica,) = make_engine(driver, **limits._asdict())._replicas
+    caches = jax.eval_shape(lambda: empty_caches(MODEL, limits, 4096))
     kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], empty_cache(MODEL, 1, 64)))
     scalar = jnp.int32(0)
     sampler = Sampler(replica._table, scalar, scalar, jnp.float32(1), jax.random.key(0), None)
@@ -374,7 +385,11 @@ def test_the_compiled_program_holds_no_second_cache(driver):
     compiled = program.lower(replica._params, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
     memory, whole = compiled.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= whole
-    assert memory.temp_size_in_bytes < whole / MODEL.num_layers
+    of_lanes = whole * limits.lanes / limits.places
+    assert memory.temp_size_in_bytes < of_lanes / MODEL.num_layers
+    shapes = {f"f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(caches)}
+    copied = [line for line in compiled.as_text().splitlines() if " copy(" in line and any(s in line for s in shapes)]
+    assert copied == []
 
 
 def test_limits_keep_an_exchange_small():
@@ -382,7 +397,11 @@ def test_limits_keep_an_exchange_small():
     limits = make_limits(config, question_tokens=256)
     assert limits.feed_tokens == 632 and limits.turn_tokens == 1024
     assert 4 * limits.exchange_rows * max(limits.feed_tokens, limits.turn_tokens) <= 16 * 1024
-    config.slots, config.max_turn_tokens = 3, 20
+    assert (limits.slots, limits.lanes, limits.places) == (64, 64, 64)
+    config.lanes, config.feed_rows = 16, 20
+    limits = make_limits(config, question_tokens=256)
+    assert (limits.lanes, limits.feed_rows, limits.places) == (16, 16, 80)  # as many spare places as rows move at once
+    config.slots, config.lanes, config.max_turn_tokens = 3, 0, 20
     limits = make_limits(config, question_tokens=2000)
     assert (limits.exchange_rows, limits.feed_rows, limits.feed_tokens) == (2, 3, 2000)
     config.max_turn_tokens = 4096

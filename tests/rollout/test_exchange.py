@@ -20,7 +20,7 @@ def ids(text):
     return [WORDS.index(word) for word in text.split()]
 
 
-def outbox(*turns, idle=False, counts=(0, 0, 0, 0, 0)):
+def outbox(*turns, idle=False, counts=(0,) * 6):
     """Ended turns (row, reason, words)."""
     box = Outbox(
         row=np.full(E, B, np.int32),

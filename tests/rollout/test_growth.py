@@ -23,13 +23,14 @@ def long_texts(route, episode, call):
 
 @pytest.fixture(scope="module")
 def long_engine():
-    """long_engine(driver) -> an engine whose rows hold up to 500 tokens, and replies of up to 140."""
+    """long_engine(driver, slots) -> an engine whose rows hold up to 500 tokens, and replies of up to 140."""
     made = {}
 
-    def get(driver):
-        if driver not in made:
-            made[driver] = make_engine(driver, manners=Manners(max_calls=6, reply_tokens=140), **LONG)
-        return made[driver]
+    def get(driver, slots):
+        if (driver, slots) not in made:
+            manners = Manners(max_calls=6, reply_tokens=140)
+            made[driver, slots] = make_engine(driver, manners=manners, slots=slots, lanes=4, **LONG)
+        return made[driver, slots]
 
     return get
 
@@ -39,18 +40,23 @@ def sampled(engine, delays=(0.0,)):
     return engine.run(PROMPTS, pool, temperature=1.0, seed=SEED)[0]
 
 
+@pytest.fixture(scope="module", params=[4, 7], ids=["all rows in lanes", "some rows parked"])
+def slots(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def at_full_length(long_engine):
+def at_full_length(long_engine, slots):
     """The episodes where the cache has its full length from the start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replica, "cache_lengths", lambda row_tokens: cache_lengths(row_tokens)[-1:])
-        return sampled(long_engine("jit"))
+        return sampled(long_engine("jit", slots))
 
 
 @pytest.mark.parametrize("driver", ["jit", "host"])
-def test_a_growing_cache_changes_no_bit(long_engine, at_full_length, driver, monkeypatch):
+def test_a_growing_cache_changes_no_bit(long_engine, slots, at_full_length, driver, monkeypatch):
     lengths = []
-    engine = long_engine(driver)
+    engine = long_engine(driver, slots)
     (only,) = engine._replicas
     grow = only._grow
     monkeypatch.setattr(only, "_grow", lambda cache, length: lengths.append(length) or grow(cache, length))

@@ -38,7 +38,7 @@ def finished(process):
 
 @pytest.fixture(scope="module")
 def few():
-    return finished(started(4, "1x1", "2x1", "1x2"))
+    return finished(started(4, "1x1", "2x1", "1x2", "1x2:2"))
 
 
 def check_same(report, size, one):
@@ -52,11 +52,12 @@ def test_two_replicas_sample_what_one_samples(few):
     assert few["2x1"]["replicas that worked"] == [0, 1]
 
 
-def test_a_tensor_parallel_replica_is_the_naive_rollout(few):
+@pytest.mark.parametrize("size", ["1x2", "1x2:2"], ids=["all rows in lanes", "two lanes"])
+def test_a_tensor_parallel_replica_is_the_naive_rollout(few, size):
     """Its sums are formed in another order, so it is compared as another shape is: by log-probs, to 1e-4."""
     params = tiny_router.make_params()
     for prompt in make_prompts(24)[:8]:
-        tokens, logps, sampled, stop = few["1x2"]["episodes"][str(prompt.episode)]
+        tokens, logps, sampled, stop = few[size]["episodes"][str(prompt.episode)]
         episode = Episode(prompt.episode, prompt.tokens, tokens=tokens, sampled=sampled, stop=stop)
         naive = NaiveEpisode(params, episode, prefix_length=9)
         assert (naive.tokens, naive.sampled, naive.stop) == (tokens, sampled, stop)

@@ -30,7 +30,7 @@ def clock(monkeypatch):
 
 
 def counts(decode, feed, steps):
-    return np.array([decode, 0, feed, 0, steps], np.int32)
+    return np.array([decode, 0, feed, 0, steps, 0], np.int32)
 
 
 def test_spans_of_a_row(clock):
@@ -113,6 +113,7 @@ def test_stats_of_a_run():
     assert stats.fed_tokens == sum(len(e.prompt) - 9 - 1 + len(e.tokens) - sum(e.sampled) for e in episodes)
     assert stats.calls == len(pool.calls) and sum(stats.stops.values()) == 24
     assert 0 < stats.latency_p50 <= stats.latency_p95 and 1 <= stats.calls_in_flight <= LIMITS.slots
+    assert stats.lane_wait_share == 0
     assert 0 < stats.slots_used <= 1 and 0 <= stats.idle_share < 1 and stats.callback_bytes > 0
     assert 0 < stats.decode_seconds + stats.feed_seconds + stats.prefill_seconds < stats.seconds
     kinds = {kind: sum(s.kind == kind for s in stats.spans) for kind in ("feed", "decode", "wait")}
@@ -134,7 +135,7 @@ def check_joined(part):
     assert joined([part]) is part
     for name in ("rows", "decoded_tokens", "fed_tokens", "calls", "cut_replies", "exchanges", "idle_seconds"):
         assert getattr(both, name) == 2 * getattr(part, name), name
-    for name in ("seconds", "prefix_tokens", "idle_share", "slots_used", "latency_p50"):
+    for name in ("seconds", "prefix_tokens", "idle_share", "slots_used", "lane_wait_share", "latency_p50"):
         assert getattr(both, name) == pytest.approx(getattr(part, name)), name
     assert both.calls_in_flight == 2 * part.calls_in_flight
     assert both.stops == {reason: 2 * count for reason, count in part.stops.items()}

@@ -25,6 +25,7 @@ WORDS = ["[UNK]", "[END]", *TAGS, *CLOSING, *HALVES, *(f"w{i}" for i in range(60
 
 LIMITS = Limits(
     slots=4,
+    lanes=4,
     row_tokens=40,
     turn_tokens=12,
     episode_tokens=99,
@@ -66,7 +67,11 @@ def make_params():
 
 
 def make_engine(driver: str = "jit", *, devices=None, tensor: int = 1, manners=None, **limits: int) -> Engine:
-    """An engine of this model, which holds its random parameters; `limits` replace those of LIMITS."""
+    """An engine of this model, which holds its random parameters; `limits` replace those of LIMITS.
+
+    All rows have lanes where `lanes` is not among them.
+    """
+    limits = {"lanes": limits.get("slots", LIMITS.slots)} | limits
     manners = manners or Manners(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS)
     engine = Engine(MODEL, LIMITS._replace(**limits), TOKENIZER, manners, driver=driver, devices=devices, tensor=tensor)
     engine.push(make_params())
