@@ -29,7 +29,7 @@ from router_r1_jax.data.scripted import recited_cards, repeating_sequences, scri
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
-from router_r1_jax.pool.cards import roster, roster_settings
+from router_r1_jax.pool.cards import Card, roster, roster_settings
 from router_r1_jax.report.writer import MetricsWriter
 from router_r1_jax.rollout import common_prefix
 from router_r1_jax.session import Session, open_session
@@ -59,35 +59,68 @@ def recipe(config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def own_rosters(pool_config: ConfigDict) -> bool:
+    """Whether each row shows a roster of its own: where names are dealt anew, or other models are shown each time.
+
+    With one roster for all rows an update mostly learns its few names, and the next one has to unlearn them
+    (experiments/studies/README.md). Where names stay, rows share a roster, which is then read once for all.
+    """
+    return pool_config.rename or pool_config.shown > 0
+
+
 def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
     """The shared prefix and the rows of one supervised update: scripted episodes, and at first exercises beside them.
 
-    The episodes show one roster. The exercises are random sequences that repeat, to learn copying from; and where names
-    are dealt anew, recited cards, to learn reading. How far that goes is in experiments/studies/README.md.
+    The exercises are random sequences that repeat, to learn copying from; and where names are dealt anew, prompts whose
+    cards are recited, to learn reading. How far that goes is in experiments/studies/README.md.
     """
-    config = session.config
-    rng = np.random.default_rng([config.warmstart.seed, step])
-    cards = roster(session.cards, rng, **roster_settings(config.pool))
-    copies = config.warmstart.batch // 2 if step < config.warmstart.copy_steps else 0
-    all_questions = session.world.questions("train")
-    asked = [all_questions[i] for i in rng.integers(len(all_questions), size=config.warmstart.batch - copies)]
-    template = prompts.load_template(config.prompt.template)
-    rendered = [prompts.render(template, cards, q.text, config.rollout.max_calls) for q in asked]
-    chat = dict(system=config.prompt.system, thinking=config.prompt.thinking)
-    ids = [prompts.encode(session.tokenizer, text, **chat) for text in rendered]
-    shared = common_prefix(ids)
-    scripts = [scripted_episode(question, session.world, cards, rng) for question in asked]
-    rows = [Row(prompt[shared:], *_tokens(session, pieces)) for prompt, pieces in zip(ids, scripts, strict=True)]
-    recited = copies // 2 if config.pool.rename else 0
-    for _ in range(recited):
-        tokens, mask = _tokens(session, recited_cards(cards, rng, RECITED))
-        rows.append(Row([], tokens[:COPY_LENGTH], mask[:COPY_LENGTH]))
+    config, w = session.config, session.config.warmstart
+    rng = np.random.default_rng([w.seed, step])
+    exercises = w.batch // 2 if step < w.copy_steps else 0
+    recited = exercises // 2 if config.pool.rename else 0
+    copies = exercises - recited
+    prefix, rows = _prompted_rows(session, rng, w.batch - copies, recited)
     if copies:
-        tokens, repeats = repeating_sequences(
-            rng, copies - recited, COPY_LENGTH, len(session.tokenizer), periods=config.warmstart.copy_periods
-        )
+        vocabulary = len(session.tokenizer)
+        tokens, repeats = repeating_sequences(rng, copies, COPY_LENGTH, vocabulary, periods=w.copy_periods)
         rows += [Row([], t, m) for t, m in zip(tokens, repeats, strict=True)]
+    return prefix, rows
+
+
+def _prompted_rows(session: Session, rng: np.random.Generator, count: int, recited: int) -> tuple[list[int], list[Row]]:
+    """Rows that begin with a prompt, and what all of them share: the first `recited` recite, the others act."""
+    config = session.config
+
+    def draw() -> tuple[Card, ...]:
+        return roster(session.cards, rng, **roster_settings(config.pool))
+
+    rosters = [draw() for _ in range(count)] if own_rosters(config.pool) else [draw()] * count
+    questions = session.world.questions("train")
+    asked = [questions[i] for i in rng.integers(len(questions), size=count)]
+    template = prompts.load_template(config.prompt.template)
+    chat = dict(system=config.prompt.system, thinking=config.prompt.thinking)
+    ids, rows = [], []
+    for cards, question in zip(rosters, asked, strict=True):
+        text = prompts.render(template, cards, question.text, config.rollout.max_calls)
+        ids.append(prompts.encode(session.tokenizer, text, **chat))
+    shared = common_prefix(ids)
+    for i, (cards, question, prompt) in enumerate(zip(rosters, asked, ids, strict=True)):
+        if i < recited:
+            tokens, mask = (x[:COPY_LENGTH] for x in _tokens(session, recited_cards(cards, rng, RECITED)))
+        else:
+            tokens, mask = _tokens(session, scripted_episode(question, session.world, cards, rng))
+        rows.append(Row(prompt[shared:], tokens, mask))
     return ids[0][:shared], rows
+
+
+def longest_row(session: Session) -> int:
+    """Tokens of a row behind the shared prefix, at most: with the cards where each row has its own."""
+    config = session.config
+    longest = max(config.rollout.max_tokens, COPY_LENGTH)
+    if not own_rosters(config.pool):
+        return longest
+    lines = sorted(len(session.tokenizer.encode(prompts.card_line(card) + "\n")) for card in session.cards)
+    return longest + sum(lines[-config.pool.shown :])
 
 
 def _tokens(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:
@@ -113,7 +146,7 @@ def train_warm_start(session: Session, report: Report) -> Params:
     )
     c, mesh = session.config, session.mesh
     layout = make_layout(
-        max(c.rollout.max_tokens, COPY_LENGTH), buckets=c.learner.length_buckets, tokens=c.learner.micro_tokens,
+        longest_row(session), buckets=c.learner.length_buckets, tokens=c.learner.micro_tokens,
         rows=w.batch, shares=mesh.shape["data"] * mesh.shape["fsdp"],
     )  # fmt: skip
     learner = Learner(

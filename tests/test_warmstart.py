@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import runpy
 import tempfile
 from pathlib import Path
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_config import demo_config
 
 from router_r1_jax import warmstart
+from router_r1_jax.config import use_pool
 from router_r1_jax.data.world import claim, query_text
 from router_r1_jax.evaluation.records import make_records, summarise
 from router_r1_jax.experience import judge
@@ -141,6 +144,31 @@ def trace(workdir, monkeypatch):
             "end": late_losses(session, kept, (300, 699), monkeypatch),
         }
         return found, schedules[0], session.config.warmstart
+
+
+def test_where_names_are_dealt_anew_each_row_shows_a_roster_of_its_own(tmp_path):
+    """Cards are read out of the rows' text, and what is recited is one of them."""
+    config = demo_config()
+    use_pool(config, DEMO.parent / "pools" / "many.py")
+    config.pool.shown, config.pool.rename = 5, True
+    config.warmstart.batch, config.warmstart.copy_steps = 16, 1
+    with open_session(config, tmp_path, load_source=False) as session:
+        prefix, rows = warmstart.scripted_rows(session, 0)
+        longest = warmstart.longest_row(session)
+        decode = session.tokenizer.decode
+    texts = [(decode([*prefix, *row.prompt]), row) for row in rows if row.prompt]
+    rosters = [re.findall(r"^(.*) : (\w+) ; price", prompt, re.MULTILINE) for prompt, _ in texts]
+    assert all(len(cards) == 5 for cards in rosters)
+    assert len({frozenset(name for _, name in cards) for cards in rosters}) == len(rosters) == 12
+    for cards, (_, row) in zip(rosters[:4], texts[:4], strict=True):
+        lines = re.findall(r" (\w+ \d+) : (\w+)", decode(row.tokens))
+        assert len(lines) > 10 and all(any(pair in scores and name == n for scores, n in cards) for pair, name in lines)
+        assert {decode([t]).strip() for t, said in zip(row.tokens, row.mask, strict=True) if said} <= {
+            n for _, n in cards
+        }
+    for cards, (_, row) in zip(rosters[4:], texts[4:], strict=True):
+        assert set(re.findall(r"<search> (\w+):", decode(row.tokens))) <= {name for _, name in cards}
+    assert max(row.length for row in rows) <= longest
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     use_pool(c, CONFIGS / "pools" / "many.py")
     c.pool.shown, c.pool.rename = 5, True
     c.steps = 100
-    c.learner.micro_tokens = 1536  # the exercises fill no more
     c.warmstart.file = str(CONFIGS.parent / "runs" / "demo_cards_warmstart.safetensors")
     c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2400, 1800, (2, 16)
     return c
