@@ -2,7 +2,7 @@
 
 python -m router_r1_jax.sweep --config=configs/sweeps/demo_alpha.py --workdir=runs/demo_alpha
 
-`--dry_run` prints the fifteen commands instead. Each is what `make demo` does, about 6 minutes on two free cores.
+`--dry_run` prints the fifteen commands instead. Each is what `make demo` does, four to five minutes on a core.
 """
 
 import runpy

@@ -10,6 +10,7 @@ Result and what it shows: experiments/studies/README.md.
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.transforms import IdentityTransform, ScaledTranslation
 from runner import Variant, arguments, figures, markdown, measured, opened, over_seeds, run_config, save, spelt
 from runner import trained_runs as runs_of
 
@@ -17,6 +18,7 @@ from router_r1_jax.data.reference import always, best_by_domain, cost_range, ora
 from router_r1_jax.data.world import World
 from router_r1_jax.pool.cards import Card
 
+COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7")
 FRONT = np.round(np.linspace(0, 0.95, 20), 3)
 
 
@@ -34,25 +36,36 @@ def references(world: World, cards: tuple[Card, ...], ids: set[str]) -> dict:
 
 
 def draw(results: dict) -> Figure:
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for (name, front), style in zip(results["references"]["fronts"].items(), ("-", "--"), strict=True):
-        em, dollars = np.array(sorted(front, key=lambda p: p[1])).T
-        axes.plot(dollars, em, style, color="#8a8a8a", label=f"{name}, alpha 0 to .95")
+    """All of it, and larger what lies near the fronts: a dot per run, by alpha."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    whole, near = figure.subplots(1, 2)
+    fronts = results["references"]["fronts"]
+    for axes in (whole, near):
+        for (name, front), style in zip(fronts.items(), ("*-", ".--"), strict=True):
+            em, dollars = np.array(sorted(front, key=lambda p: p[1])).T
+            axes.plot(dollars, em, style, color="#8a8a8a", markersize=9, label=f"{name}, alpha 0 to .95")
+        for i, (alpha, lines) in enumerate(results["each"].items()):
+            at = [(p["dollars_per_question"], p["em"]) for p in lines.values()]
+            # Runs of different alphas often end at the very same policy: beside each other, not on top.
+            offset = (
+                ScaledTranslation(0.07 * (i - 2), 0, figure.dpi_scale_trans) if axes is near else IdentityTransform()
+            )
+            axes.plot(*np.array(at).T, "o", color=COLOURS[i], alpha=0.8, markersize=5, label=f"router, alpha {alpha}",
+                      transform=axes.transData + offset)  # fmt: skip
+        axes.set_xlabel("dollars per question")
+        axes.grid(color="#e4e4e4")
+        axes.spines[["top", "right"]].set_visible(False)
     for name, (em, dollars) in results["references"]["alone"].items():
-        axes.plot([dollars], [em], "s", color="#D55E00", markersize=4)
-        axes.annotate(f"{name} alone", (dollars, em), textcoords="offset points", xytext=(5, 3), fontsize=8)
-    for alpha, lines in results["each"].items():
-        axes.plot([p["dollars_per_question"] for p in lines.values()], [p["em"] for p in lines.values()], "o",
-                  color="#0072B2", alpha=0.5, markersize=4)  # fmt: skip
-        mean = results["alphas"][alpha]
-        place = (mean["dollars_per_question"]["mean"], mean["em"]["mean"])
-        axes.annotate(f"alpha {alpha}", place, textcoords="offset points", xytext=(6, -10), fontsize=8, color="#0072B2")
-    axes.set_xscale("log")
-    axes.set_xlabel("dollars per question")
-    axes.set_ylabel("exact match, test split")
-    axes.legend(frameon=False)
-    axes.grid(color="#e4e4e4")
+        whole.plot([dollars], [em], "s", color="#7f7f7f", markersize=4)
+        whole.annotate(
+            f"{name} alone", (dollars, em), textcoords="offset points", xytext=(0, 6), fontsize=8, ha="center"
+        )
+    whole.set_xscale("log")
+    whole.set(ylim=(0, 1), ylabel="exact match, test split")
+    near.set(ylim=(0.83, 0.94), xlim=(0, None))
+    near.legend(frameon=False, fontsize=8, loc="lower right")
+    whole.set_title("With each model alone", loc="left", fontsize=10)
+    near.set_title("Near the fronts, three seeds (dots of one place side by side)", loc="left", fontsize=10)
     return figure
 
 
