@@ -24,7 +24,8 @@ on with the part it was cut in. Ratios of parts that ran hours apart say little:
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
 the worst value over the sizes that ran.
 
-Result of `--full`, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, torch 2.13.0, google-tunix 0.1.7:
+Result of `--full`, 26 November 2026, before lanes were added, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, torch 2.13.0,
+google-tunix 0.1.7:
 
 | | jitted | host-driven | generate | Tunix | vs generate | vs Tunix | jit vs host | idle share | step_vs_matmul |
 |---|---|---|---|---|---|---|---|---|---|
@@ -34,9 +35,9 @@ Result of `--full`, 26 November 2026, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2
 
 Of L8 D512 half of the jitted run, a tenth of generate's and half of Tunix's went on beside tests on one of the cores.
 
-The table, `results/rollout_scaling.png`, L4 D256, one series of runs beside jobs of low priority. Episodes per second
-of the steady part of a run, in brackets those of the whole run, whose end leaves slots empty (four fills of the slots,
-with calls of 15 s among them at a median of 2 s):
+The table, `results/rollout_scaling.png`, L4 D256, made later by `scaling` alone, which `--full` calls last, beside jobs
+of low priority. Episodes per second of the steady part of a run, in brackets those of the whole run, whose end leaves
+slots empty (four fills of the slots, with calls of 15 s among them at a median of 2 s):
 
 | slots | in lanes | 0 s | 0.4 s | 1 s | 2 s |
 |---|---|---|---|---|---|

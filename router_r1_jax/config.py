@@ -236,7 +236,7 @@ def base_config() -> ConfigDict:
     c.rollout.tensor = 1  # devices of one replica, which share every product
     c.rollout.slots = 64  # rows of a replica's sampling loop
     # Rows of them that compute at a time, while others wait for replies; 0: all. On a CPU, where a step's time grows
-    # with its rows, 32 with 128 slots are worth it from latencies of 1 s on: `experiments/bench_rollout.py`.
+    # with its rows, 32 with 128 slots were worth it at latencies of 2 s: `experiments/bench_rollout.py`.
     c.rollout.lanes = 0
     c.rollout.temperature = 1.0
     c.rollout.top_k = 0  # draw among the k most probable tokens only; 0: all

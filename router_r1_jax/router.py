@@ -159,11 +159,8 @@ class Router:
         """The cards as one batch of prompts shows them: drawn, shuffled and renamed as the configuration says."""
         return roster(self._cards, np.random.default_rng(seed), **roster_settings(self._config.pool))
 
-    def prompt_ids(self, question: QuestionRecord, cards: Sequence[Card]) -> tuple[int, ...]:
+    def prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of a question's whole prompt."""
-        return self._prompt_ids(question.question, cards)
-
-    def _prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         prompt = self._config.prompt
         text = prompts.render(self._template, cards, question, self._config.rollout.max_calls)
         return tuple(prompts.encode(self._tokenizer, text, system=prompt.system, thinking=prompt.thinking))
@@ -191,7 +188,7 @@ class Router:
         cards = at_step(self.roster(*(seed if roster_seed is None else roster_seed)), step)
         finished = finished or {}
         repeated = [question for question in questions for _ in range(group)]
-        ids = [self.prompt_ids(question, cards) for question in questions]
+        ids = [self.prompt_ids(question.question, cards) for question in questions]
         shared = self._shared_tokens(ids, cards)  # of all prompts, whichever are left
         mine = [i for i in range(len(repeated)) if hosts.is_mine(i // group)]  # whole groups
         kept = [finished[i] for i in mine if i in finished]
@@ -227,7 +224,7 @@ class Router:
 
         Not what these happen to share: questions that begin alike would make prefixes of another length.
         """
-        probes = [self._prompt_ids(question, cards) for question in ("0", "Why")]
+        probes = [self.prompt_ids(question, cards) for question in ("0", "Why")]
         return common_prefix([*prompts, *probes])
 
     def _refuse_outage(self, episodes: Sequence[Episode]) -> None:

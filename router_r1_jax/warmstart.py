@@ -9,6 +9,7 @@ can be kept in one safetensors file, so that a demo starts from it:
 trains anew and writes `config.warmstart.file`, or `<workdir>/warmstart.safetensors` where that is empty.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -89,21 +90,16 @@ def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
 
 def _prompted_rows(session: Session, rng: np.random.Generator, count: int, recited: int) -> tuple[list[int], list[Row]]:
     """Rows that begin with a prompt, and what all of them share: the first `recited` recite, the others act."""
-    config = session.config
+    pool = session.config.pool
 
     def draw() -> tuple[Card, ...]:
-        return roster(session.cards, rng, **roster_settings(config.pool))
+        return roster(session.cards, rng, **roster_settings(pool))
 
-    rosters = [draw() for _ in range(count)] if own_rosters(config.pool) else [draw()] * count
+    rosters = [draw() for _ in range(count)] if own_rosters(pool) else [draw()] * count
     questions = session.world.questions("train")
     asked = [questions[i] for i in rng.integers(len(questions), size=count)]
-    template = prompts.load_template(config.prompt.template)
-    chat = dict(system=config.prompt.system, thinking=config.prompt.thinking)
-    ids, rows = [], []
-    for cards, question in zip(rosters, asked, strict=True):
-        text = prompts.render(template, cards, question.text, config.rollout.max_calls)
-        ids.append(prompts.encode(session.tokenizer, text, **chat))
-    shared = common_prefix(ids)
+    ids = [session.router.prompt_ids(question.text, cards) for cards, question in zip(rosters, asked, strict=True)]
+    shared, rows = common_prefix(ids), []
     for i, (cards, question, prompt) in enumerate(zip(rosters, asked, ids, strict=True)):
         if i < recited:
             tokens, mask = (x[:COPY_LENGTH] for x in _tokens(session, recited_cards(cards, rng, RECITED)))
@@ -114,13 +110,21 @@ def _prompted_rows(session: Session, rng: np.random.Generator, count: int, recit
 
 
 def longest_row(session: Session) -> int:
-    """Tokens of a row behind the shared prefix, at most: with the cards where each row has its own."""
-    config = session.config
-    longest = max(config.rollout.max_tokens, COPY_LENGTH)
-    if not own_rosters(config.pool):
+    """Tokens of a row behind the shared prefix, at most: with the prompt's cards where each row has its own.
+
+    Then those of the longest cards, all under the longest name.
+    """
+    pool, longest = session.config.pool, max(session.config.rollout.max_tokens, COPY_LENGTH)
+    if not own_rosters(pool):
         return longest
-    lines = sorted(len(session.tokenizer.encode(prompts.card_line(card) + "\n")) for card in session.cards)
-    return longest + sum(lines[-config.pool.shown :])
+
+    def prompt(*cards: Card) -> tuple[int, ...]:
+        return session.router.prompt_ids("?", cards)
+
+    name = max((card.name for card in session.cards), key=lambda name: len(session.tokenizer.encode(f" {name}")))
+    named = [dataclasses.replace(card, name=name) for card in session.cards]
+    cards = sorted(named, key=lambda card: len(prompt(card)))[-(pool.shown or len(named)) :]
+    return longest + len(prompt(*cards)) - common_prefix([prompt(card) for card in session.cards])
 
 
 def _tokens(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:

@@ -101,7 +101,7 @@ def test_an_outage_ends_all_processes_at_a_place_where_they_can_keep_a_checkpoin
     monkeypatch.setattr(hosts, "several", lambda: True)
     monkeypatch.setattr(hosts, "gather", lambda value: [value, value])
     monkeypatch.setattr(hosts._Ending, "agreed", False)
-    monkeypatch.setattr(Router, "_prompt_ids", lambda *_: (1, 2))
+    monkeypatch.setattr(Router, "prompt_ids", lambda *_: (1, 2))
     router = object.__new__(Router)
     router._config, router._cards = base_config(), ()
     questions = [SimpleNamespace(question="?")]

@@ -163,12 +163,28 @@ def test_where_names_are_dealt_anew_each_row_shows_a_roster_of_its_own(tmp_path)
     for cards, (_, row) in zip(rosters[:4], texts[:4], strict=True):
         lines = re.findall(r" (\w+ \d+) : (\w+)", decode(row.tokens))
         assert len(lines) > 10 and all(any(pair in scores and name == n for scores, n in cards) for pair, name in lines)
-        assert {decode([t]).strip() for t, said in zip(row.tokens, row.mask, strict=True) if said} <= {
-            n for _, n in cards
-        }
+        said = {decode([token]).strip() for token, spoken in zip(row.tokens, row.mask, strict=True) if spoken}
+        assert said <= {name for _, name in cards}
     for cards, (_, row) in zip(rosters[4:], texts[4:], strict=True):
         assert set(re.findall(r"<search> (\w+):", decode(row.tokens))) <= {name for _, name in cards}
     assert max(row.length for row in rows) <= longest
+
+
+@pytest.mark.parametrize("template", ["terse", "router", "published"])
+def test_no_row_is_longer_than_the_learner_has_room_for(tmp_path, template):
+    """Where each row has its own cards; names of several tokens, and prompts that fill the rest of a row."""
+    config = demo_config()
+    use_pool(config, DEMO.parent / "pools" / "many.py")
+    config.pool.shown, config.pool.rename, config.prompt.template = 3, True, template
+    config.pool.models[7].name = "Alpha Centauri Proxima the Nearest"
+    config.pool.models[9].description = "knows a little of this and a little of that, and says so at some length"
+    config.warmstart.batch, config.warmstart.copy_steps = 64, 20
+    with open_session(config, tmp_path, load_source=False) as session:
+        longest = warmstart.longest_row(session)
+        rows = [row for step in range(0, 40, 4) for row in warmstart.scripted_rows(session, step)[1]]
+    own = [len(row.prompt) for row in rows]
+    assert max(row.length for row in rows) <= longest
+    assert longest - config.rollout.max_tokens <= max(own) + 24  # and not much more than the cards need
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ Result and what it shows: experiments/studies/README.md.
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.transforms import IdentityTransform, ScaledTranslation
+from matplotlib.transforms import ScaledTranslation
 from runner import Variant, arguments, figures, markdown, measured, opened, over_seeds, run_config, save, spelt
 from runner import trained_runs as runs_of
 
@@ -47,11 +47,9 @@ def draw(results: dict) -> Figure:
         for i, (alpha, lines) in enumerate(results["each"].items()):
             at = [(p["dollars_per_question"], p["em"]) for p in lines.values()]
             # Runs of different alphas often end at the very same policy: beside each other, not on top.
-            offset = (
-                ScaledTranslation(0.07 * (i - 2), 0, figure.dpi_scale_trans) if axes is near else IdentityTransform()
-            )
+            aside = ScaledTranslation(0.07 * i if axes is near else 0, 0, figure.dpi_scale_trans)
             axes.plot(*np.array(at).T, "o", color=COLOURS[i], alpha=0.8, markersize=5, label=f"router, alpha {alpha}",
-                      transform=axes.transData + offset)  # fmt: skip
+                      transform=axes.transData + aside)  # fmt: skip
         axes.set_xlabel("dollars per question")
         axes.grid(color="#e4e4e4")
         axes.spines[["top", "right"]].set_visible(False)
@@ -62,10 +60,12 @@ def draw(results: dict) -> Figure:
         )
     whole.set_xscale("log")
     whole.set(ylim=(0, 1), ylabel="exact match, test split")
-    near.set(ylim=(0.83, 0.94), xlim=(0, None))
+    best = max(em for em, _ in fronts["oracle"])
+    worst = min(line["em"] for lines in results["each"].values() for line in lines.values())
+    near.set(ylim=(worst - 0.2 * (best - worst), best + 0.1 * (best - worst)), xlim=(0, None))
     near.legend(frameon=False, fontsize=8, loc="lower right")
     whole.set_title("With each model alone", loc="left", fontsize=10)
-    near.set_title("Near the fronts, three seeds (dots of one place side by side)", loc="left", fontsize=10)
+    near.set_title("Near the fronts (dots of one place side by side)", loc="left", fontsize=10)
     return figure
 
 

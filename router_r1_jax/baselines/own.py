@@ -42,7 +42,7 @@ class AloneRouter(Router):
         super().__init__(config, session.model, session.tokenizer, session.cards, session.pool, session.mesh)
         self._instruction = instruction
 
-    def _prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
+    def prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of instruction and question, which is external text; no cards."""
         prompt = self._config.prompt
         text = self._instruction.replace("{question}", neutralize(question))
