@@ -180,6 +180,7 @@ def base_config() -> ConfigDict:
             head_dim=32,
             rope_theta=10_000.0,
             tie_embeddings=True,
+            initializer_range=0.02,  # standard deviation of random kernels and embeddings
         )
     )
 
@@ -314,7 +315,10 @@ def base_config() -> ConfigDict:
     c.warmstart.batch = 64
     c.warmstart.learning_rate = 2e-3
     c.warmstart.warmup = 50
-    c.warmstart.copy_steps = 0  # first updates in which half of the batch are exercises: `warmstart.scripted_rows`
+    # First of all, to learn reading: ("copy", updates, shortest, longest period) of repeating sequences, and ("read",
+    # updates, models, lines) of tables from which names are recited; from small to large (lessons.py).
+    c.warmstart.lessons = ()
+    c.warmstart.copy_steps = 0  # then updates in which half of the batch are exercises: `warmstart.scripted_rows`
     c.warmstart.copy_periods = (8, 40)  # of the random sequences among them that repeat, in tokens, both included
 
     c.checkpoint = ConfigDict(dict(every=20, keep=2))  # steps; latest ones kept beside first and best
@@ -346,6 +350,7 @@ _COUNTS = (
 _POSITIVE = (
     "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "pool.breaker.pause",
     "pool.breaker.pause_max", "evaluation.temperature", "learner.max_grad_norm", "model.arch.rope_theta",
+    "model.arch.initializer_range",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
@@ -402,6 +407,18 @@ def _sets(config: ConfigDict) -> None:
             "pool.simulate is True; the simulated models only know the set 'synthetic'. Set it to False and declare "
             "providers, for instance with use_pool(c, 'configs/pools/current.py')"
         )
+
+
+def _lessons(lessons: Sequence[Sequence[object]]) -> None:
+    """Each is of a known kind and takes some updates."""
+    for i, lesson in enumerate(lessons):
+        kind, *numbers = lesson or ("",)
+        right = len(numbers) == 3 and all(isinstance(number, int) and number >= 1 for number in numbers)
+        if kind not in ("copy", "read") or not right or (kind == "copy" and numbers[1] > numbers[2]):
+            raise ConfigError(
+                f"warmstart.lessons[{i}] is {lesson!r}; write ('copy', updates, shortest period, longest period) or "
+                "('read', updates, models, lines), whole numbers from 1 on"
+            )
 
 
 def _critic(learner: ConfigDict) -> None:
@@ -497,3 +514,4 @@ def validate(config: ConfigDict) -> None:
         )
     _one_of("evaluation.split", config.evaluation.split, SPLITS)
     _sets(config)
+    _lessons(config.warmstart.lessons)

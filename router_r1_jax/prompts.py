@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jinja2.exceptions import TemplateError
 
 from router_r1_jax.config import ConfigError
 from router_r1_jax.protocol import THINK, neutralize, open_tag
 
-_PLACEHOLDER = re.compile(r"\{(cards|descriptions|max_calls|question)\}")
+_PLACEHOLDER = re.compile(r"\{(cards|table|descriptions|max_calls|question)\}")
 _OPENED_THOUGHT = re.compile(rf"{re.escape(open_tag(THINK))}\s*$")
 
 
@@ -28,9 +28,9 @@ class PromptCard(Protocol):
 def load_template(name_or_path: str) -> str:
     """The text of a template: a file of `router_r1_jax/templates` by its name without suffix, or any path.
 
-    It says the models by {cards} (`card_line`) or {descriptions} (`description_line`), may say the budget by
-    {max_calls}, each once, and {question} comes last: what stands before it is computed once for a whole batch. Raises
-    ConfigError for any other template, and where there is no such file.
+    It says the models by {cards} (`card_line`), {table} (`card_table`) or {descriptions} (`description_line`), may say
+    the budget by {max_calls}, each once, and {question} comes last: what stands before it is computed once for a whole
+    batch. Raises ConfigError for any other template, and where there is no such file.
     """
     shipped = resources.files("router_r1_jax") / "templates"
     source = shipped / f"{name_or_path}.txt" if re.fullmatch(r"\w+", name_or_path) else Path(name_or_path)
@@ -42,12 +42,11 @@ def load_template(name_or_path: str) -> str:
             f"prompt.template is {name_or_path!r}, which cannot be read; choose one of {known}, or a text file's path"
         ) from error
     found = _PLACEHOLDER.findall(text)
-    if sorted(set(found) - {"max_calls"}) not in (["cards", "question"], ["descriptions", "question"]) or (
-        len(set(found)) < len(found) or found[-1] != "question"
-    ):
+    says_models = {"cards", "table", "descriptions"} & set(found)
+    if len(says_models) != 1 or len(set(found)) < len(found) or found[-1] != "question":
         raise ConfigError(
-            f"prompt.template is {name_or_path!r}, with the placeholders {found}; it must hold {{cards}} or "
-            "{descriptions}, and {question} last; {max_calls} if you like; each once"
+            f"prompt.template is {name_or_path!r}, with the placeholders {found}; it must hold one of {{cards}}, "
+            "{table} and {descriptions}, and {question} last; {max_calls} if you like; each once"
         )
     return text
 
@@ -69,6 +68,41 @@ def card_line(card: PromptCard) -> str:
     return f"{line} ; {card.description}" if card.description else line
 
 
+class TableLine(NamedTuple):
+    """A topic, "price" or "latency", and for each model of which it is known the value and the model's name."""
+
+    label: str
+    entries: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """In one line: "- film 97 Titan 90 Reel"."""
+        return f"- {self.label} " + " ".join(f"{value} {name}" for value, name in self.entries)
+
+
+def card_table(cards: Sequence[PromptCard]) -> list[TableLine]:
+    """What the cards say, by topic; then prices and latencies. Descriptions have no place in it.
+
+    A value stands directly before the name, so that looking a name up is reading on from a value seen before. A small
+    router learns that, and learnt nothing from lines of whole cards (experiments/studies/README.md).
+    """
+    lines = [
+        TableLine(topic, tuple((score_text(c.performance[topic]), c.name) for c in cards if topic in c.performance))
+        for topic in dict.fromkeys(topic for card in cards for topic in card.performance)
+    ]
+    lines.append(TableLine("price", tuple((f"{c.price_out:g}", c.name) for c in cards)))
+    known = tuple((f"{c.latency:g}", c.name) for c in cards if c.latency is not None)
+    return [*lines, TableLine("latency", known)] if known else lines
+
+
+def looked_up(template: str, topic: str, card: PromptCard) -> tuple[str, str]:
+    """A topic's score as the template's cards state it, and the name that follows: (" film 97 :", " Titan").
+
+    Where the template has a table there is no colon in between.
+    """
+    colon = "" if "{table}" in template else " :"
+    return f" {topic} {score_text(card.performance[topic])}{colon}", f" {card.name}"
+
+
 def description_line(card: PromptCard) -> str:
     """One model in one line, in words alone: "Titan: knows films and music". The name alone where nothing is said."""
     return f"{card.name}: {card.description}" if card.description else card.name
@@ -85,6 +119,7 @@ def render(template: str, cards: Sequence[PromptCard], question: str, max_calls:
         raise ValueError(f"question is {question!r}; a prompt needs a question that is not empty")
     values = {
         "cards": "\n".join(map(card_line, cards)),
+        "table": "\n".join(map(str, card_table(cards))),
         "descriptions": "\n".join(map(description_line, cards)),
         "max_calls": str(max_calls),
         "question": asked,

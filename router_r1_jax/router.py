@@ -97,7 +97,10 @@ def join_answers(parts: Sequence[Answers]) -> Answers:
 
 
 class Router:
-    """Asks the router questions. Parameters are pushed to the engine's devices with `push`."""
+    """Asks the router questions. Parameters are pushed to the engine's devices with `push`.
+
+    `template` is the text of the prompt's template.
+    """
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class Router:
         Raises ConfigError where there are too few devices, or turns are too long for the driver.
         """
         self._config, self._tokenizer, self._cards, self._pool = config, tokenizer, tuple(cards), pool
-        self._template = prompts.load_template(config.prompt.template)
+        self.template = prompts.load_template(config.prompt.template)
         r = config.rollout
         devices = jax.local_devices()
         wanted = r.replicas * r.tensor or len(devices)
@@ -162,7 +165,7 @@ class Router:
     def prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of a question's whole prompt."""
         prompt = self._config.prompt
-        text = prompts.render(self._template, cards, question, self._config.rollout.max_calls)
+        text = prompts.render(self.template, cards, question, self._config.rollout.max_calls)
         return tuple(prompts.encode(self._tokenizer, text, system=prompt.system, thinking=prompt.thinking))
 
     def answer(

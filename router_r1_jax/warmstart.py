@@ -10,9 +10,10 @@ trains anew and writes `config.warmstart.file`, or `<workdir>/warmstart.safetens
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from router_r1_jax import hosts, prompts
+from router_r1_jax import hosts, lessons, prompts
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.scripted import recited_cards, repeating_sequences, scripted_episode
-from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
+from router_r1_jax.learner import Layout, Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import Card, roster, roster_settings
@@ -36,7 +37,7 @@ from router_r1_jax.rollout import common_prefix
 from router_r1_jax.session import Session, open_session
 
 COPY_LENGTH = 96  # tokens of an exercise, at most
-RECITED = 24  # lines of recited cards
+RECITED = 24  # names recited in an exercise that follows a prompt
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -70,13 +71,17 @@ def own_rosters(pool_config: ConfigDict) -> bool:
 
 
 def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
-    """The shared prefix and the rows of one supervised update: scripted episodes, and at first exercises beside them.
+    """The shared prefix and the rows of one supervised update: lessons, then episodes, at first with exercises.
 
-    The exercises are random sequences that repeat, to learn copying from; and where names are dealt anew, prompts whose
-    cards are recited, to learn reading. How far that goes is in experiments/studies/README.md.
+    Lessons have a room of their own (`lessons.py`). The exercises beside scripted episodes are random sequences that
+    repeat, to learn copying from; and where names are dealt anew, prompts whose cards are recited.
     """
     config, w = session.config, session.config.warmstart
     rng = np.random.default_rng([w.seed, step])
+    for kind, updates, *numbers in w.lessons:
+        if step < updates:
+            return lessons.ROWS[kind](session, rng, *numbers)
+        step -= updates
     exercises = w.batch // 2 if step < w.copy_steps else 0
     recited = exercises // 2 if config.pool.rename else 0
     copies = exercises - recited
@@ -90,7 +95,7 @@ def scripted_rows(session: Session, step: int) -> tuple[list[int], list[Row]]:
 
 def _prompted_rows(session: Session, rng: np.random.Generator, count: int, recited: int) -> tuple[list[int], list[Row]]:
     """Rows that begin with a prompt, and what all of them share: the first `recited` recite, the others act."""
-    pool = session.config.pool
+    pool, template = session.config.pool, session.router.template
 
     def draw() -> tuple[Card, ...]:
         return roster(session.cards, rng, **roster_settings(pool))
@@ -102,9 +107,11 @@ def _prompted_rows(session: Session, rng: np.random.Generator, count: int, recit
     shared, rows = common_prefix(ids), []
     for i, (cards, question, prompt) in enumerate(zip(rosters, asked, ids, strict=True)):
         if i < recited:
-            tokens, mask = (x[:COPY_LENGTH] for x in _tokens(session, recited_cards(cards, rng, RECITED)))
+            said = recited_cards(cards, rng, RECITED, template=template)
+            tokens, mask = (x[:COPY_LENGTH] for x in lessons.token_ids(session, said))
         else:
-            tokens, mask = _tokens(session, scripted_episode(question, session.world, cards, rng))
+            said = scripted_episode(question, session.world, cards, rng, template=template)
+            tokens, mask = lessons.token_ids(session, said)
         rows.append(Row(prompt[shared:], tokens, mask))
     return ids[0][:shared], rows
 
@@ -127,16 +134,6 @@ def longest_row(session: Session) -> int:
     return longest + len(prompt(*cards)) - common_prefix([prompt(card) for card in session.cards])
 
 
-def _tokens(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:
-    """Token ids of pieces of text, and a mask of those that carry loss."""
-    tokens, mask = [], []
-    for text, spoken in pieces:
-        piece = session.tokenizer.encode(text, add_special_tokens=False)
-        tokens += piece
-        mask += [float(spoken)] * len(piece)
-    return tokens, mask
-
-
 def train_warm_start(session: Session, report: Report) -> Params:
     """Supervised updates from the initial parameters; `report(step, metrics)` is called after each."""
     if session.world is None:
@@ -149,18 +146,25 @@ def train_warm_start(session: Session, report: Report) -> Params:
         learning_rate=w.learning_rate, warmup=w.warmup, total=w.steps, decay=True, weight_decay=0.0, max_grad_norm=1.0
     )
     c, mesh = session.config, session.mesh
-    layout = make_layout(
-        longest_row(session), buckets=c.learner.length_buckets, tokens=c.learner.micro_tokens,
-        rows=w.batch, shares=mesh.shape["data"] * mesh.shape["fsdp"],
-    )  # fmt: skip
-    learner = Learner(
-        session.model.base, optimizer, SupervisedLoss(), mesh, session.abstract_base,
-        layout=layout, chunk=c.learner.logit_chunk,
-    )  # fmt: skip
-    state = init_state(optimizer, session.initial_params(w.seed), session.abstract_base, session.mesh)
-    for step in range(w.steps):
-        state, metrics = learner.update(state, *scripted_rows(session, step))
-        report(step + 1, metrics)
+
+    @functools.cache
+    def learner(layout: Layout) -> Learner:
+        return Learner(
+            session.model.base, optimizer, SupervisedLoss(), mesh, session.abstract_base,
+            layout=layout, chunk=c.learner.logit_chunk,
+        )  # fmt: skip
+
+    # (updates, longest row, buckets): the rows of a lesson are all about as long.
+    phases = [(updates, lessons.longest(session, kind, *numbers), 1) for kind, updates, *numbers in w.lessons]
+    phases.append((w.steps, longest_row(session), c.learner.length_buckets))
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    state, done = init_state(optimizer, session.initial_params(w.seed), session.abstract_base, session.mesh), 0
+    for updates, longest, buckets in phases:
+        layout = make_layout(longest, buckets=buckets, tokens=c.learner.micro_tokens, rows=w.batch, shares=shares)
+        for step in range(done, min(done + updates, w.steps)):
+            state, metrics = learner(layout).update(state, *scripted_rows(session, step))
+            report(step + 1, metrics)
+        done += updates
     return state.params
 
 

@@ -81,6 +81,26 @@ def test_a_prompt_cannot_show_more_cards_than_there_are(config):
 
 
 @pytest.mark.parametrize(
+    "lesson",
+    [
+        (),
+        ("sing", 1, 1, 1),
+        ("copy", 10, 5, 4),
+        ("copy", 10, 2),
+        ("read", 0, 2, 1),
+        ("read", 5, 2.0, 1),
+        ("read", 5, 2, 0),
+    ],
+)
+def test_a_lesson_is_of_a_known_kind_and_takes_whole_numbers(config, lesson):
+    config.warmstart.lessons = (("copy", 10, 4, 4), ("read", 1, 2, 1))
+    validate(config)
+    config.warmstart.lessons = (("copy", 10, 4, 4), lesson)
+    with pytest.raises(ConfigError, match=r"warmstart.lessons\[1\] is .*write \('copy', updates, shortest period"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
     ("lanes", "message"),
     [
         (65, r"rollout.lanes is 65, more than rollout.slots \(64\); lanes are .* lower it, or 0 for all"),

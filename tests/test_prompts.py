@@ -59,9 +59,23 @@ def test_shipped_templates_say_all_models_and_the_question_last(name, line):
     assert (" 7" in text) == (name != "published")  # the published prompt states no budget
 
 
+def test_a_table_states_every_value_directly_before_the_name():
+    text = prompts.render(prompts.load_template("table"), (*CARDS, Card("Nova", 3, None, {"film": 0.5})), "Who?", 2)
+    assert text == (
+        "models\n- film 97 Titan 50 Nova\n- places 26 Titan\n- price 12 Titan 0.9 Reel 3 Nova\n"
+        "- latency 0.06 Titan 1.5 Reel\ncalls 2\nWho?\n"
+    )
+    assert [line.label for line in prompts.card_table([Card("Nova", 3, None, {})])] == ["price"]
+
+
+def test_a_name_is_looked_up_as_the_templates_cards_state_it():
+    assert prompts.looked_up("{cards}{question}", "film", CARDS[0]) == (" film 97 :", " Titan")
+    assert prompts.looked_up("{table}{question}", "film", CARDS[0]) == (" film 97", " Titan")
+
+
 def test_the_templates_folder_holds_what_these_tests_know():
     folder = Path(prompts.__file__).parent / "templates"
-    assert {path.name for path in folder.iterdir()} == {"router.txt", "terse.txt", "published.txt"}
+    assert {path.name for path in folder.iterdir()} == {"router.txt", "terse.txt", "table.txt", "published.txt"}
 
 
 @pytest.mark.parametrize("name", ["router", "published"])
@@ -104,11 +118,11 @@ def test_a_template_of_ones_own_is_read_from_its_path(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere", f"no{os.sep}where.txt", ""])
 def test_an_unknown_template_is_named_with_the_known_ones(name):
-    with pytest.raises(ConfigError, match=r"prompt\.template is .*choose one of published, router, terse"):
+    with pytest.raises(ConfigError, match=r"prompt\.template is .*choose one of published, router, table, terse"):
         prompts.load_template(name)
 
 
-@pytest.mark.parametrize("text", ["{descriptions}{question}", "{cards}{question}", "{max_calls}{cards}{question}"])
+@pytest.mark.parametrize("text", ["{descriptions}{question}", "{table}{question}", "{max_calls}{cards}{question}"])
 def test_the_budget_may_be_left_out_and_models_said_either_way(tmp_path, text):
     path = tmp_path / "mine.txt"
     path.write_text(text)
@@ -120,7 +134,7 @@ def test_the_budget_may_be_left_out_and_models_said_either_way(tmp_path, text):
     [
         "{max_calls} {question}", "{cards} {descriptions} {question}", "{question} {cards} {max_calls}",
         "{cards}{cards}{max_calls}{question}", "{cards}{max_calls}{max_calls}{question}", "{cards}{question}{question}",
-        "{cards}", "",
+        "{cards}", "", "{cards}{table}{question}",
     ],
 )  # fmt: skip
 def test_a_template_without_the_placeholders_in_order_is_refused(tmp_path, text):

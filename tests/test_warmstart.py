@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from tiny_config import demo_config
 
-from router_r1_jax import warmstart
-from router_r1_jax.config import use_pool
+from router_r1_jax import lessons, warmstart
+from router_r1_jax.config import ConfigError, use_pool
 from router_r1_jax.data.world import claim, query_text
 from router_r1_jax.evaluation.records import make_records, summarise
 from router_r1_jax.experience import judge
+from router_r1_jax.prompts import card_table
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.session import open_session
 from router_r1_jax.warmstart import load_warm_start
@@ -170,9 +171,12 @@ def test_where_names_are_dealt_anew_each_row_shows_a_roster_of_its_own(tmp_path)
     assert max(row.length for row in rows) <= longest
 
 
-@pytest.mark.parametrize("template", ["terse", "router", "published"])
-def test_no_row_is_longer_than_the_learner_has_room_for(tmp_path, template):
-    """Where each row has its own cards; names of several tokens, and prompts that fill the rest of a row."""
+@pytest.mark.parametrize(("template", "slack"), [("terse", 24), ("router", 24), ("table", 56), ("published", 24)])
+def test_no_row_is_longer_than_the_learner_has_room_for(tmp_path, template, slack):
+    """Where each row has its own cards; names of several tokens, and prompts that fill the rest of a row.
+
+    Room is made for all cards under the longest name, which a table says seven times of each.
+    """
     config = demo_config()
     use_pool(config, DEMO.parent / "pools" / "many.py")
     config.pool.shown, config.pool.rename, config.prompt.template = 3, True, template
@@ -184,7 +188,64 @@ def test_no_row_is_longer_than_the_learner_has_room_for(tmp_path, template):
         rows = [row for step in range(0, 40, 4) for row in warmstart.scripted_rows(session, step)[1]]
     own = [len(row.prompt) for row in rows]
     assert max(row.length for row in rows) <= longest
-    assert longest - config.rollout.max_tokens <= max(own) + 24  # and not much more than the cards need
+    assert longest - config.rollout.max_tokens <= max(own) + slack  # and not much more than the cards need
+
+
+LESSONS = (("copy", 2, 2, 4), ("read", 2, 2, 1), ("read", 1, 3, 7))
+
+
+def config_with_lessons():
+    config = demo_config()
+    use_pool(config, DEMO.parent / "pools" / "many.py")
+    config.pool.shown, config.pool.rename, config.prompt.template = 5, True, "table"
+    config.warmstart.batch, config.warmstart.lessons, config.warmstart.copy_steps = 8, LESSONS, 0
+    return config
+
+
+def test_lessons_come_first_and_grow_from_copying_to_whole_tables(tmp_path):
+    with open_session(config_with_lessons(), tmp_path, load_source=False) as session:
+        batches = [warmstart.scripted_rows(session, step) for step in range(6)]
+        decode = session.tokenizer.decode
+        words = {word for line in card_table(session.cards) for word in re.findall(r"[^\s-]+", str(line))}
+        ends = [sum(updates for _, updates, *_ in LESSONS[:i]) for i in range(3)]
+        bounds = [lessons.longest(session, kind, *numbers) for kind, _, *numbers in LESSONS]
+    assert all(len(prefix) == 1 for prefix, _ in batches[:5]) and len(batches[5][0]) > 1
+    for _, rows in batches[:2]:
+        for row in rows:
+            period = row.mask.tolist().index(True)
+            assert 2 <= period <= 4 and len(row.tokens) == bounds[0] == 32
+            np.testing.assert_array_equal(row.tokens[period:], row.tokens[:-period])
+            assert {decode([token]).strip() for token in row.tokens} <= words
+    for step, (models, lines) in ((2, (2, 1)), (3, (2, 1)), (4, (3, 7))):
+        tables = [decode(row.prompt) for row in batches[step][1]]
+        assert [table.count("- ") for table in tables] == [lines] * 8
+        assert {len(line.split()) for table in tables for line in table.splitlines()} == {2 + 2 * models}
+        assert len(set(tables)) == 8
+    for end, bound in zip(ends, bounds, strict=True):
+        assert max(row.length for row in batches[end][1]) <= bound < 1.5 * max(row.length for row in batches[end][1])
+    assert all("</answer>" in decode(row.tokens) for row in batches[5][1])
+
+
+def test_training_goes_through_lessons_and_episodes_in_one_run(tmp_path):
+    """Rows of other lengths are other programs, the state goes through all of them; each lesson is learnt a little."""
+    config = config_with_lessons()
+    config.warmstart.lessons = (("copy", 12, 2, 2), ("read", 3, 2, 1))
+    config.warmstart.steps, config.warmstart.warmup, config.warmstart.learning_rate = 17, 2, 1e-2
+    losses = []
+    with open_session(config, tmp_path, load_source=False) as session:
+        warmstart.train_warm_start(session, lambda step, metrics: losses.append((step, metrics["loss"])))
+    assert [step for step, _ in losses] == list(range(1, 18))
+    assert losses[11][1] < losses[0][1] - 1.0 and np.isfinite([loss for _, loss in losses]).all()
+
+
+def test_a_lesson_of_more_models_than_there_are_is_refused(tmp_path):
+    config = config_with_lessons()
+    config.warmstart.lessons, config.warmstart.steps = (("read", 1, 41, 1),), 1
+    with (
+        open_session(config, tmp_path, load_source=False) as session,
+        pytest.raises(ConfigError, match=r"lessons reads of 41 models, and pool.models are 40"),
+    ):
+        warmstart.train_warm_start(session, lambda step, metrics: None)
 
 
 @pytest.mark.slow

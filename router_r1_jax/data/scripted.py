@@ -21,14 +21,14 @@ class RosterCard(Protocol):
 
 
 def scripted_episode(
-    question: Question, world: World, roster: Sequence[RosterCard], rng: np.random.Generator
+    question: Question, world: World, roster: Sequence[RosterCard], rng: np.random.Generator, *, template: str
 ) -> list[tuple[str, bool]]:
     """The response to a question in pieces: True where the router speaks (loss), False where a reply is injected.
 
     Each think segment names the relation, the entity, the domain, a score that some card states for that domain, and
-    then that card's model. With the entity in the query alone a small router learnt nothing in 600 steps; and with the
-    model named directly behind the domain, RL had to learn a table of names instead of what the scores say. A wrong
-    reply is carried on as it is.
+    then that card's model, as the cards of the prompt's `template` do. With the entity in the query alone a small
+    router learnt nothing in 600 steps; and with the model named directly behind the domain, RL had to learn a table of
+    names instead of what the scores say. A wrong reply is carried on as it is.
     """
     pieces = []
     entity = question.hops[0].subject
@@ -36,8 +36,8 @@ def scripted_episode(
         fact = world.fact(hop.relation, entity)
         card = roster[rng.integers(len(roster))]
         query = query_text(fact.relation, entity)
-        score = prompts.score_text(card.performance[fact.domain])
-        thought = f"<think> {fact.relation} of {entity} : {fact.domain} {score} : {card.name} </think>\n"
+        stated, name = prompts.looked_up(template, fact.domain, card)
+        thought = f"<think> {fact.relation} of {entity} :{stated}{name} </think>\n"
         pieces.append((f"{thought}<search> {card.name}: {query} </search>", True))
         pieces.append((protocol.information_block(world.reply(query, card.performance)), False))
         entity = claim(fact, card.performance)
@@ -45,8 +45,10 @@ def scripted_episode(
     return pieces
 
 
-def recited_cards(roster: Sequence[RosterCard], rng: np.random.Generator, count: int) -> list[tuple[str, bool]]:
-    """`count` lines "film 97 : Titan" about random domains of random cards, in pieces: True where the name is said.
+def recited_cards(
+    roster: Sequence[RosterCard], rng: np.random.Generator, count: int, *, template: str
+) -> list[tuple[str, bool]]:
+    """`count` times " film 97 : Titan" about random domains of random cards, in pieces: True where the name is said.
 
     What a think segment says of a model, many times over: an episode looks up one or two names only.
     """
@@ -54,7 +56,31 @@ def recited_cards(roster: Sequence[RosterCard], rng: np.random.Generator, count:
     for _ in range(count):
         card = roster[rng.integers(len(roster))]
         domain = list(card.performance)[rng.integers(len(card.performance))]
-        pieces += [(f" {domain} {prompts.score_text(card.performance[domain])} :", False), (f" {card.name}", True)]
+        stated, name = prompts.looked_up(template, domain, card)
+        pieces += [(stated, False), (name, True)]
+    return pieces
+
+
+def recited_lines(
+    roster: Sequence[RosterCard], rng: np.random.Generator, *, lines: int, count: int
+) -> list[tuple[str, bool]]:
+    """`lines` random lines of the roster's table and `count` of their entries, in pieces: True where a name is said.
+
+    A lesson in reading that can be made as short as one line of two models. Entries whose value stands twice in their
+    line are not recited.
+    """
+    table = prompts.card_table(roster)
+    shown = [table[i] for i in rng.permutation(len(table))[:lines]]
+    clear = [
+        (line.label, value, name)
+        for line in shown
+        for value, name in line.entries
+        if [other for other, _ in line.entries].count(value) == 1
+    ]
+    pieces = [("\n".join(map(str, shown)) + "\n", False)]
+    for _ in range(count if clear else 0):
+        label, value, name = clear[rng.integers(len(clear))]
+        pieces += [(f" {label} {value}", False), (f" {name}", True)]
     return pieces
 
 

@@ -57,6 +57,6 @@ def corpus(world: World, cards: Sequence[prompts.PromptCard], template: str, max
     yield prompts.render(template, cards, question.text, max_calls)
     for split in SPLITS:
         for question in world.questions(split):
-            yield "".join(text for text, _ in scripted_episode(question, world, cards, rng))
+            yield "".join(text for text, _ in scripted_episode(question, world, cards, rng, template=template))
     yield from (f" {card.name}" for card in cards)
     yield from (f" {score}" for score in range(101))  # cards with other scores are read too

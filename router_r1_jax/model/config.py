@@ -75,6 +75,7 @@ class ModelConfig:
     dtype: str = "float32"
     attention: AttentionName = "einsum"
     remat: Remat = "full"
+    initializer_range: float = 0.02  # standard deviation of random kernels and embeddings
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:

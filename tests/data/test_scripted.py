@@ -5,16 +5,19 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router_r1_jax import protocol
 from router_r1_jax.config import base_config
-from router_r1_jax.data.scripted import recited_cards, repeating_sequences, scripted_episode
+from router_r1_jax.data.scripted import recited_cards, recited_lines, repeating_sequences, scripted_episode
 from router_r1_jax.data.world import World
 from router_r1_jax.prompts import score_text
 
 WORLD = World(base_config().data.world)
 ROSTER = runpy.run_path(str(Path(__file__).parents[2] / "configs/pools/simulated.py"))["models"]()
 CARDS = {card.name: card for card in ROSTER}
+LINES, TABLE = "{cards}{question}", "{table}{question}"  # templates
 
 
 def first_question(hops):
@@ -29,7 +32,7 @@ def test_layout_of_a_two_hop_episode():
         knows_all.performance.update(dict.fromkeys((one.domain, two.domain), 1.0))
     first = f"{one.relation} of {one.subject}"
     second = f"{two.relation} of {one.object}"
-    assert scripted_episode(question, WORLD, [knows_all], np.random.default_rng(0)) == [
+    assert scripted_episode(question, WORLD, [knows_all], np.random.default_rng(0), template=LINES) == [
         (f"<think> {first} : {one.domain} 100 : Aria </think>\n<search> Aria: {first}? </search>", True),
         (f"\n\n<information> The {first} is {one.object}. </information>\n\n", False),
         (f"<think> {second} : {two.domain} 100 : Aria </think>\n<search> Aria: {second}? </search>", True),
@@ -43,7 +46,7 @@ def test_every_episode_follows_from_what_the_chosen_models_reply():
     rng = np.random.default_rng(1)
     right = collections.Counter()
     for question in WORLD.questions("train")[::3]:
-        pieces = scripted_episode(question, WORLD, ROSTER, rng)
+        pieces = scripted_episode(question, WORLD, ROSTER, rng, template=LINES)
         segments = protocol.parse_response("".join(text for text, _ in pieces))
         segments = [segment for segment in segments if segment.kind != "text" or segment.text.strip()]
         assert [segment.kind for segment in segments] == ["think", "search", "information"] * len(question.hops) + [
@@ -73,7 +76,9 @@ def test_the_choice_of_model_is_uniform_whatever_the_domain():
     for domain in ("film", "places"):
         question = next(q for q in WORLD.questions("train") if len(q.hops) == 1 and q.hops[0].domain == domain)
         counts = collections.Counter(
-            protocol.parse_response(scripted_episode(question, WORLD, ROSTER, rng)[0][0])[0].text.split()[-1]
+            protocol.parse_response(scripted_episode(question, WORLD, ROSTER, rng, template=LINES)[0][0])[
+                0
+            ].text.split()[-1]
             for _ in range(2000)
         )
         assert set(counts) == set(CARDS)
@@ -98,10 +103,38 @@ def test_repeating_sequences_are_periodic_and_the_mask_is_the_repeats():
 def test_recited_cards_name_a_card_that_states_the_score():
     rng = np.random.default_rng(0)
     named = collections.Counter()
-    pieces = recited_cards(ROSTER, rng, 500)
+    pieces = recited_cards(ROSTER, rng, 500, template=LINES)
     for (question, asked), (name, said) in zip(pieces[::2], pieces[1::2], strict=True):
         domain, score, colon = question.split()
         assert not asked and said and colon == ":"
         assert score_text(CARDS[name.strip()].performance[domain]) == score
         named[name.strip(), domain] += 1
     assert len(named) == 25 and min(named.values()) > 5
+
+
+def test_where_the_prompt_has_a_table_a_name_follows_its_score_directly():
+    question = first_question(1)
+    domain = question.hops[0].domain
+    (thought, _), *_ = scripted_episode(question, WORLD, [CARDS["Aria"]], np.random.default_rng(0), template=TABLE)
+    score = score_text(CARDS["Aria"].performance[domain])
+    assert f": {domain} {score} Aria </think>" in thought
+    (stated, asked), (name, said) = recited_cards([CARDS["Pico"]], np.random.default_rng(0), 1, template=TABLE)
+    assert (asked, said, name) == (False, True, " Pico") and not stated.endswith(":")
+
+
+@given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 8))
+def test_what_a_lesson_recites_stands_in_the_lines_it_shows_once(seed, models, lines):
+    """The lines are read back from their text; a value that stands twice in a line is never asked for."""
+    (text, shown), *recited = recited_lines(ROSTER[:models], np.random.default_rng(seed), lines=lines, count=12)
+    assert not shown and text.endswith("\n")
+    table = {}
+    for line in text.splitlines():
+        dash, label, *entries = line.split()
+        assert dash == "-" and label not in table and len(entries) == 2 * models
+        table[label] = list(zip(entries[::2], entries[1::2], strict=True))
+    assert len(table) == min(lines, 7)  # five topics, price and latency
+    assert len(recited) == 24 or (not recited and all(len({v for v, _ in t}) < len(t) for t in table.values()))
+    for (question, asked), (name, said) in zip(recited[::2], recited[1::2], strict=True):
+        label, value = question.split()
+        assert not asked and said
+        assert [n for v, n in table[label] if v == value] == [name.strip()]

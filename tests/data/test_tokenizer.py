@@ -56,7 +56,7 @@ def test_an_episode_encodes_piece_by_piece_as_it_encodes_whole(tokenizer):
     rng = np.random.default_rng(0)
     for question in WORLD.questions("validation")[:40]:
         prompt = prompts.render(TERSE, CARDS, question.text, 2)
-        texts = [prompt, *(text for text, _ in scripted_episode(question, WORLD, CARDS, rng))]
+        texts = [prompt, *(text for text, _ in scripted_episode(question, WORLD, CARDS, rng, template=TERSE))]
         pieces = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         assert sum(pieces, []) == tokenizer.encode("".join(texts), add_special_tokens=False)
         assert tokenizer.decode(sum(pieces, [])) == "".join(texts)

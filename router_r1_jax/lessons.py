@@ -1,0 +1,85 @@
+"""Lessons that come before the warm start's episodes: from copying a few tokens to reading the table of all cards.
+
+A router that knows models by their cards alone has to find the name that stands behind a score. A small transformer
+that starts at random does not learn that from prompts, however long it tries: to read on from where a value stood
+takes two layers that are of use only together (Olsson et al. 2022, induction heads), and among many names neither gets
+a gradient to speak of. It learns it within minutes in small steps, where each is a little more than the last: sequences
+that repeat after two to four tokens, then one line of two models, of three, of five, then more lines. What was tried:
+experiments/studies/README.md.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from router_r1_jax import prompts
+from router_r1_jax.config import ConfigError
+from router_r1_jax.data.scripted import recited_lines, repeating_sequences
+from router_r1_jax.learner import Row
+from router_r1_jax.pool.cards import roster, roster_settings
+from router_r1_jax.session import Session
+
+RECITED = 12  # names in a row of a lesson in reading
+PERIODS = 8  # a sequence of a lesson in copying is so many times as long as its longest period
+
+
+def copying(session: Session, rng: np.random.Generator, shortest: int, longest: int) -> tuple[list[int], list[Row]]:
+    """The shared prefix, and sequences that repeat with these periods, of the tokens of the cards' table."""
+    alphabet = np.array(sorted({token for column in _columns(session) for ids in column for token in ids}))
+    batch, length = session.config.warmstart.batch, PERIODS * longest
+    picks, repeats = repeating_sequences(rng, batch, length, len(alphabet), periods=(shortest, longest))
+    return _first_token(session), [Row([], alphabet[p], m) for p, m in zip(picks, repeats, strict=True)]
+
+
+def reading(session: Session, rng: np.random.Generator, models: int, lines: int) -> tuple[list[int], list[Row]]:
+    """The shared prefix, and rows of `lines` lines of a table of so many models, and names recited from them."""
+    settings, rows = roster_settings(session.config.pool) | {"shown": models}, []
+    for _ in range(session.config.warmstart.batch):
+        cards = roster(session.cards, rng, **settings)
+        table, *recited = recited_lines(cards, rng, lines=lines, count=RECITED)
+        shown, _ = token_ids(session, [table])
+        rows.append(Row(shown, *token_ids(session, recited)))
+    return _first_token(session), rows
+
+
+ROWS = {"copy": copying, "read": reading}
+
+
+def longest(session: Session, kind: str, *numbers: int) -> int:
+    """Tokens of a row of a lesson of `warmstart.lessons`, at most. ConfigError where the pool has too few models."""
+    if kind == "copy":
+        return PERIODS * numbers[1]
+    models, lines = numbers
+    if models > len(session.cards):
+        raise ConfigError(f"warmstart.lessons reads of {models} models, and pool.models are {len(session.cards)}")
+    label, value, name = (max(map(len, column)) for column in _columns(session))
+    frame = len(_encode(session, "-")) + len(_encode(session, "\n"))
+    return lines * (frame + label + models * (value + name)) + RECITED * (label + value + name)
+
+
+def token_ids(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:
+    """Token ids of pieces of text, and a mask of those that carry loss."""
+    tokens, mask = [], []
+    for text, spoken in pieces:
+        piece = _encode(session, text)
+        tokens += piece
+        mask += [float(spoken)] * len(piece)
+    return tokens, mask
+
+
+def _encode(session: Session, text: str) -> list[int]:
+    return session.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _first_token(session: Session) -> list[int]:
+    """What every prompt begins with; a learner's rows follow a prefix."""
+    return list(session.router.prompt_ids("?", session.cards[:1])[:1])
+
+
+def _columns(session: Session) -> tuple[list[list[int]], ...]:
+    """Token ids of each label, value and name of the table of all cards."""
+    table = prompts.card_table(session.cards)
+    values, names = zip(*itertools.chain.from_iterable(line.entries for line in table), strict=True)
+    columns = ({line.label for line in table}, set(values), set(names))
+    return tuple([_encode(session, f" {text}") for text in sorted(column)] for column in columns)
