@@ -16,28 +16,29 @@ import numpy as np
 from router_r1_jax import prompts
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.scripted import recited_lines, repeating_sequences
-from router_r1_jax.learner import Row
+from router_r1_jax.learner import ROW_MULTIPLE, Row
 from router_r1_jax.pool.cards import roster, roster_settings
 from router_r1_jax.session import Session
 
-RECITED = 12  # names in a row of a lesson in reading
+RECITED = 12  # names in a row of a lesson in reading, at most
+TOKENS = 96  # a lesson takes about as many tokens as warmstart.batch rows of this length
 PERIODS = 8  # a sequence of a lesson in copying is so many times as long as its longest period
 
 
 def copying(session: Session, rng: np.random.Generator, shortest: int, longest: int) -> tuple[list[int], list[Row]]:
     """The shared prefix, and sequences that repeat with these periods, of the tokens of the cards' table."""
     alphabet = np.array(sorted({token for column in _columns(session) for ids in column for token in ids}))
-    batch, length = session.config.warmstart.batch, PERIODS * longest
-    picks, repeats = repeating_sequences(rng, batch, length, len(alphabet), periods=(shortest, longest))
+    count, length = row_count(session, PERIODS * longest), PERIODS * longest
+    picks, repeats = repeating_sequences(rng, count, length, len(alphabet), periods=(shortest, longest))
     return _first_token(session), [Row([], alphabet[p], m) for p, m in zip(picks, repeats, strict=True)]
 
 
 def reading(session: Session, rng: np.random.Generator, models: int, lines: int) -> tuple[list[int], list[Row]]:
     """The shared prefix, and rows of `lines` lines of a table of so many models, and names recited from them."""
     settings, rows = roster_settings(session.config.pool) | {"shown": models}, []
-    for _ in range(session.config.warmstart.batch):
+    for _ in range(row_count(session, longest_row(session, "read", models, lines))):
         cards = roster(session.cards, rng, **settings)
-        table, *recited = recited_lines(cards, rng, lines=lines, count=RECITED)
+        table, *recited = recited_lines(cards, rng, lines=lines, most=RECITED)
         shown, _ = token_ids(session, [table])
         rows.append(Row(shown, *token_ids(session, recited)))
     return _first_token(session), rows
@@ -46,7 +47,13 @@ def reading(session: Session, rng: np.random.Generator, models: int, lines: int)
 ROWS = {"copy": copying, "read": reading}
 
 
-def longest(session: Session, kind: str, *numbers: int) -> int:
+def row_count(session: Session, length: int) -> int:
+    """Rows of a lesson whose longest row has `length` tokens."""
+    padded = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
+    return session.config.warmstart.batch * max(TOKENS // padded, 1)
+
+
+def longest_row(session: Session, kind: str, *numbers: int) -> int:
     """Tokens of a row of a lesson of `warmstart.lessons`, at most. ConfigError where the pool has too few models."""
     if kind == "copy":
         return PERIODS * numbers[1]
@@ -55,7 +62,8 @@ def longest(session: Session, kind: str, *numbers: int) -> int:
         raise ConfigError(f"warmstart.lessons reads of {models} models, and pool.models are {len(session.cards)}")
     label, value, name = (max(map(len, column)) for column in _columns(session))
     frame = len(_encode(session, "-")) + len(_encode(session, "\n"))
-    return lines * (frame + label + models * (value + name)) + RECITED * (label + value + name)
+    recited = min(RECITED, max(models * lines - 1, 1))
+    return lines * (frame + label + models * (value + name)) + recited * (label + value + name)
 
 
 def token_ids(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:

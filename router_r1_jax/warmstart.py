@@ -154,13 +154,15 @@ def train_warm_start(session: Session, report: Report) -> Params:
             layout=layout, chunk=c.learner.logit_chunk,
         )  # fmt: skip
 
-    # (updates, longest row, buckets): the rows of a lesson are all about as long.
-    phases = [(updates, lessons.longest(session, kind, *numbers), 1) for kind, updates, *numbers in w.lessons]
-    phases.append((w.steps, longest_row(session), c.learner.length_buckets))
+    phases = []  # (updates, longest row, buckets, rows): the rows of a lesson are all about as long
+    for kind, updates, *numbers in w.lessons:
+        longest = lessons.longest_row(session, kind, *numbers)
+        phases.append((updates, longest, 1, lessons.row_count(session, longest)))
+    phases.append((w.steps, longest_row(session), c.learner.length_buckets, w.batch))
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     state, done = init_state(optimizer, session.initial_params(w.seed), session.abstract_base, session.mesh), 0
-    for updates, longest, buckets in phases:
-        layout = make_layout(longest, buckets=buckets, tokens=c.learner.micro_tokens, rows=w.batch, shares=shares)
+    for updates, longest, buckets, rows in phases:
+        layout = make_layout(longest, buckets=buckets, tokens=c.learner.micro_tokens, rows=rows, shares=shares)
         for step in range(done, min(done + updates, w.steps)):
             state, metrics = learner(layout).update(state, *scripted_rows(session, step))
             report(step + 1, metrics)

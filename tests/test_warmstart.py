@@ -208,7 +208,7 @@ def test_lessons_come_first_and_grow_from_copying_to_whole_tables(tmp_path):
         decode = session.tokenizer.decode
         words = {word for line in card_table(session.cards) for word in re.findall(r"[^\s-]+", str(line))}
         ends = [sum(updates for _, updates, *_ in LESSONS[:i]) for i in range(3)]
-        bounds = [lessons.longest(session, kind, *numbers) for kind, _, *numbers in LESSONS]
+        bounds = [lessons.longest_row(session, kind, *numbers) for kind, _, *numbers in LESSONS]
     assert all(len(prefix) == 1 for prefix, _ in batches[:5]) and len(batches[5][0]) > 1
     for _, rows in batches[:2]:
         for row in rows:
@@ -218,9 +218,9 @@ def test_lessons_come_first_and_grow_from_copying_to_whole_tables(tmp_path):
             assert {decode([token]).strip() for token in row.tokens} <= words
     for step, (models, lines) in ((2, (2, 1)), (3, (2, 1)), (4, (3, 7))):
         tables = [decode(row.prompt) for row in batches[step][1]]
-        assert [table.count("- ") for table in tables] == [lines] * 8
+        assert {table.count("- ") for table in tables} == {lines}
         assert {len(line.split()) for table in tables for line in table.splitlines()} == {2 + 2 * models}
-        assert len(set(tables)) == 8
+        assert len(set(tables)) > 7 and len(tables) == (8 if lines == 7 else 24)  # short rows, so many of them
     for end, bound in zip(ends, bounds, strict=True):
         assert max(row.length for row in batches[end][1]) <= bound < 1.5 * max(row.length for row in batches[end][1])
     assert all("</answer>" in decode(row.tokens) for row in batches[5][1])

@@ -27,10 +27,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.arch.update(dict(num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, initializer_range=0.06))
     c.warmstart.batch, c.warmstart.learning_rate = 48, 3e-3
     c.warmstart.lessons = (
-        ("copy", 300, 2, 4), ("read", 200, 2, 1), ("read", 250, 3, 1), ("read", 350, 5, 1), ("read", 300, 5, 2),
-        ("read", 300, 5, 4), ("read", 500, 5, 7),
+        ("copy", 200, 2, 4), ("read", 300, 2, 1), ("read", 200, 3, 1), ("read", 300, 5, 1), ("read", 200, 5, 2),
+        ("read", 200, 5, 4), ("read", 300, 5, 7),
     )  # fmt: skip
-    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2900, 250, (4, 24)
+    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2300, 200, (4, 24)
     return c
 
 
