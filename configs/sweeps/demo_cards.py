@@ -2,8 +2,8 @@
 
 python -m router_r1_jax.sweep --config=configs/sweeps/demo_cards.py --workdir=runs/demo_cards
 
-Not there yet: no warm start of this size has learnt to read so far, and RL needs one that does (what was tried:
-experiments/studies/README.md, *Unseen models*). The three seeds share the file, where it exists.
+Not there yet: the warm start reads three models and not yet five, and RL needs one that does (what was tried and what
+helped: experiments/studies/README.md, *Unseen models*). The three seeds share the file, where it exists.
 """
 
 import runpy
