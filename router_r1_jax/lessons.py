@@ -1,11 +1,10 @@
 """Lessons that come before the warm start's episodes: from copying a few tokens to reading the table of all cards.
 
 A router that knows models by their cards alone has to find the name that stands behind a score. A small transformer
-that starts at random does not learn that from prompts, however long it tries: to read on from where a value stood
-takes two layers that are of use only together (Olsson et al. 2022, induction heads), and among many names neither gets
-a gradient to speak of. It learns it within minutes in small steps, where each is a little more than the last: sequences
-that repeat after two to four tokens, then one line of two models, of three, of five, then more lines. What was tried:
-experiments/studies/README.md.
+that starts at random did not learn that from prompts: to read on from where a value stood takes two layers that are of
+use only together (Olsson et al. 2022, induction heads), and among many names neither gets a gradient to speak of. Small
+steps, each a little more than the last, teach it: sequences that repeat after two to four tokens, then one line of two
+models, of three, of five, then more lines. What was measured: experiments/studies/README.md.
 """
 
 import itertools

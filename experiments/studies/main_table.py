@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 from matplotlib.figure import Figure
-from runner import ROOT, arguments, markdown, over_seeds, save, spelt, trained_runs
+from runner import FIGURES, ROOT, arguments, markdown, over_seeds, save, spelt, trained_runs
 
 from router_r1_jax.sweep import Run
 
@@ -35,6 +35,12 @@ def call_main(main: str, run: Run, questions: int, *more: str) -> None:
          f"--workdir={run.folder}", f"--config.evaluation.questions={questions}", *overrides, *more],
         check=True, cwd=ROOT,
     )  # fmt: skip
+
+
+def told(line: dict) -> dict:
+    """Of a policy's figures those that the table and the page tell; the rest stays in the run's baselines.json."""
+    kept = {key: line[key] for key in (*FIGURES, "em_ci") if key in line}
+    return kept | ({"router_ahead": {"em": line["router_ahead"]["em"]}} if "router_ahead" in line else {})
 
 
 def draw(results: dict) -> Figure:
@@ -64,7 +70,7 @@ def main() -> None:
             call_main("evaluate", run, options.questions)
         call_main("baselines", run, options.questions, f"--only={only}")
         lines = json.loads((run.folder / "baselines.json").read_text())["policies"]
-        each[run.overrides["seed"]] = {line["name"]: line for line in lines}
+        each[run.overrides["seed"]] = {line["name"]: told(line) for line in lines}
     names = [name for name in next(iter(each.values())) if all(name in lines for lines in each.values())]
     policies = {name: over_seeds({seed: lines[name] for seed, lines in each.items()}) for name in names}
     results = {"policies": policies, "each": each}
