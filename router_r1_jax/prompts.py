@@ -83,7 +83,7 @@ def card_table(cards: Sequence[PromptCard]) -> list[TableLine]:
     """What the cards say, by topic; then prices and latencies. Descriptions have no place in it.
 
     A value stands directly before the name, so that looking a name up is reading on from a value seen before. A small
-    router learns that, and learnt nothing from lines of whole cards (experiments/studies/README.md).
+    router learnt that in updates in which it learnt nothing from lines of whole cards (experiments/studies/README.md).
     """
     lines = [
         TableLine(topic, tuple((score_text(c.performance[topic]), c.name) for c in cards if topic in c.performance))

@@ -227,7 +227,7 @@ def test_lessons_come_first_and_grow_from_copying_to_whole_tables(tmp_path):
 
 
 def test_training_goes_through_lessons_and_episodes_in_one_run(tmp_path):
-    """Rows of other lengths are other programs, the state goes through all of them; each lesson is learnt a little."""
+    """Rows of other lengths are other programs, the state goes through all of them; copying is learnt a little."""
     config = config_with_lessons()
     config.warmstart.lessons = (("copy", 12, 2, 2), ("read", 3, 2, 1))
     config.warmstart.steps, config.warmstart.warmup, config.warmstart.learning_rate = 17, 2, 1e-2

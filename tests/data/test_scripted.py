@@ -76,10 +76,8 @@ def test_the_choice_of_model_is_uniform_whatever_the_domain():
     for domain in ("film", "places"):
         question = next(q for q in WORLD.questions("train") if len(q.hops) == 1 and q.hops[0].domain == domain)
         counts = collections.Counter(
-            protocol.parse_response(scripted_episode(question, WORLD, ROSTER, rng, template=LINES)[0][0])[
-                0
-            ].text.split()[-1]
-            for _ in range(2000)
+            protocol.parse_response(episode[0][0])[0].text.split()[-1]
+            for episode in (scripted_episode(question, WORLD, ROSTER, rng, template=LINES) for _ in range(2000))
         )
         assert set(counts) == set(CARDS)
         assert sum((count - 400) ** 2 / 400 for count in counts.values()) < 23.5
