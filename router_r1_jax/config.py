@@ -181,6 +181,7 @@ def base_config() -> ConfigDict:
             rope_theta=10_000.0,
             tie_embeddings=True,
             initializer_range=0.02,  # standard deviation of random kernels and embeddings
+            previous_token_heads=0,  # of the first layer, kv heads that at first attend to the token before (qwen2)
         )
     )
 
@@ -354,7 +355,8 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
-    "model.lora.rank", "pool.shown", "pool.temperature", "pool.breaker.failures", "pool.budget",
+    "model.lora.rank", "model.arch.previous_token_heads", "pool.shown", "pool.temperature", "pool.breaker.failures",
+    "pool.budget",
     "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.lanes", "rollout.top_k",
     "rollout.feed_wait", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
     "alarms.entropy", "validation.questions", "evaluation.samples",

@@ -19,7 +19,6 @@ from router_r1_jax.learner import ROW_MULTIPLE, Row
 from router_r1_jax.pool.cards import roster, roster_settings
 from router_r1_jax.session import Session
 
-RECITED = 12  # names in a row of a lesson in reading, at most
 TOKENS = 96  # a lesson takes about as many tokens as warmstart.batch rows of this length
 PERIODS = 8  # a sequence of a lesson in copying is so many times as long as its longest period
 
@@ -37,13 +36,18 @@ def reading(session: Session, rng: np.random.Generator, models: int, lines: int)
     settings, rows = roster_settings(session.config.pool) | {"shown": models}, []
     for _ in range(row_count(session, longest_row(session, "read", models, lines))):
         cards = roster(session.cards, rng, **settings)
-        table, *recited = recited_lines(cards, rng, lines=lines, most=RECITED)
+        table, *recited = recited_lines(cards, rng, lines=lines, count=recited_names(models, lines))
         shown, _ = token_ids(session, [table])
         rows.append(Row(shown, *token_ids(session, recited)))
     return _first_token(session), rows
 
 
 ROWS = {"copy": copying, "read": reading}
+
+
+def recited_names(models: int, lines: int) -> int:
+    """Names that a row of a lesson in reading recites: about every second entry of its lines, and a few more."""
+    return 5 + models * lines // 2
 
 
 def row_count(session: Session, length: int) -> int:
@@ -61,8 +65,8 @@ def longest_row(session: Session, kind: str, *numbers: int) -> int:
         raise ConfigError(f"warmstart.lessons reads of {models} models, and pool.models are {len(session.cards)}")
     label, value, name = (max(map(len, column)) for column in _columns(session))
     frame = len(_encode(session, "-")) + len(_encode(session, "\n"))
-    recited = min(RECITED, max(models * lines - 1, 1))
-    return lines * (frame + label + models * (value + name)) + recited * (label + value + name)
+    shown = lines * (frame + label + models * (value + name))
+    return shown + recited_names(models, lines) * (label + value + name)
 
 
 def token_ids(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:

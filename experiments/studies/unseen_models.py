@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import runpy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -66,12 +67,12 @@ class Case:
 CASES = (Case("three models", False), Case("all five", True), Case("all five, names dealt anew", True, rename=True))
 
 
-def make_tokenizer() -> None:
-    """The demo's, which knows all five names, where the runs with three models look for it."""
-    if not SWEEP["TOKENIZER"].exists():
-        template = prompts.load_template(DEMO.prompt.template)
-        texts = corpus(World(DEMO.data.world), cards_from_config(DEMO.pool), template, DEMO.rollout.max_calls)
-        train_tokenizer(texts, SWEEP["TOKENIZER"])
+def make_tokenizer(folder: Path, config: ConfigDict) -> None:
+    """One to which the demo's five names are words, where the runs of `config` look for it."""
+    if not folder.exists():
+        cards = {card.name: card for pool in (config.pool, DEMO.pool) for card in cards_from_config(pool)}
+        template = prompts.load_template(config.prompt.template)
+        train_tokenizer(corpus(World(DEMO.data.world), tuple(cards.values()), template, DEMO.rollout.max_calls), folder)
 
 
 def measure(options: argparse.Namespace, router: str) -> dict[str, dict[int, dict[str, Any]]]:
@@ -117,8 +118,10 @@ def main() -> None:
     options = arguments(__doc__, "")
     options.folder = options.runs
     if not options.trained_only:
-        make_tokenizer()
-        make_warm_start("demo_unseen")
+        for sweep in ("demo_unseen", "demo_cards"):
+            fields = runpy.run_path(str(ROOT / f"configs/sweeps/{sweep}.py"))
+            make_tokenizer(fields["TOKENIZER"], fields["get_config"]())
+            make_warm_start(sweep)
     each = {name: lines for name in ROUTERS if (lines := measure(options, name))}
     cases = {
         router: {

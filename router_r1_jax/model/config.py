@@ -76,6 +76,7 @@ class ModelConfig:
     attention: AttentionName = "einsum"
     remat: Remat = "full"
     initializer_range: float = 0.02  # standard deviation of random kernels and embeddings
+    previous_token_heads: int = 0  # random start: kv heads of the first layer that attend to the token before
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +97,15 @@ class ModelConfig:
             raise ValueError(
                 f"attention is 'cudnn' with head_dim {self.head_dim}; cuDNN needs a multiple of 8 up to 128 "
                 "(256 from Hopper GPUs on): choose attention 'einsum'"
+            )
+        if self.previous_token_heads and not self.qkv_bias:
+            raise ValueError(
+                f"previous_token_heads is {self.previous_token_heads} with family {self.family!r}; such heads start "
+                "from biases, which only family 'qwen2' has: choose it, or 0"
+            )
+        if self.previous_token_heads > self.num_kv_heads:
+            raise ValueError(
+                f"previous_token_heads is {self.previous_token_heads}; there are {self.num_kv_heads} (num_kv_heads)"
             )
         if self.remat not in get_args(Remat):
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")

@@ -5,11 +5,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from router_r1_jax.mesh import param_shardings
+from router_r1_jax.model.attention import rope_frequencies
 from router_r1_jax.model.config import ModelConfig
 from router_r1_jax.model.transformer import Params, RouterLM
+
+PREVIOUS_TOKEN_SCORE = 8.0  # nats, before the softmax, of the token before
+PREVIOUS_TOKEN_FREQUENCY = 0.1  # radians per token
 
 
 def _boxed(config: ModelConfig, key: jax.Array) -> Any:
@@ -18,7 +23,31 @@ def _boxed(config: ModelConfig, key: jax.Array) -> Any:
 
 def random_params(config: ModelConfig, key: jax.Array) -> Params:
     """Random stacked parameters, for use under `jax.jit`: what of them is not read is not made."""
-    return nn.meta.unbox(_boxed(config, key))
+    params = nn.meta.unbox(_boxed(config, key))
+    return _with_previous_token_heads(config, params) if config.previous_token_heads else params
+
+
+def _with_previous_token_heads(config: ModelConfig, params: Params) -> Params:
+    """The first layer's first heads begin by attending to the token before, which copying and reading are built on.
+
+    The biases of query and key do it, whatever the tokens are: a rotary pair of frequency f adds w^2 cos(f (d - 1)) to
+    the score of a key d tokens back, where the query's bias is the key's, turned by f. Pairs that turn too little from
+    one token to the next to tell them apart take no part. Such starts are called mimetic (Trockman and Kolter 2023,
+    there of products of weights).
+    """
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    turning = frequencies > PREVIOUS_TOKEN_FREQUENCY
+    weight = turning * np.sqrt(PREVIOUS_TOKEN_SCORE * np.sqrt(config.head_dim) / turning.sum())
+    key_bias = np.concatenate([weight, np.zeros_like(weight)])
+    query_bias = np.concatenate([weight * np.cos(frequencies), -weight * np.sin(frequencies)])
+    layers = dict(params["layers"])
+    attention = dict(layers["attention"])
+    group = config.num_heads // config.num_kv_heads
+    for name, bias, heads in (("q", query_bias, group), ("k", key_bias, 1)):
+        old = attention[name]["bias"]
+        new = old.at[0, : heads * config.previous_token_heads].set(bias.astype(old.dtype))
+        attention[name] = attention[name] | {"bias": new}
+    return params | {"layers": layers | {"attention": attention}}
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:

@@ -121,9 +121,9 @@ def test_where_the_prompt_has_a_table_a_name_follows_its_score_directly():
 
 
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 8))
-def test_what_a_lesson_recites_can_be_told_from_its_lines_and_from_nothing_else(seed, models, lines):
-    """The lines are read back from their text; what stands twice in a line is never asked for, and nothing twice."""
-    (text, shown), *recited = recited_lines(ROSTER[:models], np.random.default_rng(seed), lines=lines, most=12)
+def test_what_a_lesson_recites_can_be_told_from_its_lines(seed, models, lines):
+    """The lines are read back from their text; what stands twice in a line is never asked for."""
+    (text, shown), *recited = recited_lines(ROSTER[:models], np.random.default_rng(seed), lines=lines, count=12)
     assert not shown and text.endswith("\n")
     table = {}
     for line in text.splitlines():
@@ -132,8 +132,7 @@ def test_what_a_lesson_recites_can_be_told_from_its_lines_and_from_nothing_else(
         table[label] = list(zip(entries[::2], entries[1::2], strict=True))
     assert len(table) == min(lines, 7)  # five topics, price and latency
     clear = sum([v for v, _ in line].count(value) == 1 for line in table.values() for value, _ in line)
-    assert len(recited) == 2 * min(12, max(clear - 1, min(clear, 1)))
-    assert len({question for question, _ in recited[::2]}) == len(recited) // 2
+    assert len(recited) == (24 if clear else 0)
     for (question, asked), (name, said) in zip(recited[::2], recited[1::2], strict=True):
         label, value = question.split()
         assert not asked and said
