@@ -32,9 +32,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ))  # fmt: skip
     c.warmstart.batch, c.warmstart.learning_rate = 48, 3e-3
     c.warmstart.lessons = (
-        ("copy", 120, 2, 4), ("read", 280, 5, 1), ("read", 500, 5, 4), ("read", 400, 5, 7),
+        ("copy", 120, 2, 4), ("read", 400, 5, 1), ("read", 120, 5, 2), ("read", 300, 5, 5), ("read", 250, 5, 7),
     )  # fmt: skip
-    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2300, 300, (4, 24)
+    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2000, 250, (4, 24)
     return c
 
 

@@ -130,7 +130,8 @@ def test_what_a_lesson_recites_can_be_told_from_its_lines(seed, models, lines):
         dash, label, *entries = line.split()
         assert dash == "-" and label not in table and len(entries) == 2 * models
         table[label] = list(zip(entries[::2], entries[1::2], strict=True))
-    assert len(table) == min(lines, 7)  # five topics, price and latency
+    assert len(table) == min(lines, 7)  # five topics, then price and latency
+    assert len({"price", "latency"} & set(table)) == max(min(lines, 7) - 5, 0)
     clear = sum([v for v, _ in line].count(value) == 1 for line in table.values() for value, _ in line)
     assert len(recited) == (24 if clear else 0)
     for (question, asked), (name, said) in zip(recited[::2], recited[1::2], strict=True):
