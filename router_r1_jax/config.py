@@ -180,7 +180,8 @@ def base_config() -> ConfigDict:
             head_dim=32,
             rope_theta=10_000.0,
             tie_embeddings=True,
-            initializer_range=0.02,  # standard deviation of random kernels and embeddings
+            initializer_range=0.02,  # standard deviation of random kernels
+            embedding_range=0.02,  # that of random embeddings
             previous_token_heads=0,  # of the first layer, kv heads that at first attend to the token before (qwen2)
         )
     )
@@ -351,7 +352,7 @@ _COUNTS = (
 _POSITIVE = (
     "pool.deadline", "pool.request_timeout", "pool.backoff", "pool.backoff_max", "pool.breaker.pause",
     "pool.breaker.pause_max", "evaluation.temperature", "learner.max_grad_norm", "model.arch.rope_theta",
-    "model.arch.initializer_range",
+    "model.arch.initializer_range", "model.arch.embedding_range",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",

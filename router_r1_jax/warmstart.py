@@ -10,11 +10,11 @@ trains anew and writes `config.warmstart.file`, or `<workdir>/warmstart.safetens
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data import synthetic
 from router_r1_jax.data.scripted import recited_cards, repeating_sequences, scripted_episode
-from router_r1_jax.learner import Layout, Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
+from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import Card, roster, roster_settings
@@ -40,6 +40,15 @@ COPY_LENGTH = 96  # tokens of an exercise, at most
 RECITED = 24  # names recited in an exercise that follows a prompt
 
 Report = Callable[[int, dict[str, float]], None]
+
+
+class _Phase(NamedTuple):
+    """Updates, tokens of their longest row, lengths that rows are padded to (at most), and rows of an update."""
+
+    updates: int
+    longest: int
+    buckets: int
+    rows: int
 
 
 def recipe(config: ConfigDict) -> str:
@@ -141,32 +150,43 @@ def train_warm_start(session: Session, report: Report) -> Params:
             f"warmstart.steps is {session.config.warmstart.steps}, but only the set 'synthetic' has scripted "
             "episodes; set it to 0 and start from an instruction-tuned model.source"
         )
-    w = session.config.warmstart
-    optimizer, _ = make_optimizer(
-        learning_rate=w.learning_rate, warmup=w.warmup, total=w.steps, decay=True, weight_decay=0.0, max_grad_norm=1.0
-    )
-    c, mesh = session.config, session.mesh
+    c, w = session.config, session.config.warmstart
+    taught = []
+    for kind, updates, *numbers in w.lessons:
+        longest = lessons.longest_row(session, kind, *numbers)
+        rows = lessons.row_count(session, longest)  # they are all about as long
+        taught.append(_Phase(min(updates, w.steps - sum(phase.updates for phase in taught)), longest, 1, rows))
+    begun = sum(phase.updates for phase in taught)
+    episodes = _Phase(w.steps - begun, longest_row(session), c.learner.length_buckets, w.batch)
+    params = session.initial_params(w.seed)
+    if taught:
+        params = _trained(session, params, 0, taught, report, decay=False)
+    return _trained(session, params, begun, [episodes], report, decay=True)
 
-    @functools.cache
-    def learner(layout: Layout) -> Learner:
-        return Learner(
+
+def _trained(
+    session: Session, params: Params, step: int, phases: Sequence[_Phase], report: Report, *, decay: bool
+) -> Params:
+    """The parameters after these phases, the first of which begins at `step`, with a warm-up of their own.
+
+    Episodes begin anew where lessons come before them: at the end of one decay over both, copying was not learnt.
+    """
+    c, w, mesh = session.config, session.config.warmstart, session.mesh
+    total = sum(phase.updates for phase in phases)
+    optimizer, _ = make_optimizer(
+        learning_rate=w.learning_rate, warmup=w.warmup, total=total, decay=decay, weight_decay=0.0, max_grad_norm=1.0
+    )
+    state, shares = init_state(optimizer, params, session.abstract_base, mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    for updates, longest, buckets, rows in phases:
+        layout = make_layout(longest, buckets=buckets, tokens=c.learner.micro_tokens, rows=rows, shares=shares)
+        learner = Learner(
             session.model.base, optimizer, SupervisedLoss(), mesh, session.abstract_base,
             layout=layout, chunk=c.learner.logit_chunk,
         )  # fmt: skip
-
-    phases = []  # (updates, longest row, buckets, rows): the rows of a lesson are all about as long
-    for kind, updates, *numbers in w.lessons:
-        longest = lessons.longest_row(session, kind, *numbers)
-        phases.append((updates, longest, 1, lessons.row_count(session, longest)))
-    phases.append((w.steps, longest_row(session), c.learner.length_buckets, w.batch))
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    state, done = init_state(optimizer, session.initial_params(w.seed), session.abstract_base, session.mesh), 0
-    for updates, longest, buckets, rows in phases:
-        layout = make_layout(longest, buckets=buckets, tokens=c.learner.micro_tokens, rows=rows, shares=shares)
-        for step in range(done, min(done + updates, w.steps)):
-            state, metrics = learner(layout).update(state, *scripted_rows(session, step))
-            report(step + 1, metrics)
-        done += updates
+        for _ in range(updates):
+            state, metrics = learner.update(state, *scripted_rows(session, step))
+            step += 1
+            report(step, metrics)
     return state.params
 
 

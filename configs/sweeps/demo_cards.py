@@ -26,15 +26,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.tokenizer = str(TOKENIZER)
     c.warmstart.file = str(RUNS / "demo_cards_warmstart.safetensors")
     c.prompt.template = "table"
+    c.rollout.max_tokens, c.learner.micro_tokens = 112, 9984  # a pass of the warm start takes all of its rows
     c.model.arch.update(dict(
         family="qwen2", num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, rope_theta=100.0,
-        initializer_range=0.06, previous_token_heads=2,
+        initializer_range=0.06, embedding_range=0.1, previous_token_heads=2,
     ))  # fmt: skip
     c.warmstart.batch, c.warmstart.learning_rate = 48, 3e-3
     c.warmstart.lessons = (
-        ("copy", 120, 2, 4), ("read", 400, 5, 1), ("read", 120, 5, 2), ("read", 300, 5, 5), ("read", 250, 5, 7),
+        ("copy", 120, 2, 4), ("read", 450, 5, 1), ("read", 60, 5, 2), ("read", 150, 5, 5), ("read", 150, 5, 7),
     )  # fmt: skip
-    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2000, 250, (4, 24)
+    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 1630, 250, (4, 24)
     return c
 
 

@@ -75,7 +75,8 @@ class ModelConfig:
     dtype: str = "float32"
     attention: AttentionName = "einsum"
     remat: Remat = "full"
-    initializer_range: float = 0.02  # standard deviation of random kernels and embeddings
+    initializer_range: float = 0.02  # standard deviation of random kernels
+    embedding_range: float = 0.02  # that of random embeddings and of an untied head
     previous_token_heads: int = 0  # random start: kv heads of the first layer that attend to the token before
     lora: LoRA | None = None
 

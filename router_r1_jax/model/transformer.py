@@ -41,8 +41,8 @@ def adapter_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
-def _init(config: ModelConfig, *axes: str | None) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
+def _init(deviation: float, *axes: str | None) -> nn.initializers.Initializer:
+    return nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
 
 
 @jax.custom_vjp
@@ -120,8 +120,8 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Contract the last len(inputs) axes of x with the kernel's first."""
-        dtype = self.config.dtype
-        kernel = self.param("kernel", _init(self.config, *self.axes), self.inputs + self.outputs, dtype)
+        dtype, init = self.config.dtype, _init(self.config.initializer_range, *self.axes)
+        kernel = self.param("kernel", init, self.inputs + self.outputs, dtype)
         # As a product of two matrices: XLA's CPU compiler copies the operands of the kernel's gradient where they have
         # more axes, and fuses into each copy whatever made them (the whole update took 1.2 times as long).
         lead = x.shape[: x.ndim - len(self.inputs)]
@@ -238,7 +238,7 @@ class RouterLM(nn.Module):
     def setup(self) -> None:
         """Embedding, layers, final norm and, where untied, the head."""
         c = self.config
-        self.embed = self.param("embed", _init(c, "vocab", "embed"), (c.vocab_size, c.width), c.dtype)
+        self.embed = self.param("embed", _init(c.embedding_range, "vocab", "embed"), (c.vocab_size, c.width), c.dtype)
         if self.unrolled:
             self.layers = [Block(c, name=f"layer_{i}") for i in range(c.num_layers)]
         else:
@@ -254,7 +254,7 @@ class RouterLM(nn.Module):
             )(c, name="layers")
         self.final_norm = RMSNorm(c, name="final_norm")
         if not c.tie_embeddings:
-            self.head = self.param("head", _init(c, "vocab", "embed"), (c.vocab_size, c.width), c.dtype)
+            self.head = self.param("head", _init(c.embedding_range, "vocab", "embed"), (c.vocab_size, c.width), c.dtype)
 
     def hidden(
         self,

@@ -57,6 +57,15 @@ def test_all_else_is_the_same_random_start():
     assert changed == {"layers/attention/q/bias": [[0, 0], [0, 1]], "layers/attention/k/bias": [[0, 0]]}
 
 
+def test_embeddings_and_kernels_are_drawn_as_wide_as_the_configuration_says():
+    config = dataclasses.replace(QWEN2, initializer_range=0.06, embedding_range=0.5, tie_embeddings=False)
+    params = random_params(config, jax.random.key(0))
+    for name in ("embed", "head"):
+        assert np.std(params[name]) == pytest.approx(0.5, rel=0.05)
+    for name in ("gate", "up", "down"):
+        assert np.std(params["layers"]["mlp"][name]["kernel"]) == pytest.approx(0.06, rel=0.05)
+
+
 def test_heads_that_no_bias_can_make_are_refused():
     with pytest.raises(ValueError, match="previous_token_heads is 1 with family 'qwen3'"):
         dataclasses.replace(QWEN2, family="qwen3", previous_token_heads=1)
