@@ -132,12 +132,12 @@ def main() -> None:
     }
     rows = [
         [router, name, str(len(c["seeds"])), spelt(c["em"]), spelt(c["best_model_share"]), spelt(c["unseen_share"]),
-         spelt(c["dollars_per_question"], ".2e")]
+         spelt(c["malformed_share"]), spelt(c["dollars_per_question"], ".2e")]
         for router, of_router in cases.items()
         for name, c in of_router.items()
     ]  # fmt: skip
     head = ["router", "prompt and pool", "seeds", "EM", "calls to the best model", "calls to the two held out",
-            "dollars/question"]  # fmt: skip
+            "malformed", "dollars/question"]  # fmt: skip
     results = {"cases": cases, "each": each}
     save("unseen_models", results, markdown(head, rows), draw(results))
 
