@@ -25,7 +25,12 @@ gradient of a kernel 2.22 (Zen 4, beside other work, least of 5: rough). About 1
 a core. Idle, 26 November, Zen 4, L4 D256: 1.29 forward (0.287 s), 1.04 with the gradient (1.042 s against 1.087 s),
 which still misses the aim of 1.3. XLA's other CPU paths were tried on these shapes, 1.18 to 1.21 s with the gradient as
 they are: `xla_cpu_use_onednn` 1.18, `xla_cpu_enable_fast_math` 1.21, without the fusion emitters 1.20; YNNPACK, XNNPACK
-for products and vectors of 512 bits took 2.3 s, beside other work. L8 D512 and the GPU part have not been run.
+for products and vectors of 512 bits took 2.3 s, beside other work.
+
+`--full`, idle, 26 November, AMD EPYC with 2 cores, the same versions: L4 D256 1.43 forward and 1.12 with the gradient
+(1.198 s against 1.339 s), L8 D512 1.54 forward (2.35 s) and 1.08 with the gradient (8.69 s against 9.42 s; 139
+GFLOP/s). The aim of 1.0 forward holds for both, that of 1.3 with the gradient for neither. The GPU part has not been
+run.
 """
 
 import argparse
