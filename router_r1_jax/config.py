@@ -357,8 +357,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
     "model.lora.rank", "model.arch.previous_token_heads", "pool.shown", "pool.temperature", "pool.breaker.failures",
-    "pool.budget",
-    "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.lanes", "rollout.top_k",
+    "pool.budget", "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.lanes", "rollout.top_k",
     "rollout.feed_wait", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
     "alarms.entropy", "validation.questions", "evaluation.samples",
     "learner.learning_rate", "learner.warmup", "learner.weight_decay", "learner.clip_low", "learner.clip_high",

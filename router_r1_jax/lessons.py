@@ -2,8 +2,8 @@
 
 A router that knows models by their cards alone has to find the name that stands behind a score. A small transformer
 that starts at random did not learn that from prompts: to read on from where a value stood takes two layers that are of
-use only together (Olsson et al. 2022, induction heads), and among many names neither gets a gradient to speak of. Three
-things together teach it: heads that begin by looking one token back (`model.arch.previous_token_heads`), sequences that
+use only together (Olsson et al. 2022, induction heads), and among many names neither gets a gradient to speak of. What
+teaches it together: heads that begin by looking one token back (`model.arch.previous_token_heads`), sequences that
 repeat after two to four tokens, and then tables that grow from one line to all. What each is worth:
 experiments/studies/README.md.
 """

@@ -52,7 +52,7 @@ class _Phase(NamedTuple):
 
 
 def recipe(config: ConfigDict) -> str:
-    """A hash of all that the warm start's result depends on; a kept file carries it."""
+    """A hash of what the warm start's result depends on, but for a tokenizer of its own; a kept file carries it."""
     fields = {
         "arch": config.model.arch.to_dict(),
         "world": {"version": str(synthetic.Synthetic.VERSION)} | config.data.world.to_dict(),

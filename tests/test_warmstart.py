@@ -226,15 +226,24 @@ def test_lessons_come_first_and_grow_from_copying_to_whole_tables(tmp_path):
     assert all("</answer>" in decode(row.tokens) for row in batches[5][1])
 
 
-def test_training_goes_through_lessons_and_episodes_in_one_run(tmp_path):
-    """Rows of other lengths are other programs, the state goes through all of them; copying is learnt a little."""
+def test_training_goes_through_lessons_and_episodes_in_one_run(tmp_path, monkeypatch):
+    """Rows of other lengths are other programs, the parameters go through all of them; copying is learnt a little.
+
+    Lessons keep their learning rate; episodes begin with one of their own, which decays.
+    """
     config = config_with_lessons()
     config.warmstart.lessons = (("copy", 12, 2, 2), ("read", 3, 2, 1))
     config.warmstart.steps, config.warmstart.warmup, config.warmstart.learning_rate = 17, 2, 1e-2
-    losses = []
+    losses, made, make = [], [], warmstart.make_optimizer
+
+    def recorded(**fields):
+        made.append((fields["total"], fields["decay"]))
+        return make(**fields)
+
+    monkeypatch.setattr(warmstart, "make_optimizer", recorded)
     with open_session(config, tmp_path, load_source=False) as session:
         warmstart.train_warm_start(session, lambda step, metrics: losses.append((step, metrics["loss"])))
-    assert [step for step, _ in losses] == list(range(1, 18))
+    assert [step for step, _ in losses] == list(range(1, 18)) and made == [(15, False), (2, True)]
     assert losses[11][1] < losses[0][1] - 1.0 and np.isfinite([loss for _, loss in losses]).all()
 
 

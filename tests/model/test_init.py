@@ -1,4 +1,4 @@
-"""The random start: the same on every mesh (test_sharding.py), and what `previous_token_heads` changes of it."""
+"""The random start: how wide it is drawn, and what `previous_token_heads` changes of it."""
 
 import dataclasses
 
@@ -14,19 +14,15 @@ from router_r1_jax.model.init import random_params
 QWEN2 = ModelConfig(
     vocab_size=96, num_layers=2, width=32, mlp=48, num_heads=4, num_kv_heads=2, head_dim=8, family="qwen2"
 )
-SHAPES = [(16, 100.0, 4, 4), (32, 100.0, 4, 2), (32, 10_000.0, 2, 2), (64, 1e6, 4, 1)]  # head_dim, theta, N, K
+SHAPES = [(16, 100.0, 4, 4), (32, 100.0, 4, 2), (32, 10_000.0, 2, 2), (64, 1e6, 4, 1)]
 
 
-def model(head_dim, theta, heads, kv_heads, **fields):
-    return dataclasses.replace(
-        QWEN2, head_dim=head_dim, rope_theta=theta, num_heads=heads, num_kv_heads=kv_heads, **fields
-    )
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_such_heads_attend_to_the_token_before_wherever_it_stands(shape):
+@pytest.mark.parametrize(("head_dim", "theta", "heads", "kv_heads"), SHAPES)
+def test_such_heads_attend_to_the_token_before_wherever_it_stands(head_dim, theta, heads, kv_heads):
     """From the parameters of the first layer, over random activations; the truth is the definition of attention."""
-    config = model(*shape, previous_token_heads=1, num_layers=2)
+    config = dataclasses.replace(
+        QWEN2, head_dim=head_dim, rope_theta=theta, num_heads=heads, num_kv_heads=kv_heads, previous_token_heads=1
+    )
     attention = random_params(config, jax.random.key(0))["layers"]["attention"]
     x = jax.random.normal(jax.random.key(1), (1, 100, config.width))
 
