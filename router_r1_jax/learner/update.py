@@ -128,13 +128,19 @@ def over_rows(batch: Batch, function: Callable[[Any, Rows], Any], carry: Any) ->
     for bucket in batch.buckets:
 
         def body(i: jax.Array, carry: Any, bucket: Bucket = bucket) -> Any:
-            return function(carry, _micro_batch(bucket.rows, i))
+            return function(carry, micro_batch(bucket, i))
 
         carry = jax.lax.fori_loop(0, bucket.count, body, carry)
     return carry
 
 
-def _micro_batch(rows: Rows, i: jax.Array | int) -> Rows:
+def micro_batch(bucket: Bucket, i: jax.Array) -> Rows:
+    """The bucket's micro-batch number `i` (int32 scalar).
+
+    The barrier ties rows to `i`. Of a bucket with room for a single one XLA would see that `i` chooses nothing, and
+    would move the whole of forward and backward before the loop, which computes it also where no row is in the bucket.
+    """
+    rows, i = jax.lax.optimization_barrier((bucket.rows, i))
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
 
 
@@ -175,7 +181,7 @@ def batch_gradients(
         new = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], totals))
         return *new, jax.tree.map(jnp.maximum, carry[2], peaks)
 
-    shapes = jax.eval_shape(lambda rows: gradients(_micro_batch(rows, 0)), batch.buckets[0].rows)
+    shapes = jax.eval_shape(lambda bucket: gradients(micro_batch(bucket, bucket.count)), batch.buckets[0])
     figures = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
 
     def zero(x: jax.Array) -> jax.Array:
@@ -283,7 +289,7 @@ class Learner:
 
         def of_bucket(bucket: Bucket) -> Reading:
             def body(i: jax.Array, found: Reading) -> Reading:
-                tokens = jax.lax.dynamic_index_in_dim(bucket.rows.tokens, i, keepdims=False)
+                tokens = micro_batch(bucket, i).tokens
                 now = read_rows(config, params, prefix, tokens, critic=critic, **self._reading)
                 return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), found, now)
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -344,6 +345,23 @@ def test_one_program_serves_batches_of_any_lengths(learner, params, caplog):
     assert metrics["programs"] == 1
     _, metrics = learner.update(state, *make_rows(prefix=65))
     assert metrics["programs"] == 2
+
+
+def test_work_on_a_bucket_stays_in_its_loop():
+    """Of buckets with room for one micro-batch XLA took all work before the loop, and did it for empty ones too."""
+    prefix, rows = make_rows()
+    layout = Layout((8, 32), (len(rows), len(rows)))
+    learner = Learner(CONFIG, SGD, LOSS, ONE, ABSTRACT, layout=layout, chunk=16)
+    params, batch = make_params(CONFIG), learner.place(prefix, rows)
+    programs = {
+        "update": lambda params, batch: batch_gradients(CONFIG, LOSS, params, batch, chunk=16, temperature=1.0),
+        "read": lambda params, batch: learner._read_fn(params, None, batch, base=False),
+    }
+    for name, program in programs.items():
+        text = jax.jit(program).lower(params, batch).compile(QUICK_COMPILE).as_text()
+        inside = re.compile(r'op_name="[^"]*while/body/[^"]*dot_general')
+        before, _, entry = text.partition("\nENTRY")
+        assert inside.search(before) and not inside.search(entry), name
 
 
 def test_a_micro_batch_that_does_not_divide_over_the_devices_is_refused():
