@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ class _Phase(NamedTuple):
 
 
 def recipe(config: ConfigDict) -> str:
-    """A hash of what the warm start's result depends on, but for a tokenizer of its own; a kept file carries it."""
+    """A hash of what the warm start's result depends on; a kept file carries it."""
     fields = {
         "arch": config.model.arch.to_dict(),
         "world": {"version": str(synthetic.Synthetic.VERSION)} | config.data.world.to_dict(),
@@ -67,7 +67,15 @@ def recipe(config: ConfigDict) -> str:
         "roster": roster_settings(config.pool),
         "warmstart": {name: value for name, value in config.warmstart.to_dict().items() if name != "file"},
     }
+    if config.model.tokenizer:  # else it is trained on the world, the template and the models
+        fields["tokenizer"] = _vocabulary(config.model.tokenizer)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _vocabulary(tokenizer: str) -> Any:
+    """Tokens and their ids in a tokenizer's folder; of a hub name, the name."""
+    file = Path(tokenizer) / "tokenizer.json"
+    return json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"] if file.exists() else tokenizer
 
 
 def own_rosters(pool_config: ConfigDict) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import runpy
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -189,6 +190,26 @@ def test_no_row_is_longer_than_the_learner_has_room_for(tmp_path, template, slac
     own = [len(row.prompt) for row in rows]
     assert max(row.length for row in rows) <= longest
     assert longest - config.rollout.max_tokens <= max(own) + slack  # and not much more than the cards need
+
+
+def test_a_warm_start_of_another_vocabulary_is_refused(tmp_path):
+    """The same folder with two words in each other's places, and a copy of the folder under another name."""
+    config = demo_config()
+    with open_session(config, tmp_path / "own", load_source=False):
+        shutil.copytree(tmp_path / "own" / "tokenizer", tmp_path / "words")
+    config.model.tokenizer, file = str(tmp_path / "words"), tmp_path / "kept.safetensors"
+    with open_session(config, tmp_path / "run", load_source=False) as session:
+        warmstart.save_warm_start(file, session.initial_params(0), config)
+        load_warm_start(file, session)
+        shutil.copytree(tmp_path / "words", tmp_path / "moved")
+        session.config.model.tokenizer = str(tmp_path / "moved")
+        load_warm_start(file, session)
+        saved = json.loads((tmp_path / "moved" / "tokenizer.json").read_text())
+        words = saved["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+        (tmp_path / "moved" / "tokenizer.json").write_text(json.dumps(saved))
+        with pytest.raises(ConfigError, match="made by another configuration"):
+            load_warm_start(file, session)
 
 
 LESSONS = (("copy", 2, 2, 4), ("read", 2, 2, 1), ("read", 1, 3, 7))
