@@ -200,7 +200,7 @@ def base_config() -> ConfigDict:
     c.data.test = ("synthetic",)
     c.data.per_set = ConfigDict(dict(train=0, validation=0, test=0))  # questions drawn of each set, at most; 0: all
     c.data.seed = 0  # of that draw: runs of other seeds get the same questions
-    c.data.drop_overlap = True  # leave out train questions whose text `validation` or `test` asks too
+    c.data.drop_overlap = True  # leave out questions that a later split's sets ask too, by their text
     c.data.world = ConfigDict(
         dict(seed=7, films=60, songs=60, clubs=60, persons=80, cities=60, countries=20, rivers=20)
     )

@@ -1,4 +1,4 @@
-"""Which questions a run uses: drawn by seed from each of a split's sets, none in training that evaluation asks too."""
+"""Which questions a run uses: drawn by seed from each of a split's sets, none that a later split asks too."""
 
 import dataclasses
 import hashlib
@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from router_r1_jax.config import SPLITS
 from router_r1_jax.data.overlap import text_key
 from router_r1_jax.data.questions import DataError, QuestionRecord, StoredQuestions
-
-HELD_OUT = ("validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Drawn:
     Attributes:
       suite: the set.
       available: questions of the set's split.
-      overlapping: questions met in the draw and left out, because validation or test ask them too.
+      overlapping: questions met in the draw and left out, because a later split asks them too.
       records: the questions, in the order of the draw.
     """
 
@@ -65,17 +64,23 @@ def draw(questions: StoredQuestions, split: str, *, count: int, seed: int, left_
 def draw_split(data: ConfigDict, folders: Mapping[str, Path], split: str) -> list[Drawn]:
     """The questions of a split of `config.data`, set by set; `folders` holds the prepared sets.
 
-    With data.drop_overlap, train questions that any question of the validation and test splits repeats are left out,
-    drawn there or not: so training does not depend on how many questions evaluation asks.
+    With data.drop_overlap, questions are left out that any question of a later split's sets repeats (train: validation
+    and test, validation: test), drawn there or not: so training, and the checkpoint that validation chooses, do not
+    depend on how many questions evaluation asks. Raises DataError where that leaves none.
     """
-    left_out: set[bytes] = set()
-    if split == "train" and data.drop_overlap:
-        asked = [_open(folders, name, other) for other in HELD_OUT for name in data[other]]
-        left_out = {text_key(record.question) for stored in asked for record in stored}
-    return [
+    later = SPLITS[SPLITS.index(split) + 1 :] if data.drop_overlap else ()
+    asked = [_open(folders, name, other) for other in later for name in data[other]]
+    left_out = {text_key(record.question) for stored in asked for record in stored}
+    drawn = [
         draw(_open(folders, name, split), split, count=data.per_set[split], seed=data.seed, left_out=left_out)
         for name in data[split]
     ]
+    if not any(one.records for one in drawn):
+        raise DataError(
+            f"data.{split} is {data[split]!r}, of which {' or '.join(later)} asks every question too; name other sets "
+            "there, or set data.drop_overlap to False"
+        )
+    return drawn
 
 
 def _open(folders: Mapping[str, Path], name: str, split: str) -> StoredQuestions:

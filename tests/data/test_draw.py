@@ -12,6 +12,7 @@ from router_r1_jax.config import PAPER_SETS, ConfigError, base_config, model_car
 from router_r1_jax.data import questions, synthetic
 from router_r1_jax.data.draw import Drawn, draw, draw_split, take_turns
 from router_r1_jax.data.overlap import text_key
+from router_r1_jax.data.prepare import prepare_set
 from router_r1_jax.data.questions import DataError, QuestionRecord
 from router_r1_jax.data.sets import open_sets
 
@@ -107,6 +108,37 @@ def test_training_leaves_out_what_evaluation_asks(data, tmp_path, per_test_set):
     assert len(repeated) == 1
     data.drop_overlap, data.test = True, ("popqa",)
     assert draw_split(data, folders | {"popqa": open_sets(data, tmp_path)["popqa"]}, "train")[1].overlapping == 0
+
+
+def write_set(folder, **texts):
+    """A set of one's own: for each file its questions."""
+    folder.mkdir()
+    for stem, questions_of_file in texts.items():
+        rows = [{"id": str(i), "question": text, "golden_answers": ["a"]} for i, text in enumerate(questions_of_file)]
+        (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_validation_leaves_out_what_the_test_asks(data, tmp_path):
+    """Also what another set's test asks: the checkpoint that validation chooses must not know test questions."""
+    write_set(tmp_path / "one", train=["who is a?"], dev=["who is b?", "who is c?"], test=["who is d?"])
+    write_set(tmp_path / "other", test=["Who is the C"])
+    folders = {name: prepare_set(name, str(tmp_path), tmp_path / "out") for name in ("one", "other")}
+    data.train = data.validation = ("one",)
+    data.test = ("one", "other")
+    (validation,) = draw_split(data, folders, "validation")
+    assert [r.question for r in validation.records] == ["who is b?"] and validation.overlapping == 1
+    assert [len(one.records) for one in draw_split(data, folders, "test")] == [1, 1]
+    data.drop_overlap = False
+    assert len(draw_split(data, folders, "validation")[0].records) == 2
+
+
+def test_a_split_of_which_nothing_is_left_is_named(data, tmp_path):
+    write_set(tmp_path / "one", train=["who is a?"], dev=["who is b?"], test=["who is d?", "who is B?"])
+    folders = {"one": prepare_set("one", str(tmp_path), tmp_path / "out")}
+    data.train = data.validation = data.test = ("one",)
+    message = r"data\.validation is \('one',\), of which test asks every question too; name other sets"
+    with pytest.raises(DataError, match=message):
+        draw_split(data, folders, "validation")
 
 
 def test_the_summary_tells_draws_apart(data, tmp_path):
