@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,7 +26,7 @@ from router_r1_jax.config import PAPER_SETS
 from router_r1_jax.data.download import SUMS_FILE, check_sum, check_url, fetch_all, is_url, read_sums
 from router_r1_jax.data.open_qa import FILES, OpenQA, SetConfig
 from router_r1_jax.data.overlap import text_keys
-from router_r1_jax.data.questions import DataError, StoredQuestions
+from router_r1_jax.data.questions import OPEN_QA, DataError, StoredQuestions, refusing_damage
 
 
 def files_of(suite: str, source: str) -> dict[str, str]:
@@ -55,11 +56,12 @@ def prepare_set(suite: str, source: str, root: Path, *, expected: Path | None = 
     files that are missing, are not the expected ones, or hold more than the share `max_bad` of unusable lines.
     """
     files = files_of(suite, source)
+    built = root / OPEN_QA / suite / str(OpenQA.VERSION)
+    if built.exists():  # before there is a builder, which reads it
+        print(f"{suite}: already prepared in {built}; remove that folder to prepare it anew")
+        return built
     config = suite if suite in FILES else SetConfig(name=suite, files=files)
     builder = OpenQA(data_dir=root, config=config, file_format="array_record")
-    if builder.data_path.exists():
-        print(f"{suite}: already prepared in {builder.data_path}; remove that folder to prepare it anew")
-        return Path(builder.data_path)
     names = [f"{suite}/{stem}.jsonl" for stem in dict.fromkeys(files.values())]
     folder = root / "downloads" if is_url(source) else Path(source)
     if is_url(source):
@@ -77,7 +79,7 @@ def prepare_set(suite: str, source: str, root: Path, *, expected: Path | None = 
             raise
         fix = f"to download anew, remove {folder / suite} and its lines of {folder / SUMS_FILE}"
         raise DataError(f"{error}\n{fix}") from error
-    return Path(builder.data_path)
+    return built
 
 
 def _expected_sums(path: Path, name: str) -> dict[str, str]:
@@ -87,9 +89,16 @@ def _expected_sums(path: Path, name: str) -> dict[str, str]:
     return sums
 
 
+def _noted(folder: Path) -> dict[str, Any]:
+    """What was noted when the set in `folder` was built. Raises DataError for a folder that is damaged."""
+    with refusing_damage(folder):
+        noted = tfds.builder_from_directory(str(folder)).info.metadata
+        return {name: noted[name] for name in ("files", "bad_lines", "splits")}
+
+
 def describe(suite: str, folder: Path) -> str:
     """What came of a set's files and where its splits come from, with every line that could not be used."""
-    noted = tfds.builder_from_directory(str(folder)).info.metadata
+    noted = _noted(folder)
     lines = []
     for stem, found in noted["files"].items():
         asides = [f"{found[kind]} {kind.replace('_', ' ')}" for kind in ("bad_lines", "blank_lines", "blank_answers")]
@@ -105,8 +114,7 @@ def overlaps(folders: Mapping[str, Path]) -> dict[str, dict[str, int]]:
     """Set with a test split -> set with a train split -> test questions whose text stands in that train split."""
     keys = {}
     for suite, folder in folders.items():
-        splits = tfds.builder_from_directory(str(folder)).info.splits
-        for split in {"train", "test"} & set(splits):
+        for split in {"train", "test"} & set(_noted(folder)["splits"]):
             keys[suite, split] = text_keys(record.question for record in StoredQuestions(folder, split))
     of = {split: [suite for suite in folders if (suite, split) in keys] for split in ("train", "test")}
     return {

@@ -35,6 +35,16 @@ class QuestionRecord:
     relations: tuple[str, ...]
 
 
+@contextmanager
+def refusing_damage(folder: str | Path) -> Iterator[None]:
+    """Turn whatever fails where a prepared set is read into a DataError."""
+    try:
+        yield
+    except Exception as error:  # TFDS, array_record and protobuf each raise their own
+        message = f"{folder} cannot be read ({error}); remove the folder and prepare the data again"
+        raise DataError(message) from error
+
+
 class StoredQuestions(Sequence[QuestionRecord]):
     """One split of a prepared set, in the order of its files. Read from disk question by question, none are kept.
 
@@ -46,7 +56,7 @@ class StoredQuestions(Sequence[QuestionRecord]):
         if not (Path(data_dir) / "dataset_info.json").is_file():
             raise DataError(f"{data_dir} holds no prepared data set; remove the folder and prepare the data again")
         self._folder = data_dir
-        with self._refusing_damage():
+        with refusing_damage(data_dir):
             builder = tfds.builder_from_directory(str(data_dir))
             source = builder.as_data_source(split) if split in builder.info.splits else None
         if source is None:
@@ -54,21 +64,13 @@ class StoredQuestions(Sequence[QuestionRecord]):
         self._source, self._length = source, builder.info.splits[split].num_examples
         self.suite = builder.info.config_name if builder.info.name == OPEN_QA else builder.info.name
 
-    @contextmanager
-    def _refusing_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # TFDS, array_record and protobuf each raise their own
-            message = f"{self._folder} cannot be read ({error}); remove the folder and prepare the data again"
-            raise DataError(message) from error
-
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> QuestionRecord:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        with self._refusing_damage():
+        with refusing_damage(self._folder):
             example = self._source[index]
         return _record(example, self.suite, self._folder)
 

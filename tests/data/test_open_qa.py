@@ -196,6 +196,20 @@ def test_what_is_prepared_is_left_alone(tmp_path, flashrag, capsys):
     assert "bamboogle: already prepared" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "content"), [("dataset_info.json", None), ("dataset_info.json", "{"), ("metadata.json", None)]
+)
+def test_a_prepared_set_that_is_damaged_is_named_with_the_way_out(tmp_path, flashrag, file, content):
+    folder = prepare_set("popqa", str(flashrag), tmp_path)
+    (folder / file).unlink()
+    if content:
+        (folder / file).write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["--sets=popqa", f"--source={flashrag}", f"--dir={tmp_path}"])
+    assert str(ended.value).startswith(f"error: {folder} cannot be read (")
+    assert str(ended.value).endswith("; remove the folder and prepare the data again")
+
+
 def test_a_set_of_ones_own_is_read_by_the_files_that_are_there(tmp_path, flashrag):
     for stem in ("train", "dev"):
         (tmp_path / "mine").mkdir(exist_ok=True)
