@@ -59,6 +59,8 @@ def prepare_set(suite: str, source: str, root: Path, *, expected: Path | None = 
     built = root / OPEN_QA / suite / str(OpenQA.VERSION)
     if built.exists():  # before there is a builder, which reads it
         print(f"{suite}: already prepared in {built}; remove that folder to prepare it anew")
+        if expected:
+            _check_built(suite, built, expected)
         return built
     config = suite if suite in FILES else SetConfig(name=suite, files=files)
     builder = OpenQA(data_dir=root, config=config, file_format="array_record")
@@ -87,6 +89,18 @@ def _expected_sums(path: Path, name: str) -> dict[str, str]:
     if name not in sums:
         raise DataError(f"--checksums is {path}, which has no line for {name}; add one, or leave the flag out")
     return sums
+
+
+def _check_built(suite: str, folder: Path, expected: Path) -> None:
+    """Raise DataError where a set was built from other files than `expected` says; the files may be gone by now."""
+    for stem, found in _noted(folder)["files"].items():
+        name = f"{suite}/{stem}.jsonl"
+        wanted = _expected_sums(expected, name)[name]
+        if found["sha256"] != wanted:
+            raise DataError(
+                f"{folder} was built from a {name} with the SHA-256 {found['sha256']}, and {expected} says {wanted}; "
+                f"remove that folder to prepare it anew, or correct {expected}"
+            )
 
 
 def _noted(folder: Path) -> dict[str, Any]:

@@ -254,6 +254,17 @@ def test_expected_sums_are_held_against_the_files(tmp_path, flashrag):
     assert not (tmp_path / "other").exists()
 
 
+def test_expected_sums_are_held_against_a_set_that_is_prepared_already(tmp_path, flashrag):
+    file = flashrag / "popqa" / "test.jsonl"
+    path = tmp_path / "sums"
+    path.write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  popqa/test.jsonl\n")
+    folder = prepare_set("popqa", str(flashrag), tmp_path / "out")
+    assert prepare_set("popqa", str(flashrag), tmp_path / "out", expected=path) == folder
+    path.write_text(f"{'0' * 64}  popqa/test.jsonl\n")
+    with pytest.raises(DataError, match=r"built from a popqa/test\.jsonl with the SHA-256 .*sums says 0+; remove"):
+        prepare_set("popqa", str(flashrag), tmp_path / "out", expected=path)
+
+
 def test_a_page_in_place_of_the_file_is_refused_with_what_to_remove(tmp_path):
     with serving({"/popqa/test.jsonl": b"<html>\n<p>Please log in</p>\n</html>\n"}) as server:
         with pytest.raises(DataError, match=r"popqa/test\.jsonl: 3 of 3 lines cannot be used") as refused:
