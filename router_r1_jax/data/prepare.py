@@ -76,6 +76,8 @@ def prepare_set(suite: str, source: str, root: Path, *, expected: Path | None = 
     builder.max_bad, builder.origin = max_bad, source
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
+    except RuntimeError as error:  # array_record's word for a disk that takes nothing more
+        raise DataError(f"{suite} cannot be written ({error}); free space or correct --dir, then run again") from error
     except DataError as error:
         if not is_url(source):
             raise
@@ -176,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DataError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}; free space or correct the path, then run again")
+        where = error.filename or args.dir  # a file that takes nothing more is not named
+        sys.exit(f"error: {where}: {error.strerror or error}; free space or correct the path, then run again")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from there")
 

@@ -348,6 +348,35 @@ def test_wrong_flags_end_in_one_line(tmp_path, flashrag, flags, message):
     assert str(ended.value).startswith("error: ") and message in str(ended.value)
 
 
+LIMITED = """
+import resource, signal, sys
+from router_r1_jax.data import prepare
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+prepare.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("source", ["folder", "url"])
+def test_a_full_disk_ends_in_one_line(tmp_path, source):
+    """What does not fit is the set that is built, or the file that is downloaded."""
+    rng = np.random.default_rng(0)  # random, since array_record compresses
+    rows = [{"id": str(i), "question": rng.bytes(500).hex(), "golden_answers": ["a"]} for i in range(500)]
+    path = tmp_path / "popqa" / "test.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with serving({"/popqa/test.jsonl": path.read_bytes()}) as server:
+        flags = [f"--source={server.url if source == 'url' else tmp_path}", f"--dir={tmp_path / 'out'}"]
+        done = subprocess.run(
+            [sys.executable, "-c", LIMITED, "--sets=popqa", *flags], capture_output=True, text=True, timeout=120
+        )
+    last = done.stderr.splitlines()[-1]
+    where = "popqa cannot be written (" if source == "folder" else f"{tmp_path / 'out'}: "
+    assert done.returncode == 1 and last.startswith(f"error: {where}"), done.stderr
+    assert "File too large" in last and last.endswith("then run again")
+
+
 def test_neither_tensorflow_nor_jax_is_imported(tmp_path, flashrag):
     code = (
         "import sys; from router_r1_jax.data import prepare, questions; from pathlib import Path;"
