@@ -24,11 +24,20 @@ def is_url(source: str) -> bool:
 
 
 def check_url(source: str) -> None:
-    """Refuse a URL with a user, a password or a query: it is written into the set's metadata, where no key belongs."""
-    parts = urlsplit(source)
+    """Refuse what is no URL, and one with a user, a password or a query.
+
+    A URL is written into the set's metadata, where no key belongs; nor does the message show one.
+    """
+    try:
+        parts = urlsplit(source)
+        host, _ = parts.hostname, parts.port
+    except ValueError:  # a bracket without the other, a port that is no number
+        host = None
+    if not host:
+        raise DataError("--source begins like a URL, and its host or port cannot be read; write https://host/folder")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise DataError(
-            f"--source at {parts.hostname} holds a user, a password or a query, which would be written down; give the "
+            f"--source at {host} holds a user, a password or a query, which would be written down; give the "
             "plain URL, or download by other means and give the folder"
         )
 

@@ -133,6 +133,15 @@ def test_sums_are_read_as_sha256sum_prints_them(tmp_path):
             read_sums(path)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://", "http:///data", "https://[host/d", "http://host:key/d", "http://me:key/2@h"]
+)
+def test_what_is_no_url_is_refused_at_once(url):
+    with pytest.raises(DataError, match="--source begins like a URL, and its host or port cannot be read") as refused:
+        check_url(url)
+    assert "key" not in str(refused.value)
+
+
 @pytest.mark.parametrize("url", ["https://me:key@host/data", "https://me@host/d", "https://host/d?token=key"])
 def test_a_url_with_a_secret_is_refused_and_the_secret_not_shown(url):
     with pytest.raises(DataError, match="--source at host holds a user, a password or a query") as refused:
