@@ -27,6 +27,7 @@ from router_r1_jax.data.download import SUMS_FILE, check_sum, check_url, fetch_a
 from router_r1_jax.data.open_qa import FILES, OpenQA, SetConfig
 from router_r1_jax.data.overlap import text_keys
 from router_r1_jax.data.questions import OPEN_QA, DataError, StoredQuestions, refusing_damage
+from router_r1_jax.data.synthetic import SUITE
 
 
 def files_of(suite: str, source: str) -> dict[str, str]:
@@ -188,6 +189,8 @@ def _check(args: argparse.Namespace, suites: Sequence[str]) -> None:
     for suite in suites:
         if not re.fullmatch(r"\w+", suite):
             raise DataError(f"--sets names {suite!r}; a set's name is one word, also as a folder")
+        if suite == SUITE:
+            raise DataError(f"--sets names {suite!r}, which in a configuration is the synthetic world; rename it")
     if not suites:
         raise DataError(f"--sets names no set; choose of {', '.join(FILES)}, or paper for all of them")
     if args.checksums and not args.checksums.is_file():

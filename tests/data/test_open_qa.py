@@ -332,6 +332,7 @@ def test_the_command_prepares_several_sets_and_says_what_stands_twice(tmp_path, 
     ("flags", "message"),
     [
         (["--sets=nq,../x"], "--sets names '../x'; a set's name is one word"),
+        (["--sets=synthetic"], "--sets names 'synthetic', which in a configuration is the synthetic world; rename"),
         (["--sets=,"], "--sets names no set; choose of nq, "),
         (["--source=nowhere"], "--source is 'nowhere', which is no folder"),
         (["--source=https://a:b@host/x"], "--source at host holds a user"),
