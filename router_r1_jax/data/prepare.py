@@ -1,6 +1,6 @@
 """Prepare sets of questions for training and evaluation: download or find the files, check them, build the set.
 
-    python -m router_r1_jax.data.prepare --sets=nq,hotpotqa --source=DIR_OR_URL --dir=data
+    python -m router_r1_jax.data.prepare --sets=nq,hotpotqa --source=DIR_OR_URL
 
 The source holds <set>/{train,dev,test}.jsonl: a folder, or a base URL, whose files are kept in <dir>/downloads. For the
 seven sets of the paper (`--sets=paper`) that is
@@ -9,7 +9,7 @@ seven sets of the paper (`--sets=paper`) that is
 
 with a commit in place of `main` for the same files tomorrow. Any other name is a set of your own, from a folder. Prints
 what came of each file, every line that cannot be used, and how many test questions also stand in a train split. What is
-built already is left alone. A configuration finds the sets through `data.dir`.
+built already is left alone. The sets go to `--dir`, data if it is left out; a configuration finds them by `data.dir`.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", required=True, help="names, separated by commas; paper: all seven")
     parser.add_argument("--source", required=True, help="folder or base URL with <set>/{train,dev,test}.jsonl")
     parser.add_argument(
-        "--dir", type=Path, required=True, help="where the prepared sets go: data.dir of a configuration"
+        "--dir", type=Path, default=Path("data"), help="where the prepared sets go: data.dir of a configuration; data"
     )
     parser.add_argument("--checksums", type=Path, help="expected sums of the files, as sha256sum prints them")
     parser.add_argument("--max_bad", type=float, default=0.01, help="share of a file's lines that may be unusable")

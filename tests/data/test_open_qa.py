@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from file_server import serving
 
-from router_r1_jax.config import PAPER_SETS, ConfigError, base_config
+from router_r1_jax.config import PAPER_SETS, ConfigError, base_config, use_paper_data
 from router_r1_jax.data import open_qa, prepare, questions
 from router_r1_jax.data.open_qa import FILES
 from router_r1_jax.data.overlap import text_key, text_keys
@@ -347,6 +348,14 @@ def test_wrong_flags_end_in_one_line(tmp_path, flashrag, flags, message):
     with pytest.raises(SystemExit) as ended:
         prepare.main([f"{name}={value}" for name, value in arguments.items()])
     assert str(ended.value).startswith("error: ") and message in str(ended.value)
+
+
+def test_without_a_folder_sets_go_where_the_papers_configuration_looks(tmp_path, flashrag, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["--sets=popqa", f"--source={flashrag}"])
+    c = base_config()
+    use_paper_data(c)
+    assert loaded(Path(c.data.dir) / "open_qa" / "popqa" / "1.0.0", "test")
 
 
 LIMITED = """
