@@ -35,7 +35,7 @@ def load_template(name_or_path: str) -> str:
     shipped = resources.files("router_r1_jax") / "templates"
     source = shipped / f"{name_or_path}.txt" if re.fullmatch(r"\w+", name_or_path) else Path(name_or_path)
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8").removeprefix("\ufeff")  # some editors begin a file with it
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(file.name.removesuffix(".txt") for file in shipped.iterdir()))
         raise ConfigError(

@@ -116,6 +116,12 @@ def test_a_template_of_ones_own_is_read_from_its_path(tmp_path):
     assert prompts.load_template(str(path)) == "é {max_calls} {cards} {question}"
 
 
+def test_the_mark_that_editors_put_before_a_text_reaches_no_prompt(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(b"\xef\xbb\xbf{cards}\r\n{question}\r\n")
+    assert prompts.load_template(str(path)) == "{cards}\n{question}\n"
+
+
 @pytest.mark.parametrize("name", ["nowhere", f"no{os.sep}where.txt", ""])
 def test_an_unknown_template_is_named_with_the_known_ones(name):
     with pytest.raises(ConfigError, match=r"prompt\.template is .*choose one of published, router, table, terse"):
