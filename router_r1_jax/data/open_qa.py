@@ -9,7 +9,6 @@ split, of which TFDS keeps all examples, a million lines passed 800 MB (26 Novem
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from router_r1_jax.data.download import sha256
 from router_r1_jax.data.jsonl import Survey, read_questions, survey
 from router_r1_jax.data.questions import OPEN_QA
 
@@ -117,10 +117,8 @@ def hold_out(texts: np.ndarray) -> np.ndarray:
 
 
 def _describe(path: Path, found: Survey) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "sha256": sha256,
+        "sha256": sha256(path),
         "lines": found.lines,
         "questions": len(found.numbers),
         "bad_lines": len(found.bad),
