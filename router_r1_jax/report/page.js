@@ -50,8 +50,8 @@ if (block) {
     const before = [value("left"), value("right")];
     offer("left", named);
     offer("right", [...named, ["", "nobody"]]);
-    const second = named.length > 1 ? named[1][0] : "";
-    if (!before[0] || !numbers.includes(before[0]) || !before[1]) fields.get("right").value = second;
+    const kept = numbers.includes(before[0]) && ["", ...numbers].includes(before[1]); // "" is nobody
+    if (!kept) fields.get("right").value = named.find(([key]) => key !== value("left"))?.[0] ?? "";
     offer("set", all(distinct(inside.map((question) => question.set)), "all"));
     offer("hops", all(distinct(inside.map((question) => String(question.hops ?? "?"))), "all"));
     offer("model", [["", "any"], ["no call", "no call at all"], ...all(distinct(

@@ -32,6 +32,19 @@ def test_questions_are_drawn_a_page_at_a_time_and_the_first_is_open(run):
     assert '<option value="10">only trained right</option>' in page
 
 
+def test_one_policy_can_be_read_alone(run):
+    path = write_report(run)
+    choose = (
+        'const beside = document.querySelector("[name=right]"); beside.value = "";'
+        'beside.dispatchEvent(new Event("input", { bubbles: true }));'
+    )
+    page = re.sub("script-src '[^']*'", "script-src 'unsafe-inline'", path.read_text())
+    path.write_text(page.replace("</main>", "</main><script>onload = () => { " + choose + " };</script>"))
+    page = drawn(path)
+    assert page.count('<section class="episode') == 1 and "40 of 40 questions" in page
+    assert "only trained right" not in page
+
+
 def test_hostile_text_is_read_and_not_run(run):
     for path in (run / "episodes").iterdir():
         records = [json.loads(line) for line in path.read_text().splitlines()]
