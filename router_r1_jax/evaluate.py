@@ -310,14 +310,15 @@ def write_pages(folder: Path, results: dict[str, Any], other: Other | None) -> P
     """results.json, results.md, the plots and the report; returns the report's path."""
     replace_file(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     replace_file(folder / "results.md", results_table(results).encode())
-    metrics, plots = read_metrics(folder), folder / "plots"
-    learning_curves(metrics, plots / "learning_curves.png")
-    calls_per_model(metrics, plots / "calls_per_model.png")
-    em_against_cost(results, plots / "em_against_cost.png")
-    em_by_set(results, plots / "em_by_set.png")
-    calls_by_set(results, plots / "calls_by_set.png")
-    if (folder / "rollout.json").exists():
-        slots_over_time(json.loads((folder / "rollout.json").read_text()), plots / "slots_over_time.png")
+    metrics, trace = read_metrics(folder), folder / "rollout.json"
+    pictures = (
+        (learning_curves, metrics), (calls_per_model, metrics), (em_against_cost, results), (em_by_set, results),
+        (calls_by_set, results), (slots_over_time, json.loads(trace.read_text()) if trace.exists() else {}),
+    )  # fmt: skip
+    for draw, shown in pictures:
+        path = folder / "plots" / f"{draw.__name__}.png"
+        if draw(shown, path) is None:
+            path.unlink(missing_ok=True)  # an earlier evaluation's, of more sets
     return write_report(folder, {other_name(other): other.records} if other else {})
 
 

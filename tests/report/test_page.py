@@ -11,6 +11,7 @@ import pytest
 from fake_run import fake_sets
 
 import router_r1_jax.report.page as page_module
+from router_r1_jax.evaluate import write_pages
 from router_r1_jax.report.page import write_report
 from router_r1_jax.report.plots import calls_per_model
 
@@ -124,6 +125,15 @@ def test_other_runs_stand_beside_the_first_policy(run):
     assert data["policies"] == ["trained", "trained of other", "warm start"]
     assert sum(e["policy"] == 1 for q in data["questions"] for e in q["episodes"]) == 7
     assert [len(q["episodes"]) for q in data["questions"]][:8] == [3] * 7 + [2]  # what can be compared comes first
+
+
+def test_a_picture_of_an_earlier_evaluation_is_not_shown(tmp_path, results):
+    sets, titles = fake_sets(), []
+    for suites in (sets["suites"], {"nq": sets["suites"]["nq"]}):
+        results["policies"] = [policy | sets | {"suites": suites} for policy in results["policies"]]
+        page = Page(write_pages(tmp_path, results, None).read_text())
+        titles.append({image[1]["alt"] for image in page.all("img")})
+    assert titles[0] - titles[1] == {"em by set"} and "calls by set" in titles[1]
 
 
 def test_sets_samples_and_the_papers_figures_are_shown(run):
