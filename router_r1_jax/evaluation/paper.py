@@ -30,14 +30,15 @@ def base_model(family: str) -> str:
 def beside(tables: Mapping[str, Mapping[str, Any]], family: str) -> dict[str, dict[str, Any]]:
     """Set -> {"em": published, "difference": ours minus it, "ci": its 95 % interval, "verdict"}, of the paper's sets.
 
-    `tables` are those of `figures.tabulate` per set. Where all seven are there, "mean" stands for their mean. The
-    verdict is "within noise" where the interval of the difference holds 0, else "differs". Its width joins our
-    bootstrap interval with the binomial error of the published figure, which is a mean over few questions, too.
+    `tables` are those of `figures.tabulate` per set. Where they are the paper's seven and no other, "mean" stands for
+    their mean. The verdict is "within noise" where the interval of the difference holds 0, else "differs". Its width
+    joins our bootstrap interval with the binomial error of the published figure, which is a mean over few questions,
+    too.
     """
     published = EXACT_MATCH[base_model(family)]
     ours = {name: (table["em"], table["em_ci"]) for name, table in tables.items() if name in published}
     rows = {name: _row(published[name], _variance(name, published[name]), *ours[name]) for name in ours}
-    if len(ours) == len(published):
+    if tables.keys() == published.keys():
         mean = sum(published.values()) / len(published)
         noise = sum(_variance(name, em) for name, em in published.items()) / len(published) ** 2
         em = sum(em for em, _ in ours.values()) / len(ours)

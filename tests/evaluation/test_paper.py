@@ -25,6 +25,13 @@ def test_only_the_papers_sets_are_held_against_it():
     assert list(paper.beside({"synthetic": table(0.9), "nq": table(0.4)}, "qwen3")) == ["nq"]
 
 
+def test_a_mean_over_more_sets_than_the_papers_is_not_held_against_its_mean():
+    """The row "mean over sets" would show the mean of eight beside a difference of seven."""
+    seven = {name: table(0.4) for name in paper.EXACT_MATCH["Qwen2.5-3B-Instruct"]}
+    assert "mean" in paper.beside(seven, "qwen2")
+    assert set(paper.beside(seven | {"own": table(0.9)}, "qwen2")) == set(seven)
+
+
 @pytest.mark.parametrize(("name", "n"), [("nq", 500), ("bamboogle", 125)])
 def test_the_verdict_is_wrong_as_often_as_it_may_be(name, n):
     """Two samples of one proportion: "differs" about one time in twenty; of quite different ones: nearly always."""
