@@ -128,7 +128,10 @@ def change_shown(cards: Sequence[Card], changes: Sequence[Change], seed: int) ->
             old, _, new = change.value.partition(":")
             card = _named(cards, old, change)
             cards = tuple(dataclasses.replace(c, name=new, aliases=()) if c is card else c for c in cards)
-            check_names(cards)
+            try:
+                check_names(cards)
+            except ConfigError as error:
+                raise ConfigError(f"--change={change}: {error}") from error
         elif change.kind == "rename":
             named = _none_in_place(cards, seed, change)
             cards = tuple(
