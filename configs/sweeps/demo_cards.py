@@ -33,9 +33,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ))  # fmt: skip
     c.warmstart.batch, c.warmstart.learning_rate = 48, 3e-3
     c.warmstart.lessons = (
-        ("copy", 120, 2, 4), ("read", 450, 5, 1), ("read", 60, 5, 2), ("read", 150, 5, 5), ("read", 150, 5, 7),
+        ("copy", 120, 2, 4), ("read", 900, 5, 1), ("read", 100, 5, 2), ("read", 200, 5, 5), ("read", 200, 5, 7),
     )  # fmt: skip
-    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 1630, 250, (4, 24)
+    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2120, 250, (4, 24)
     return c
 
 
