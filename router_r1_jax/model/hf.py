@@ -229,6 +229,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsError(f"{file} is missing; a checkpoint folder holds config.json and safetensors") from error
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read ({error}); correct its rights, or copy it again") from error
     except ValueError as error:
         raise WeightsError(f"{file} is not JSON ({error}); copy the checkpoint again") from error
     if not isinstance(fields, dict):
@@ -251,12 +253,16 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
             f"get the safetensors version, or convert it once with transformers' save_pretrained"
         )
     weight_map = _read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise WeightsError(f"{index}: weight_map must map tensors to files of this folder; copy the checkpoint again")
-    headers = {name: _read_header(folder / name) for name in sorted(names)}
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
+        raise WeightsError(
+            f"{index}: weight_map must map tensors to safetensors files of this folder; copy the checkpoint again"
+        )
+    headers = {name: _read_header(folder / name) for name in sorted(set(names))}
+    # What a file holds beside the tensors that the index lists there is left over, and must not pass unseen.
+    unlisted = {tensor: part for header in headers.values() for tensor, part in header.items()}
     listed = {tensor: headers[file].get(tensor) for tensor, file in weight_map.items()}
-    return {tensor: stored for tensor, stored in listed.items() if stored is not None}
+    return {tensor: part for tensor, part in (unlisted | listed).items() if part is not None}
 
 
 def _read_header(file: Path) -> dict[str, _Stored]:
@@ -270,6 +276,8 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         raise WeightsError(f"{file} is missing though the index names it; copy the checkpoint again") from error
     except SafetensorError as error:
         raise WeightsError(f"{file} is damaged or no safetensors file ({error}); copy the checkpoint again") from error
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read ({error}); correct its rights, or copy it again") from error
 
 
 def _choose_dtype(stored: dict[str, _Stored], dtype: str | None, folder: Path) -> str:

@@ -269,9 +269,10 @@ def test_cut_file_is_named(copy, keep):
     [
         ({"model.norm.weight": "gone.safetensors"}, ["gone.safetensors", "missing"]),
         ({"model.norm.weight": "../model.safetensors"}, [INDEX, "weight_map"]),
+        ({"model.norm.weight": ".."}, [INDEX, "weight_map"]),
         ({"model.norm.weight": 3}, [INDEX, "weight_map"]),
+        ({"model.norm.weight": ["a.safetensors"]}, [INDEX, "weight_map"]),
         (None, [INDEX, "weight_map"]),
-        ({"model.norm.weight": "a.safetensors"}, ["missing model.embed_tokens.weight"]),
     ],
 )
 def test_bad_index(copy, weight_map, words):
@@ -279,6 +280,18 @@ def test_bad_index(copy, weight_map, words):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, *words)
+
+
+def test_index_and_files_that_differ(checkpoint, tmp_path):
+    """A tensor that only a file knows is left over, one that only the index knows is missing."""
+    checkpoint("qwen3_tied").model.save_pretrained(tmp_path, max_shard_size="8KB")
+    index = json.loads((tmp_path / INDEX).read_text())
+    first, last = min(index["weight_map"].values()), max(index["weight_map"].values())
+    save_numpy(load_file(tmp_path / first) | {"model.extra.weight": np.ones(3, np.float32)}, tmp_path / first)
+    moved = next(name for name, file in index["weight_map"].items() if file == last)
+    index["weight_map"][moved] = first
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    refused(tmp_path, f"missing {moved}", "left over model.extra.weight [3]")
 
 
 def test_dtypes(copy):
@@ -307,6 +320,14 @@ def test_missing_files(copy, tmp_path):
     refused(folder, "config.json holds a list")
     (folder / "config.json").unlink()
     refused(folder, "config.json is missing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_the_system_does_not_let_be_read_is_named(copy, name):
+    folder = copy()
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    refused(folder, f"{name} cannot be read")
 
 
 def test_hub_name_without_network(monkeypatch):
