@@ -17,7 +17,6 @@ nothing is kept for the gradients of the others.
 """
 
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ from ml_collections import config_flags
 from router_r1_jax.mesh import abstract_mesh
 from router_r1_jax.model.attention import query_blocks, rows_at_once
 from router_r1_jax.model.config import ModelConfig, from_arch, lora_from
-from router_r1_jax.model.hf_config import config_from_hf
+from router_r1_jax.model.hf import load_hf_config
 from router_r1_jax.model.init import abstract_params, count_params
 from router_r1_jax.model.lora import split_trainable
 from router_r1_jax.model.presets import preset
@@ -261,12 +260,11 @@ def model_of(model: Any, vocab_size: int) -> ModelConfig:
 
     `vocab_size` is that of the tokenizer, used where `model.arch` names none. Raises ValueError for any other source.
     """
-    file = Path(model.source).expanduser() / "config.json"
     if not model.source:
         vocab_size = min(vocab_size, model.arch.get("vocab_size", vocab_size))
         config = from_arch(model.arch, vocab_size, dtype=model.dtype, remat=model.remat)
-    elif file.exists():
-        config = config_from_hf(json.loads(file.read_text()), source=file)
+    elif (folder := Path(model.source).expanduser()).is_dir():
+        config = load_hf_config(folder, model.dtype)
     else:
         try:
             config = preset(model.source)

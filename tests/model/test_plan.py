@@ -15,7 +15,7 @@ from compiled_memory import MESHES, SHARDED, compiled_step, compiled_update
 from router_r1_jax.learner import batch
 from router_r1_jax.learning import learner_layout
 from router_r1_jax.mesh import abstract_mesh, make_mesh
-from router_r1_jax.model import LoRA, ModelConfig, plan, preset
+from router_r1_jax.model import LoRA, ModelConfig, WeightsError, plan, preset
 from router_r1_jax.model.hf_config import config_to_hf
 from router_r1_jax.model.plan import RolloutShape, UpdateShape
 from router_r1_jax.rollout import engine, replica
@@ -175,6 +175,12 @@ def test_model_of_a_configuration(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
     model.source, model.dtype, model.remat = str(tmp_path), "bfloat16", "dots"
     assert plan.model_of(model, 2048) == dataclasses.replace(SMALL, dtype="bfloat16", remat="dots")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match="config.json holds a list"):
+        plan.model_of(model, 2048)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(WeightsError, match="config.json is missing"):
+        plan.model_of(model, 2048)
     assert plan.model_of(configuration("configs/demo.py").model, 1000).vocab_size == 1000
 
 
