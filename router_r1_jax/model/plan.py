@@ -5,7 +5,8 @@
 Exit status: 0 it fits, 2 it does not, 1 an error that names its fix. A device also runs the rollout: it keeps a whole
 copy of the weights (its share, with rollout.tensor) beside its part of the training state. Three moments are compared:
 
-- *update*: gradients, what the backward pass keeps (`model.remat`), and the working memory of one block or of the head;
+- *update*: gradients, what the backward pass keeps (`model.remat`), and the working memory of one block or of the head
+  (and, with rollout.ahead, the rollout's);
 - *rollout*: the KV caches of all slots and the working memory of a step;
 - *push*: new weights on their way to the rollout, gathered on its device and then cut into layers.
 
@@ -180,9 +181,18 @@ def rollout_workspace_bytes(config: ModelConfig, shape: RolloutShape) -> int:
 
 
 def plan(
-    config: ModelConfig, mesh: Mesh | AbstractMesh, update: UpdateShape, rollout: RolloutShape
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    update: UpdateShape,
+    rollout: RolloutShape,
+    *,
+    reference: bool = True,
+    ahead: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Bytes on the busiest device: {moment: {part: bytes}}, moments "update", "rollout" and "push" (module docstring).
+
+    `reference`: a run without LoRA keeps the policy it started from, as learner.kl asks for. `ahead`: the rollout goes
+    on during an update (rollout.ahead).
 
     Raises ValueError where a micro-batch does not divide over the devices that share its rows.
     """
@@ -196,8 +206,12 @@ def plan(
     resident = {
         "parameters": params,
         "optimizer": optimizer_bytes(config, mesh),
-        "reference parameters (KL)": 0 if config.lora else params,  # LoRA's base is the reference
+        "reference parameters (KL)": params if reference and not config.lora else 0,  # LoRA's base is the reference
         "rollout's copy of the weights": whole,
+    }
+    sampling = {
+        "KV caches": cache_bytes(config, rollout),
+        "sampling at work": rollout_workspace_bytes(config, rollout),
     }
     return {
         "update": resident
@@ -206,12 +220,9 @@ def plan(
             "activations kept (remat)": saved_bytes(config, mesh, update),
             "activations at work": update_workspace_bytes(config, mesh, update),
             "batch": batch_bytes(update, mesh),
-        },
-        "rollout": resident
-        | {
-            "KV caches": cache_bytes(config, rollout),
-            "sampling at work": rollout_workspace_bytes(config, rollout),
-        },
+        }
+        | (sampling if ahead else {}),
+        "rollout": resident | sampling,
         # The rollout drops its old copy first. On one device the learner's parameters are read where they lie.
         "push": resident | {"weights on their way": 0 if mesh.size == 1 else whole},
     }
@@ -308,7 +319,7 @@ def main(config: Any, devices: int, hbm_gb: float, prefix_tokens: int, vocab_siz
     mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     model = model_of(config.model, vocab_size)
     update, rollout = shapes_of(config, prefix_tokens, mesh)
-    moments = plan(model, mesh, update, rollout)
+    moments = plan(model, mesh, update, rollout, reference=config.learner.kl != "none", ahead=config.rollout.ahead)
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     abstract = abstract_params(model, mesh)
     count, trained = count_params(abstract), count_params(split_trainable(abstract)[0])

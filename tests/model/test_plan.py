@@ -149,6 +149,18 @@ def test_lora_needs_neither_a_reference_nor_moments_of_the_base():
     assert 1 < lora["parameters"] / full["parameters"] < 1.05
 
 
+def test_no_reference_is_kept_without_a_kl_and_sampling_ahead_shares_the_device_with_the_update():
+    base = plan.plan(SMALL, ONE, UPDATE, STEP)
+    alone = plan.plan(SMALL, ONE, UPDATE, STEP, reference=False)
+    part = "reference parameters (KL)"
+    assert all(moment[part] == base[name][part] - plan.param_bytes(SMALL, ONE) == 0 for name, moment in alone.items())
+    ahead = plan.plan(SMALL, ONE, UPDATE, STEP, ahead=True)
+    assert sum(ahead["update"].values()) == sum(base["update"].values()) + sum(
+        base["rollout"][name] for name in ("KV caches", "sampling at work")
+    )
+    assert ahead["rollout"] == base["rollout"]
+
+
 def test_a_tensor_parallel_rollout_shares_weights_and_caches():
     config = preset("Llama-3.1-8B")
     one, two = (
@@ -195,6 +207,7 @@ def run_main(*args):
         (["--hbm_gb=80"], 0, ["fits in 80 GB", "3,085.9 M parameters", "data=1, fsdp=8, tensor=1", "KV caches"]),
         (["--hbm_gb=16"], 2, ["does not fit in 16 GB"]),
         (["--hbm_gb=48", "--config.model.lora.rank=16"], 0, ["parameters (29.9 M of them trained)"]),
+        (["--hbm_gb=16", "--config.learner.kl=none"], 2, ["reference parameters (KL)           0.000"]),
         (["--devices=7"], 1, ["error: mesh is data=1, fsdp=8, tensor=1, which needs 8 devices; there are 7"]),
     ],
 )
