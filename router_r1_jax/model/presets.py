@@ -54,6 +54,6 @@ def preset(name: str) -> ModelConfig:
 
 
 def preset_arch(name: str) -> dict[str, Any]:
-    """A preset as the fields of a configuration's `model.arch`: plain values, without dtype and remat."""
+    """A preset as the fields of a configuration's `model.arch`: plain values, without those that `model` itself has."""
     fields = dataclasses.asdict(preset(name))
-    return {field: value for field, value in fields.items() if field not in ("dtype", "remat")}
+    return {field: value for field, value in fields.items() if field not in ("dtype", "remat", "attention", "lora")}

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from router_r1_jax.config import base_config
 from router_r1_jax.mesh import AXES
 from router_r1_jax.model import abstract_params, count_params, from_arch, preset, preset_arch
 from router_r1_jax.model.hf_config import config_from_hf
@@ -86,6 +87,7 @@ def test_arch_of_a_configuration_comes_from_a_preset(name):
     """A random start: through a ConfigDict, which is saved as JSON, and back."""
     arch = ConfigDict(preset_arch(name))
     assert json.loads(arch.to_json()) == arch.to_dict()
+    assert not arch.keys() & base_config().model.keys()  # one of the two would be read by nobody
     config = preset(name)
     assert from_arch(arch, 128_000, dtype="float32", remat="full") == config
     with pytest.raises(ValueError, match="the tokenizer needs 152065"):
