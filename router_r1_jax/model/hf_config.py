@@ -147,10 +147,13 @@ def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[
     # A length beside the rotary settings counts first, the whole model's last.
     lengths = fields.get(_ORIGINAL), rope.get(_ORIGINAL), fields.get("max_position_embeddings")
     original = {_ORIGINAL: next((length for length in lengths if length is not None), None)}
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+        raise WeightsError(f"{source}: {name}.high_freq_factor is {high}; it must be above low_freq_factor, {low}")
     return theta, RopeScaling(
         factor=number("factor"),
-        low_freq_factor=number("low_freq_factor"),
-        high_freq_factor=number("high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_positions=_positive(original, _ORIGINAL, kind=int, where=f"{source}: {name}."),
     )
 

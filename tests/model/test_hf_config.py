@@ -201,6 +201,10 @@ def test_window_that_applies_is_refused(fields):
         (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "only one setting for all layers"),
         (dict(rope_scaling="llama3"), "rope_scaling is 'llama3'"),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling.low_freq_factor is None"),
+        (
+            dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1}),
+            "rope_scaling.high_freq_factor is 1.0; it must be above low_freq_factor, 4.0",
+        ),
         (dict(rope_theta="big"), "rope_theta is 'big'"),
         (dict(rope_theta=-1.0), "rope_theta is -1.0"),
         (dict(hidden_size="wide"), "hidden_size is 'wide'; it must be a positive integer"),
