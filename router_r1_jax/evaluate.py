@@ -59,7 +59,7 @@ from router_r1_jax.report import (
 )
 from router_r1_jax.report.writer import EPISODES_FOLDER, read_lines
 from router_r1_jax.rollout import Episode
-from router_r1_jax.router import is_valid
+from router_r1_jax.router import batch_size, is_valid
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.train import config_hash
 from router_r1_jax.weights import Weights, find_weights, fingerprint, first_costs
@@ -130,16 +130,6 @@ def records_identity(
     """All that the records of greedy episodes depend on: `identity`, and what judges them."""
     judges = {"reward": config.reward.to_dict(), "golds": [question.golds for question in questions]}
     return identity(config, shown, questions, modes(config)[0], weights) | judges
-
-
-def batch_size(config: ConfigDict, group: int = 1) -> int:
-    """Questions that share a roster: as many as fill a training step, with `group` episodes each.
-
-    Where a roster is a draw of cards or names, only as many as in a training step: an evaluation then sees many.
-    """
-    if config.pool.shown or config.pool.rename:
-        return config.rollout.questions
-    return max(1, config.rollout.questions * config.rollout.group // group)
 
 
 def answer_all(

@@ -241,6 +241,16 @@ class Router:
             )
 
 
+def batch_size(config: ConfigDict, group: int = 1) -> int:
+    """Questions that share a roster: as many as fill a training step, with `group` episodes each.
+
+    Where a roster is a draw of cards or names, only as many as in a training step: an evaluation then sees many.
+    """
+    if config.pool.shown or config.pool.rename:
+        return config.rollout.questions
+    return max(1, config.rollout.questions * config.rollout.group // group)
+
+
 def is_valid(episode: Episode) -> bool:
     """Whether every call of the episode was answered: False where a provider failed, which is nobody's fault."""
     return episode.stop != "no_reply" and not any(provider_fault(reply.outcome) for reply in episode.replies)

@@ -40,7 +40,7 @@ from router_r1_jax.learning import improve, make_trainer
 from router_r1_jax.model import add_adapters
 from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, replace_file
 from router_r1_jax.reward import CostNormalizer
-from router_r1_jax.router import Answers, join_answers
+from router_r1_jax.router import Answers, batch_size, join_answers
 from router_r1_jax.session import Session, open_session
 from router_r1_jax.warmstart import warm_start
 
@@ -78,15 +78,19 @@ def validate(
     """Greedy answers to the validation questions, each time judged by the costs of the run's first rollout.
 
     A window that moved along would call the middle of any policy's own costs cheap, and rewards of two steps, by which
-    the best checkpoint is chosen, could not be compared.
+    the best checkpoint is chosen, could not be compared. Questions go in batches as evaluation asks them: on a single
+    roster of a drawn pool the best checkpoint would be the one that this roster happens to suit.
     """
-    answers = session.router.answer(
-        questions, group=1, temperature=0.0, seed=(config.seed, 0, 0), step=step, split="validation"
-    )
     normalizer = CostNormalizer(config.reward.window)
     normalizer.restore(first_window)
-    rewards = judge(config, answers, normalizer)
-    records = make_records(answers, rewards, step=step, split="validation", policy="training")
+    size, records = batch_size(config), []
+    for start in range(0, len(questions), size):
+        answers = session.router.answer(
+            questions[start : start + size], group=1, temperature=0.0,
+            seed=(config.seed, 0, 0, *([start] if start else [])), step=step, split="validation",
+        )  # fmt: skip
+        rewards = judge(config, answers, normalizer)
+        records += make_records(answers, rewards, step=step, split="validation", policy="training")
     figures = summarise(records, session.cards)
     keys = ("em", "reward/total", "dollars_per_question", "calls_per_question", "best_model_share", "malformed_share")
     return {f"val/{key}": figures[key] for key in keys if key in figures}, records

@@ -11,10 +11,14 @@ import tiny_config
 from mains import assert_same_checkpoint, checkpoint_arrays, train_lines
 
 from router_r1_jax.checkpoint import CheckpointStore
+from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.pool.ledger import read_ledger
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.report import read_episodes
-from router_r1_jax.train import estimate, hit_rate
+from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.rollout import Episode
+from router_r1_jax.router import Answers
+from router_r1_jax.train import estimate, hit_rate, validate
 
 MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 STEP_METRICS = {
@@ -36,6 +40,25 @@ def test_the_tapes_hit_rate_is_of_calls_that_reached_a_model(replies, rate):
         hit_rate(SimpleNamespace(episodes=[SimpleNamespace(replies=made[:2]), SimpleNamespace(replies=made[2:])]))
         == rate
     )
+
+
+@pytest.mark.parametrize(("shown", "batches"), [(0, [20]), (3, [8, 8, 4])])
+def test_validation_meets_several_rosters_where_they_are_drawn(shown, batches):
+    config, seeds, sizes = tiny_config.demo_config(), [], []
+    config.pool.shown, config.rollout.questions, config.rollout.group = shown, 8, 4
+    questions = [QuestionRecord(str(i), "synthetic", "?", ("a",), 1, (), ()) for i in range(20)]
+
+    def answer(asked, *, seed, **_):
+        seeds.append(seed)
+        sizes.append(len(asked))
+        episodes = [Episode(i, prompt=(), stop="answer", text="<answer> no </answer>") for i in range(len(asked))]
+        return Answers(asked, episodes, 1, (), 0, np.ones(len(asked), bool), None)
+
+    session = SimpleNamespace(router=SimpleNamespace(answer=answer), cards=())
+    window = CostNormalizer(config.reward.window).state()
+    figures, records = validate(config, session, questions, window, step=5)
+    assert sizes == batches and len(set(seeds)) == len(batches)
+    assert [record["id"] for record in records] == [str(i) for i in range(20)] and figures["val/em"] == 0
 
 
 @pytest.mark.parametrize(("resample", "every", "episodes"), [(0, 2, 104), (3, 2, 344), (0, 9, 88), (0, 5, 88)])

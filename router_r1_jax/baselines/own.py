@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from router_r1_jax import prompts
 from router_r1_jax.data.questions import QuestionIterator, QuestionRecord
-from router_r1_jax.evaluate import batch_size
 from router_r1_jax.evaluation.records import Record, make_records
 from router_r1_jax.experience import judge, steady_costs
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_optimizer
@@ -21,7 +20,7 @@ from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.protocol import neutralize
 from router_r1_jax.reward import CostNormalizer
-from router_r1_jax.router import Router
+from router_r1_jax.router import Router, batch_size
 from router_r1_jax.session import Session
 
 DIRECT = "Answer the question. Write the answer alone, between <answer> and </answer>.\nQuestion: {question}\n"
