@@ -240,6 +240,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
 
 
+def last_result(name: str) -> dict[str, Any]:
+    """What `save` wrote last; {} where there is nothing."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def save(name: str, results: Mapping[str, Any], table: str, figure: Figure | None) -> None:
     """results/NAME.json, .md (the table) and .png; prints the table and one JSON line."""
     RESULTS.mkdir(exist_ok=True)

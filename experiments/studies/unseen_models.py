@@ -6,13 +6,14 @@ The routers: one trained with three of the demo's five models; one with all five
 one with forty others, five at a time under names dealt anew (`configs/sweeps/demo_cards.py`), which has met none of the
 five, nor their names. Each answers the test questions with the three models in prompt and pool, with all five, and with
 all five under one another's names. A gain that comes with no call to a new model is no generalisation, so the share of
-calls stands beside it.
+calls stands beside it. A router whose runs are not there keeps, with --trained_only, the figures of the last time.
 
 Result and what it shows: experiments/studies/README.md.
 """
 
 import argparse
 import dataclasses
+import datetime
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from runner import (
     Variant,
     arguments,
     figures,
+    last_result,
     make_warm_start,
     markdown,
     measured,
@@ -122,7 +124,13 @@ def main() -> None:
             fields = runpy.run_path(str(ROOT / f"configs/sweeps/{sweep}.py"))
             make_tokenizer(fields["TOKENIZER"], fields["get_config"]())
             make_warm_start(sweep)
-    each = {name: lines for name in ROUTERS if (lines := measure(options, name))}
+    each, measured_on = {}, {}
+    before = last_result("unseen_models")
+    for name in ROUTERS:
+        if lines := measure(options, name):
+            each[name], measured_on[name] = lines, datetime.date.today().isoformat()
+        elif name in before.get("each", {}):  # its runs are not here any more
+            each[name], measured_on[name] = before["each"][name], before["measured_on"][name]
     cases = {
         router: {
             name: over_seeds(lines) | {"unseen_share": seed_mean([line["unseen_share"] for line in lines.values()])}
@@ -138,7 +146,7 @@ def main() -> None:
     ]  # fmt: skip
     head = ["router", "prompt and pool", "seeds", "EM", "calls to the best model", "calls to the two held out",
             "malformed", "dollars/question"]  # fmt: skip
-    results = {"cases": cases, "each": each}
+    results = {"measured_on": measured_on, "cases": cases, "each": each}
     save("unseen_models", results, markdown(head, rows), draw(results))
 
 
