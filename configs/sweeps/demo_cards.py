@@ -22,9 +22,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = runpy.run_path(str(CONFIGS / "demo.py"))["get_config"](arg)
     use_pool(c, CONFIGS / "pools" / "many.py")
     c.pool.shown, c.pool.rename = 5, True
-    c.steps = 100
+    c.steps = 200
     c.model.tokenizer = str(TOKENIZER)
-    c.warmstart.file = str(RUNS / "demo_cards_warmstart.safetensors")
+    c.warmstart.file = str(CONFIGS / "demo_cards_warmstart.safetensors")
+    c.checkpoint.every = c.validation.every = 25
     c.prompt.template = "table"
     c.rollout.max_tokens, c.learner.micro_tokens = 112, 9984  # a pass of the warm start takes all of its rows
     c.model.arch.update(dict(
@@ -33,9 +34,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ))  # fmt: skip
     c.warmstart.batch, c.warmstart.learning_rate = 48, 3e-3
     c.warmstart.lessons = (
-        ("copy", 120, 2, 4), ("read", 900, 5, 1), ("read", 100, 5, 2), ("read", 200, 5, 5), ("read", 200, 5, 7),
+        ("copy", 120, 2, 4), ("read", 450, 5, 1), ("read", 60, 5, 2), ("read", 150, 5, 5), ("read", 150, 5, 7),
     )  # fmt: skip
-    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 2120, 250, (4, 24)
+    c.warmstart.steps, c.warmstart.copy_steps, c.warmstart.copy_periods = 1630, 250, (4, 24)
     return c
 
 

@@ -48,31 +48,29 @@ def scripted_episode(
 def recited_cards(
     roster: Sequence[RosterCard], rng: np.random.Generator, count: int, *, template: str
 ) -> list[tuple[str, bool]]:
-    """`count` times " film 97 : Titan" about random domains of random cards, in pieces: True where the router speaks.
+    """`count` times " film 97 : Titan" about random domains of random cards, in pieces: True where the name is said.
 
-    What a think segment says of a model once the domain is named, many times over: an episode looks up one or two
-    models only.
+    What a think segment says of a model, many times over: an episode looks up one or two names only.
     """
     pieces = []
     for _ in range(count):
         card = roster[rng.integers(len(roster))]
         domain = list(card.performance)[rng.integers(len(card.performance))]
         stated, name = prompts.looked_up(template, domain, card)
-        pieces += [(f" {domain}", False), (stated.removeprefix(f" {domain}") + name, True)]
+        pieces += [(stated, False), (name, True)]
     return pieces
 
 
 def recited_lines(
     roster: Sequence[RosterCard], rng: np.random.Generator, *, lines: int, count: int
 ) -> list[tuple[str, bool]]:
-    """`lines` random lines of the roster's table and `count` of their entries, in pieces: True where the router speaks.
+    """`lines` random lines of the roster's table and `count` of their entries, in pieces: True where a name is said.
 
-    A lesson in reading that can be made as short as one line of two models. What is said is the name behind a value
-    and, where there are lines to choose from, some value of the line whose label stands before. Prices and latencies
-    stand in it only where there are more lines than topics: models often share one, and then it tells no name. Entries
-    are drawn with replacement: one that was said before can be read on from there, which is the same motion over a
-    shorter way. With every entry said once at most, five models in a line were not learnt
-    (experiments/studies/README.md). Entries whose value stands twice in their line are left out.
+    A lesson in reading that can be made as short as one line of two models. Prices and latencies stand in it only
+    where there are more lines than topics: models often share one, and then it tells no name. Entries are drawn with
+    replacement: one that was said before can be read on from there, which is the same motion over a shorter way. With
+    every entry said once at most, five models in a line were not learnt (experiments/studies/README.md). Entries whose
+    value stands twice in their line are left out.
     """
     table = prompts.card_table(roster)
     topics = {topic for card in roster for topic in card.performance}
@@ -87,7 +85,7 @@ def recited_lines(
     pieces = [("\n".join(map(str, shown)) + "\n", False)]
     for i in rng.integers(len(clear), size=count if clear else 0):
         label, value, name = clear[i]
-        pieces += [(f" {label}", False), (f" {value}", lines > 1), (f" {name}", True)]
+        pieces += [(f" {label} {value}", False), (f" {name}", True)]
     return pieces
 
 
