@@ -12,9 +12,9 @@ _COLUMNS = (
 )  # fmt: skip
 _MEAN = "mean over sets"
 _NOTES = (
-    "Per question, with 95 % bootstrap intervals (questions resampled). EM, F1 and sub-EM in percent. Dollars are "
-    "those charged at the cards' prices; raw cost is in the paper's unit, output tokens x dollars per million; "
-    '"failed" is the share of episodes in which a provider gave no answer.'
+    "Per question, with 95 % bootstrap intervals (questions resampled). EM, F1, sub-EM, malformed and failed in "
+    "percent. Dollars are those charged at the cards' prices; raw cost is in the paper's unit, output tokens x dollars "
+    'per million; "failed" is the share of episodes in which a provider gave no answer.'
 )
 
 
@@ -79,11 +79,11 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [
         name,
         str(entry["questions"]),
-        *(_interval(entry, key, lambda v: f"{100 * v:.1f}") for key in ("em", "f1", "sub_em")),
+        *(_interval(entry, key, _in_percent) for key in ("em", "f1", "sub_em")),
         _interval(entry, "calls_per_question", lambda v: f"{v:.2f}"),
         _interval(entry, "dollars_per_question", dollars),
         _interval(entry, "raw_cost_per_question", lambda v: f"{v:.1f}"),
-        *(percent(entry[key]) for key in ("malformed_share", "failed_share")),
+        *(_interval(entry, key, _in_percent) for key in ("malformed_share", "failed_share")),
         _interval(entry, "call_seconds_per_question", lambda v: f"{v:.3g}"),
     ]
 
@@ -98,6 +98,10 @@ def _beside(paper: Mapping[str, Any] | None) -> list[str]:
 
 def _seconds(call: Mapping[str, float]) -> str:
     return f"{call['median']:.3g}, {call['p95']:.3g}"
+
+
+def _in_percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _interval(entry: Mapping[str, Any], key: str, show: Any) -> str:

@@ -23,6 +23,7 @@ def test_every_set_stands_beside_the_papers_figure(results):
     text = results_table(results)
     first = next(row for row in rows(text) if row[0] == "nq")
     assert first[:3] == ["nq", "500", "40.0 [36.0, 44.0]"]
+    assert first[8] == first[9] == "40.0 [36.0, 44.0]"  # malformed, failed
     assert first[-3:] == ["41.0", "-1.0 [-6.0, +4.0]", "within noise"]
     verdicts = [row[-1] for row in rows(text) if row[0] in ("nq", "popqa", "bamboogle", "synthetic")][:4]
     assert verdicts == ["within noise", "differs", "differs", ""]  # the last set is none of the paper's
