@@ -163,10 +163,10 @@ def _fault_panel(lines: Metrics) -> _Panel:
 def calls_per_model(metrics: Metrics, path: str | Path) -> Path | None:
     """Stacked shares of the calls per model over the steps, and below it the calls per question.
 
-    Arguments and result as for `learning_curves`; the shares are the keys "calls/share/<model>".
+    Arguments and result as for `learning_curves`; the shares are the keys "calls/share/<model>", of two steps at least.
     """
     lines = [line for line in metrics if any(key.startswith(SHARE_PREFIX) for key in line)]
-    if not lines:
+    if len(lines) < 2:
         return None
     names = model_names(lines, {})
     steps = np.array([line["step"] for line in lines])
@@ -289,7 +289,8 @@ def _draw_panel(axes: Axes, panel: _Panel, lines: Metrics) -> None:
             axes.plot(steps, values, "o-", color=series.colour, markersize=3.5, linewidth=1.2, label=series.label)
             continue
         axes.plot(steps, values, color=series.colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=series.colour, linewidth=1.7, label=series.label)
+        single = {"marker": "o", "markersize": 3.5} if len(steps) == 1 else {}  # a line of one point is not seen
+        axes.plot(steps, _smooth(values), color=series.colour, linewidth=1.7, label=series.label, **single)
     dress(axes, panel.title, panel.unit)
     axes.margins(y=0.12)
     if panel.unit == "%":  # no share lies below 0
@@ -308,7 +309,7 @@ def dress(axes: Axes, title: str, unit: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
     axes.tick_params(colors=MUTED, labelsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     if unit == "%":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
     elif unit == "$":

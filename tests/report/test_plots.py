@@ -58,6 +58,17 @@ def test_curves_show_the_metrics_and_skip_what_was_not_finite(figures, metrics):
     assert missing and set(gradient) == {line["step"] for line in train} - set(missing)
 
 
+def test_a_single_step_is_seen(figures):
+    lines = [{"step": 1, "kl": 0.1, "calls/share/Titan": 1.0}]
+    plots.learning_curves(lines, "unused.png")
+    (axes,) = figures[0].axes
+    assert any(line.get_marker() == "o" for line in axes.lines)
+    figures[0].draw_without_rendering()
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    plots.calls_per_model(lines, "unused.png")
+    assert len(figures) == 1  # a band has no width there; the calls of one step are no development
+
+
 def test_panels_without_data_are_left_out(figures):
     plots.learning_curves([{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2, "em": None}], "unused.png")
     assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["KL to the reference"]
