@@ -126,7 +126,9 @@ def plan(config_file: str, common: Overrides, workdir: Path) -> list[Run]:
 
     Raises ConfigError for the first override that its process would refuse, and for two runs that are the same.
     """
-    sweep = _read_sweep(config_file)
+    file, *arg = config_file.partition(":")
+    file = str(Path(file).absolute())  # a configuration names files beside its own: one spelling, one configuration
+    sweep, config_file = _read_sweep(file), "".join([file, *arg])
     for field, value in {
         (field, repr(value)): (field, value) for run in sweep for field, value in run.items()
     }.values():
@@ -150,8 +152,7 @@ def plan(config_file: str, common: Overrides, workdir: Path) -> list[Run]:
     return list(runs.values())
 
 
-def _read_sweep(config_file: str) -> list[Overrides]:
-    path = config_file.partition(":")[0]
+def _read_sweep(path: str) -> list[Overrides]:
     get_sweep = runpy.run_path(path).get("get_sweep")
     if get_sweep is None:
         raise ConfigError(f"{path} has no get_sweep(); return a list of dicts from field to value, see configs/sweeps")

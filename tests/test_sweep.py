@@ -116,6 +116,14 @@ def test_a_wrong_override_is_refused_before_anything_starts(config_file, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("folder", [".", "configs", "configs/sweeps"])
+def test_a_run_is_the_same_from_wherever_its_configuration_is_named(folder, tmp_path, monkeypatch):
+    """Configurations name files beside their own by path, and a printed command may run in another folder."""
+    path = mains.CONFIG.parents[1] / "configs" / "sweeps" / "demo_unseen.py"
+    monkeypatch.chdir(mains.CONFIG.parents[1] / folder)
+    assert plan(os.path.relpath(path), {}, tmp_path) == plan(str(path), {}, tmp_path)
+
+
 def test_a_configuration_without_a_sweep_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no get_sweep"):
         plan(str(mains.CONFIG), {}, tmp_path)
