@@ -135,10 +135,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         said = str(error).strip().splitlines()[0]
         raise ConfigError(_refused_config(error) or f"{said}; {FIELDS}") from error
     except Exception as error:  # the configuration file is a program and may fail in any way
-        raise ConfigError(_refused_config(error) or _failed_program(error)) from error
+        raise ConfigError(_refused_config(error) or failed_program(error)) from error
 
 
-def _failed_program(error: BaseException) -> str:
+def failed_program(error: BaseException) -> str:
     """Where a configuration file fails, and how."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{frame.filename}, line {frame.lineno}, {frame.line!r}"

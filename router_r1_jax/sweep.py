@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 from scipy import stats
 
-from router_r1_jax.cli import FIELDS, launch
+from router_r1_jax.cli import FIELDS, failed_program, launch
 from router_r1_jax.config import ConfigError, validate
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.report.writer import replace_file
@@ -156,7 +156,12 @@ def _read_sweep(path: str) -> list[Overrides]:
     get_sweep = runpy.run_path(path).get("get_sweep")
     if get_sweep is None:
         raise ConfigError(f"{path} has no get_sweep(); return a list of dicts from field to value, see configs/sweeps")
-    sweep = list(get_sweep())
+    try:
+        sweep = list(get_sweep() or ())
+    except ConfigError:
+        raise
+    except Exception as error:  # it is a program and may fail in any way
+        raise ConfigError(failed_program(error)) from error
     if not sweep:
         raise ConfigError(f"{path}: get_sweep() is empty; return at least one dict from field to value")
     for i, run in enumerate(sweep):

@@ -107,6 +107,8 @@ def test_a_command_gives_its_process_the_run_s_configuration(config_file, tmp_pa
         ("choices('learner.minibatches', 1, 3)", "run minibatches=3: learner.minibatches is 3; it must divide"),
         ("choices('seed', 1, 1)", "holds seed=1 twice"),
         ("[]", "get_sweep\\(\\) is empty"),
+        ("None", "get_sweep\\(\\) is empty"),
+        ("choice('seed', 1)", "config.py, line 7, .*NameError: name 'choice' is not defined; correct"),
         ("[3]", "get_sweep\\(\\)\\[0\\] is 3"),
     ],
 )
