@@ -141,6 +141,9 @@ def plan(config_file: str, common: Overrides, workdir: Path) -> list[Run]:
         if folder.name in runs:
             raise ConfigError(f"get_sweep() holds {name} twice; runs differ in what they set")
         config = _parse(config_file, common | overrides, name)
+        made = config_hash(config)
+        if same := next((run.name for run in runs.values() if run.hash == made), None):
+            raise ConfigError(f"get_sweep() holds {same} and {name}, which are one configuration; keep one of them")
         try:
             validate(config)
             cards_from_config(config.pool)
@@ -148,7 +151,7 @@ def plan(config_file: str, common: Overrides, workdir: Path) -> list[Run]:
             raise ConfigError(f"get_sweep(), run {name}: {error}") from error
         arguments = (f"--config={config_file}", f"--workdir={folder}", *_arguments(common | overrides))
         commands = tuple((sys.executable, "-m", f"router_r1_jax.{main}", *arguments) for main in MAINS)
-        runs[folder.name] = Run(overrides, folder, config_hash(config), commands)
+        runs[folder.name] = Run(overrides, folder, made, commands)
     return list(runs.values())
 
 

@@ -106,6 +106,7 @@ def test_a_command_gives_its_process_the_run_s_configuration(config_file, tmp_pa
         ("choices('reward.alpha', 0.5, 2.0)", "run alpha=2.0: reward.alpha is 2.0"),
         ("choices('learner.minibatches', 1, 3)", "run minibatches=3: learner.minibatches is 3; it must divide"),
         ("choices('seed', 1, 1)", "holds seed=1 twice"),
+        ("choices('reward.alpha', 0, 0.5, 0.0)", "holds alpha=0 and alpha=0.0, which are one configuration"),
         ("[]", "get_sweep\\(\\) is empty"),
         ("None", "get_sweep\\(\\) is empty"),
         ("choice('seed', 1)", "config.py, line 7, .*NameError: name 'choice' is not defined; correct"),
