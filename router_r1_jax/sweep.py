@@ -41,7 +41,9 @@ from scipy import stats
 
 from router_r1_jax.cli import FIELDS, failed_program, launch
 from router_r1_jax.config import ConfigError, validate
+from router_r1_jax.model import from_arch, lora_from
 from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.prompts import load_template
 from router_r1_jax.report.writer import replace_file
 from router_r1_jax.train import config_hash
 
@@ -145,8 +147,7 @@ def plan(config_file: str, common: Overrides, workdir: Path) -> list[Run]:
         if same := next((run.name for run in runs.values() if run.hash == made), None):
             raise ConfigError(f"get_sweep() holds {same} and {name}, which are one configuration; keep one of them")
         try:
-            validate(config)
-            cards_from_config(config.pool)
+            _check(config)
         except ConfigError as error:
             raise ConfigError(f"get_sweep(), run {name}: {error}") from error
         arguments = (f"--config={config_file}", f"--workdir={folder}", *_arguments(common | overrides))
@@ -199,6 +200,21 @@ def _parse(config_file: str, overrides: Overrides, what: str) -> ConfigDict:
         if (parsed := _field(config, field)) != value:
             raise ConfigError(f"{refusal}: it would be read as {parsed!r}; write it as a {type(parsed).__name__}")
     return config
+
+
+def _check(config: ConfigDict) -> None:
+    """Raise ConfigError for what a run refuses when it opens, as far as machine, data and weights play no part."""
+    validate(config)
+    cards_from_config(config.pool)
+    load_template(config.prompt.template)
+    field, model = "model", config.model
+    try:
+        lora_from(model.lora)
+        field = "model.arch"
+        if not model.source:
+            from_arch(model.arch, 1, dtype=model.dtype, remat=model.remat)
+    except ValueError as error:
+        raise ConfigError(f"{field}.{error}") from error
 
 
 def _field(config: ConfigDict, field: str) -> Any:
