@@ -13,6 +13,8 @@ questions, each baseline's line also says by how much the router is ahead, paire
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from router_r1_jax.evaluation.records import Answered, Record, make_records
 from router_r1_jax.experience import steady_costs
 from router_r1_jax.model import Params, add_adapters
 from router_r1_jax.pool.cards import at_step, route_names
-from router_r1_jax.pool.outcomes import provider_fault
+from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.report.writer import EPISODES_FOLDER, MetricsWriter, read_lines, replace_file
 from router_r1_jax.reward import episode_cost, score
 from router_r1_jax.session import Session, open_session
@@ -119,6 +121,14 @@ class Bench:
             # A provider's failure says nothing of its model: such a question is left out.
             whole = [r for r in tried if not any(provider_fault(t.reply.outcome) for t in r.trials.values())]
             print(f"{len(tried) - len(whole)} of them left out: a provider failed")
+            if not whole:
+                faults = [t.reply for r in tried for t in r.trials.values() if provider_fault(t.reply.outcome)]
+                by_model = Counter(f"{reply.model} {reply.outcome} ({reply.error})" for reply in faults)
+                (worst, count), *_ = by_model.most_common()
+                raise PoolError(
+                    f"each of the {len(tried)} train questions to fit on failed at a provider, {count} at {worst}; "
+                    "python -m router_r1_jax.pool.check asks each model, correct what does not answer and run again"
+                )
             self._records = whole
         return self._records
 

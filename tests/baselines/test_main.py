@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
@@ -20,6 +21,7 @@ from router_r1_jax.evaluation.journal import digest
 from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, abstract_params, init_params, lora_from
 from router_r1_jax.model.lora import split_trainable
+from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply
 from router_r1_jax.report.writer import EpisodeWriter
 
 NAMES = ("direct", "prompt only", "fine-tuned", "random", "knn*", "classifier*", "oracle of one call")
@@ -136,6 +138,21 @@ def test_records_depend_on_what_they_were_fitted_and_judged_with(tmp_path):
     ]  # fmt: skip
     assert depends() == depends(**{"evaluation.bootstrap": 7, "evaluation.tape": False})
     assert len({depends(), *(depends(**fields) for fields in changed)}) == len(changed) + 1
+
+
+def test_without_a_train_question_that_all_models_answered_the_failing_model_is_named(tmp_path):
+    class Failing(WorldPool):
+        def respond(self, route_text, **where):
+            future = super().respond(route_text, **where)
+            if route_text.startswith("Aria"):
+                future = Future()
+                future.set_result(Reply("r", Outcome.BAD_REQUEST, "Aria", "q", error="HTTP 404"))
+            return future
+
+    session = SimpleNamespace(workdir=tmp_path, cards=CARDS, pool=Failing(), questions=questions)
+    bench = baselines.Bench(get_config(), session, 3)
+    with pytest.raises(PoolError, match=r"each of the 3 train questions .* 3 at Aria bad_request \(HTTP 404\)"):
+        bench.fitted("knn")
 
 
 def test_an_unknown_baseline_is_refused():
