@@ -269,6 +269,8 @@ def main(config: ConfigDict, workdir: Path, only: str = "", tries: str = "") -> 
     """Measure what has no episodes yet; write and print the table of all that were asked for."""
     if tries and not (tries.isdigit() and int(tries)):
         raise ConfigError(f"--tries is {tries!r}; it is a number of train questions, at least 1")
+    if config.evaluation.split == "train":
+        raise ConfigError("evaluation.split is 'train', on which baselines are fitted; choose validation or test")
     with open_session(with_tape(config, workdir), workdir, load_source=True) as session:
         bench = Bench(config, session, int(tries or TRIES))
         names = chosen_names(only, bench.names())

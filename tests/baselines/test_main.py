@@ -155,6 +155,13 @@ def test_without_a_train_question_that_all_models_answered_the_failing_model_is_
         bench.fitted("knn")
 
 
+def test_baselines_are_not_judged_on_the_questions_that_they_are_fitted_on(tmp_path):
+    config = get_config()
+    config.evaluation.split = "train"
+    with pytest.raises(ConfigError, match="evaluation.split is 'train'"):
+        baselines.main(config, tmp_path)
+
+
 def test_an_unknown_baseline_is_refused():
     assert chosen_names(" knn*, random", ["random", "knn", "knn*"]) == ["knn*", "random"]
     assert chosen_names("", ["random", "knn"]) == ["random", "knn"]
