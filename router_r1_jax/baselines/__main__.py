@@ -204,7 +204,8 @@ def judged(
 
 def file_name(split: str, name: str) -> str:
     """Of a baseline's episodes, without suffix."""
-    return f"{split}_baseline_{name.replace(STAR, '_star').replace(' ', '_')}"
+    safe = re.sub(r"[^\w.-]+", "_", name.replace(STAR, "_star"))
+    return f"{split}_baseline_{safe}"
 
 
 def trained_records(workdir: Path, split: str, questions: Sequence[QuestionRecord]) -> list[Record] | None:

@@ -162,6 +162,10 @@ def test_baselines_are_not_judged_on_the_questions_that_they_are_fitted_on(tmp_p
         baselines.main(config, tmp_path)
 
 
+def test_a_baseline_s_episodes_lie_where_the_report_looks_whatever_its_model_is_called():
+    assert baselines.file_name("test", "org/model 2.5 alone*") == "test_baseline_org_model_2.5_alone_star"
+
+
 def test_an_unknown_baseline_is_refused():
     assert chosen_names(" knn*, random", ["random", "knn", "knn*"]) == ["knn*", "random"]
     assert chosen_names("", ["random", "knn"]) == ["random", "knn"]
