@@ -2,7 +2,7 @@
 
 Episodes on rosters that the warm start has not seen, each token judged given all before it. A name "behind a score" is
 the one that has to be looked up in the cards; "said again" is the same name in the call. Scores are drawn at random by
-the script, so no router foresees them. Needs the file that `experiments/studies/unseen_models.py` makes first.
+the script, so no router foresees them. Needs the tokenizer that `experiments/studies/unseen_models.py` makes first.
 
     python experiments/reading.py
 

@@ -1,8 +1,12 @@
 """The demo over forty models, five of them in a prompt, under names dealt anew each time: for a router that reads.
 
-`experiments/studies/unseen_models.py` makes the tokenizer, to which the demo's five names are words too, and the warm
-start, then trains these runs. RL can only choose among what the warm start can read; what that takes was found by
-experiment (experiments/studies/README.md, *Unseen models*).
+`experiments/studies/unseen_models.py` makes the tokenizer, to which the demo's five names are words too, and trains
+these runs from a kept warm start, which was made, in half an hour on one core, with
+
+    python -m router_r1_jax.warmstart --config=configs/sweeps/demo_cards.py --workdir=runs/demo_cards_warmstart
+
+RL can only choose among what the warm start can read; what that takes was found by experiment
+(experiments/studies/README.md, *Unseen models*).
 """
 
 import runpy
