@@ -212,8 +212,8 @@ def _find_folder(path: str | os.PathLike[str], wanted: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's client lets some errors of its HTTP library through (proxy, broken download)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(
             f"{name!r} is no folder here, and the Hugging Face hub did not give it ({reason}); "
             f"correct the path or name, or download it where there is network and name that folder"

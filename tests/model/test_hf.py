@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_numpy
@@ -330,14 +331,25 @@ def test_what_the_system_does_not_let_be_read_is_named(copy, name):
     refused(folder, f"{name} cannot be read")
 
 
-def test_hub_name_without_network(monkeypatch):
+class SilentError(Exception):
+    """As HTTP libraries have it: no OSError, and often without a word."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (LocalEntryNotFoundError("Got: ConnectError\nAn error happened"), "Got: ConnectError"),
+        (SilentError(), "SilentError"),
+    ],
+)
+def test_hub_name_without_network(monkeypatch, error, said):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("Got: ConnectError\nAn error happened")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    refused("Qwen/Qwen2.5-3B-Instruct", "'Qwen/Qwen2.5-3B-Instruct'", "hub did not give it (Got: ConnectError)")
+    refused("Qwen/Qwen2.5-3B-Instruct", "'Qwen/Qwen2.5-3B-Instruct'", f"hub did not give it ({said})")
 
 
 def test_hub_name_with_network(monkeypatch, checkpoint):
