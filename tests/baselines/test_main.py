@@ -155,7 +155,8 @@ def test_without_a_train_question_that_all_models_answered_the_failing_model_is_
         bench.fitted("knn")
 
 
-def test_baselines_are_not_judged_on_the_questions_that_they_are_fitted_on(tmp_path):
+def test_baselines_are_not_judged_on_the_questions_that_they_are_fitted_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "open_session", lambda *_, **__: pytest.fail("opened"))
     config = get_config()
     config.evaluation.split = "train"
     with pytest.raises(ConfigError, match="evaluation.split is 'train'"):
