@@ -98,6 +98,20 @@ def test_a_run_is_trained_to_its_end_when_its_last_step_is_written(studies, tmp_
         assert ended(tmp_path) == done
 
 
+@pytest.mark.parametrize("colon", ["", " :"])
+def test_a_named_score_is_held_against_the_cards_that_were_shown(studies, world_and_cards, colon):
+    """Titan states film 97 and sport 27, Pico film 22."""
+    _, cards = world_and_cards
+    keys = {card.name: card.key for card in cards}
+    said = [("film", 97), ("sport", 97), ("film", 22), ("film", 23)]
+    calls = [f"<think> x of y : {d} {s}{colon} Titan </think>\n<search> Titan: x of y? </search>\n" for d, s in said]
+    response = "".join(calls) + "<think> film 97 </think>\n<answer> y </answer>"
+    share = studies["unseen_models"]["stated_share"]
+    assert share([{"response": response, "shown": [keys["Titan"], keys["Pico"]]}], cards) == 0.5
+    assert share([{"response": response, "shown": [keys["Titan"]]}], cards) == 0.25
+    assert share([], cards) == 0.0
+
+
 class Silent:
     """A router that answers nothing, and counts the questions."""
 

@@ -4,9 +4,11 @@
 
 The routers: one trained with three of the demo's five models; one with all five, which is what retraining gives; and
 one with forty others, five at a time under names dealt anew (`configs/sweeps/demo_cards.py`), which has met none of the
-five, nor their names. Each answers the test questions with the three models in prompt and pool, with all five, and with
-all five under one another's names. A gain that comes with no call to a new model is no generalisation, so the share of
-calls stands beside it. A router whose runs are not there keeps, with --trained_only, the figures of the last time.
+five. To that one they are shown under five of the names it was trained with: a small router cannot say a word that no
+prompt ever held, and with the five's own names every episode was malformed. Each answers the test questions with the
+three models in prompt and pool, with all five, and with all five under one another's names, the third one also with
+models of its own pool. A gain that comes with no call to a new model is no generalisation, so the share of calls stands
+beside it. A router whose runs are not there keeps, with --trained_only, the figures of the last time.
 
 Result and what it shows: experiments/studies/README.md.
 """
@@ -14,11 +16,13 @@ Result and what it shows: experiments/studies/README.md.
 import argparse
 import dataclasses
 import datetime
+import re
 import runpy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from runner import (
@@ -41,7 +45,9 @@ from runner import (
 from router_r1_jax import prompts
 from router_r1_jax.data.tokenizer import corpus, train_tokenizer
 from router_r1_jax.data.world import World
-from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.evaluation.records import Record
+from router_r1_jax.pool.cards import Card, cards_from_config
+from router_r1_jax.prompts import score_text
 from router_r1_jax.sweep import seed_mean
 
 SWEEP = runpy.run_path(str(ROOT / "configs/sweeps/demo_unseen.py"))
@@ -60,13 +66,31 @@ class Case:
     name: str
     held_out: bool
     rename: bool = False
+    own: bool = False  # models drawn from the router's own pool, as in its training
 
-    def pool(self) -> tuple[ConfigDict, ...]:
-        """The demo's models, with or without the two that one router has not met."""
-        return tuple(model for model in DEMO.pool.models if self.held_out or model.name not in SWEEP["UNSEEN"])
+    def pool(self, handles: Mapping[str, str]) -> tuple[ConfigDict, ...]:
+        """The demo's models under these names, with or without the two that one router has not met."""
+        shown = [m for m in DEMO.pool.models if self.held_out or m.name not in SWEEP["UNSEEN"]]
+        models = [model.copy_and_resolve_references() for model in shown]
+        for model in models:
+            model.name = handles[model.name]
+        return tuple(models)
 
 
-CASES = (Case("three models", False), Case("all five", True), Case("all five, names dealt anew", True, rename=True))
+def handles_of(config: ConfigDict) -> dict[str, str]:
+    """The names under which a router meets the demo's models: their own, or names that were dealt in its training."""
+    names = [model.name for model in DEMO.pool.models]
+    met = [model.name for model in config.pool.models] if config.pool.rename else names
+    return dict(zip(names, met, strict=False))
+
+
+CASES = (
+    Case("three models", False),
+    Case("all five", True),
+    Case("all five, names dealt anew", True, rename=True),
+    Case("five of its forty", False, own=True),
+)
+LOOKS = ("#7f7f7f", "#0072B2", "#D55E00", "#009E73"), "so^D"  # colours and marks of the cases
 
 
 def make_tokenizer(folder: Path, config: ConfigDict) -> None:
@@ -84,15 +108,30 @@ def measure(options: argparse.Namespace, router: str) -> dict[str, dict[int, dic
     for run in trained_runs(options, lambda overrides: overrides.get("reward.alpha", 0.0) == 0.0):
         for case in CASES:
             config = run_config(options, run)
-            config.pool.models, config.pool.shown, config.pool.rename = case.pool(), 0, case.rename
+            handles = handles_of(config)
+            if case.own and not config.pool.shown:
+                continue
+            if not case.own:
+                config.pool.models, config.pool.shown, config.pool.rename = case.pool(handles), 0, case.rename
             with opened(config, run.folder) as checkpoint:
                 session = checkpoint.session
                 questions = session.questions("test")[: options.questions]
-                line = figures(measured(checkpoint, Variant(case.name), questions, study="unseen"), session.cards)
-            share = sum(line["calls_share"].get(key, 0.0) for key in SWEEP["UNSEEN"])
+                records = measured(checkpoint, Variant(case.name), questions, study="unseen")
+                line = figures(records, session.cards) | {"stated_share": stated_share(records, session.cards)}
+            share = 0.0 if case.own else sum(line["calls_share"].get(handles[key], 0.0) for key in SWEEP["UNSEEN"])
             lines.setdefault(case.name, {})[run.overrides["seed"]] = line | {"unseen_share": share}
             print(f"{router}, {case.name}, seed {run.overrides['seed']}: EM {line['em']:.3f}, share {share:.2f}")
     return lines
+
+
+def stated_share(records: Sequence[Record], cards: Sequence[Card]) -> float:
+    """Of the scores that think segments name before a call, those that some card shown states for that domain."""
+    skills, found = {card.key: card.performance for card in cards}, []
+    for record in records:
+        for domain, score in re.findall(r" : (\w+) (\d+)(?: :)? [^<]* </think>\s*<search>", record["response"]):
+            shown = [skills[key].get(domain) for key in record["shown"]]
+            found.append(score in [score_text(skill) for skill in shown if skill is not None])
+    return float(np.mean(found)) if found else 0.0
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
@@ -101,10 +140,10 @@ def draw(results: Mapping[str, Any]) -> Figure:
     labels = {"em": "exact match", "unseen_share": "share of calls to the two held out models"}
     names = list(results["each"])
     for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), labels.items(), strict=True):
-        for i, (case, colour, mark) in enumerate(zip(CASES, ("#7f7f7f", "#0072B2", "#D55E00"), "so^", strict=True)):
+        for i, (case, colour, mark) in enumerate(zip(CASES, *LOOKS, strict=True)):
             for y, name in enumerate(names):
                 values = [line[key] for line in results["each"][name].get(case.name, {}).values()]
-                height = y + 0.22 * (i - 1)
+                height = y + 0.18 * (i - 1.5)
                 axes.plot(values, [height] * len(values), mark, color=colour, alpha=0.7, label="" if y else case.name)
         axes.set_xlim(-0.02, 1.02)
         axes.set_title(label, loc="left", fontsize=10, fontweight="bold")
@@ -112,7 +151,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
         axes.grid(axis="x", color="#e4e4e4")
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -131,21 +170,23 @@ def main() -> None:
             each[name], measured_on[name] = lines, datetime.date.today().isoformat()
         elif name in before.get("each", {}):  # its runs are not here any more
             each[name], measured_on[name] = before["each"][name], before["measured_on"][name]
+    shares = ("unseen_share", "stated_share")
     cases = {
         router: {
-            name: over_seeds(lines) | {"unseen_share": seed_mean([line["unseen_share"] for line in lines.values()])}
+            name: over_seeds(lines)
+            | {key: seed_mean([line[key] for line in lines.values()]) for key in shares if key in lines[min(lines)]}
             for name, lines in of_router.items()
         }
         for router, of_router in each.items()
     }
     rows = [
         [router, name, str(len(c["seeds"])), spelt(c["em"]), spelt(c["best_model_share"]), spelt(c["unseen_share"]),
-         spelt(c["malformed_share"]), spelt(c["dollars_per_question"], ".2e")]
+         spelt(c.get("stated_share")), spelt(c["malformed_share"]), spelt(c["dollars_per_question"], ".2e")]
         for router, of_router in cases.items()
         for name, c in of_router.items()
     ]  # fmt: skip
     head = ["router", "prompt and pool", "seeds", "EM", "calls to the best model", "calls to the two held out",
-            "malformed", "dollars/question"]  # fmt: skip
+            "scores named that a card states", "malformed", "dollars/question"]  # fmt: skip
     results = {"measured_on": measured_on, "cases": cases, "each": each}
     save("unseen_models", results, markdown(head, rows), draw(results))
 
