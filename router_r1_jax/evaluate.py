@@ -273,7 +273,8 @@ def baseline(config: ConfigDict, weights: Weights) -> Weights | None:
 
 def print_table(results: dict[str, Any]) -> None:
     """The headline, for people."""
-    print(f"\n{results['questions']} questions of the {results['split']} split, greedy")
+    means = "; a policy's own row is the mean over its sets" if len(results["policies"][0]["suites"]) > 1 else ""
+    print(f"\n{results['questions']} questions of the {results['split']} split, greedy{means}")
     print(f"{'policy':<30}{'EM':>7}{'95 %':>15}{'dollars/question':>18}{'calls':>7}{'best model':>12}{'malformed':>11}")
     for p in results["policies"]:
         for name, row in [(p["name"], p)] + [(f"  {s}", t) for s, t in p["suites"].items() if len(p["suites"]) > 1]:

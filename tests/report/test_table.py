@@ -3,6 +3,7 @@
 import pytest
 from fake_run import fake_results, fake_sets
 
+from router_r1_jax.evaluate import print_table
 from router_r1_jax.report import calls_by_set, em_by_set, results_table
 
 
@@ -30,6 +31,18 @@ def test_every_set_stands_beside_the_papers_figure(results):
     assert "## trained, step 120: 5 samples a question at temperature 0.7" in text
     assert "pool changed: `drop=Titan`, `blank`" in text
     assert "220 / 14 / 166" in text and "3.4e-49" in text
+
+
+def test_the_console_says_what_a_row_over_several_sets_is(results, capsys):
+    results["comparison"] = {}
+    for policy in results["policies"]:
+        policy["suites"] = fake_sets()["suites"]
+    print_table(results)
+    assert "greedy; a policy's own row is the mean over its sets\n" in capsys.readouterr().out
+    for policy in results["policies"]:
+        policy["suites"] = {"nq": policy["suites"]["nq"]}
+    print_table(results)
+    assert "greedy\n" in capsys.readouterr().out
 
 
 def test_a_policy_without_the_papers_sets_has_no_such_columns(results):
