@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from scipy import stats
 
 from router_r1_jax.data.questions import QuestionRecord
@@ -17,6 +18,7 @@ from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.reward import exact_match
 from router_r1_jax.rollout import Episode
 from router_r1_jax.router import Answers
+from router_r1_jax.warmstart import recipe
 
 STUDIES = Path(__file__).parents[1] / "experiments" / "studies"
 NAMES = ("main_table", "cost_curve", "unseen_models", "format_reward", "routing_worth")
@@ -96,6 +98,15 @@ def test_a_run_is_trained_to_its_end_when_its_last_step_is_written(studies, tmp_
     for count, done in ((0, False), (1, False), (2, False), (3, True), (4, True)):
         metrics.write_text("".join(lines[:count]))
         assert ended(tmp_path) == done
+
+
+def test_the_kept_warm_start_that_reads_is_of_its_sweep_s_recipe(studies, tmp_path):
+    """With the tokenizer that the study makes, whose words it was trained on."""
+    config = runpy.run_path(str(STUDIES.parents[1] / "configs" / "sweeps" / "demo_cards.py"))["get_config"]()
+    studies["unseen_models"]["make_tokenizer"](tmp_path / "words", config)
+    config.model.tokenizer = str(tmp_path / "words")
+    with safe_open(config.warmstart.file, framework="numpy") as file:
+        assert file.metadata()["recipe"] == recipe(config)
 
 
 @pytest.mark.parametrize("colon", ["", " :"])
