@@ -35,10 +35,10 @@ run.
 29 November, another machine of that kind (Zen 4), L4 D256: 1.21 forward (0.311 s), 1.01 with the gradient (1.122 s
 against 1.132 s). What stands in the way of 1.3, by `jax.profiler` on one core beside another job: of 1.98 core-seconds
 1.58 are products, at 100 of the 115 GFLOP/s that a loop of multiply-adds alone reaches; torch takes 2.26 on two cores,
-so that 1.3 would leave 0.16 for all else, where page faults of fresh buffers alone take about 0.1. Tried on one core,
-least of 7, 2.0 to 2.1 as it is: layers unrolled instead of scanned 2.40 (more buffers), micro-batches of 4, 2 and 1
-rows 1.97, 1.96 and 2.13, rotary angles once for all layers 2.01, products by Eigen instead of YNNPACK
-(`--xla_cpu_experimental_ynn_fusion_type=`) 2.00.
+so that 1.3 would leave 0.16 for all else, where page faults of fresh buffers alone took about 0.1 (by huge pages, on
+another day). Tried on one core, by scripts that were not kept, so notes, least of 7, 2.0 to 2.1 as it is: layers
+unrolled instead of scanned 2.40 (more buffers), micro-batches of 4, 2 and 1 rows 1.97, 1.96 and 2.13, rotary angles
+once for all layers 2.01, products by Eigen instead of YNNPACK (`--xla_cpu_experimental_ynn_fusion_type=`) 2.00.
 """
 
 import argparse

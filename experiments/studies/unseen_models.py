@@ -5,10 +5,11 @@
 The routers: one trained with three of the demo's five models; one with all five, which is what retraining gives; and
 one with forty others, five at a time under names dealt anew (`configs/sweeps/demo_cards.py`), which has met none of the
 five. To that one they are shown under five of the names it was trained with: a small router cannot say a word that no
-prompt ever held, and with the five's own names every episode was malformed. Each answers the test questions with the
-three models in prompt and pool, with all five, and with all five under one another's names, the third one also with
-models of its own pool. A gain that comes with no call to a new model is no generalisation, so the share of calls stands
-beside it. A router whose runs are not there keeps, with --trained_only, the figures of the last time.
+prompt ever held (with the five's own names all episodes were malformed, 29 November, before this study changed them).
+Each answers the test questions with the three models in prompt and pool, with all five, and with all five under one
+another's names, the third one also with models of its own pool. A gain that comes with no call to a new model is no
+generalisation, so the share of calls stands beside it. A router whose runs are not there keeps, with --trained_only,
+the figures of the last time.
 
 Result and what it shows: experiments/studies/README.md.
 """
