@@ -71,6 +71,21 @@ def test_beats_a_random_choice_and_every_single_model(name, by_chance):
     assert em > by_chance + 0.2 and em > alone + 0.05, (em, by_chance, alone)
 
 
+def test_graph_router_learns_from_the_edges_where_cards_say_nothing(by_chance):
+    """To it the models then differ only in how they answered; without these edges it asks one of them always."""
+    blank = tuple(dataclasses.replace(card, price_in=1.0, price_out=1.0, performance={}) for card in CARDS)
+
+    class Blindfold(GraphRouter):
+        def choose(self, question, cards):
+            return super().choose(question, blank)
+
+    baseline = Blindfold(blank, 0.0, 0)
+    baseline.fit(train_records())
+    em = mean_em(baseline, questions("test"))
+    alone = max(mean_em(OneModel(card.key), questions("test")) for card in CARDS)
+    assert em > by_chance + 0.2 and em > alone + 0.1, (em, by_chance, alone)
+
+
 def test_the_largest_and_the_oracle_of_one_call_beat_a_random_choice(by_chance):
     """Titan, the dearest, is good in two of five domains; the oracle is right wherever any model is."""
     asked, pool = questions("test"), WorldPool()

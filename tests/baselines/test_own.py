@@ -1,20 +1,97 @@
-"""Baselines that are the router's own language model: which episodes fine-tuning keeps."""
+"""Baselines that are the router's own language model: each beats a random choice of the model to call, where it should.
 
+Without a pool that is where the language model knows the facts; with one, where it was taught to call. Then: which
+episodes fine-tuning keeps, and in which batches all are asked.
+"""
+
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_config import DEMO, get_config
 from tiny_world import CARDS, questions
 
-from router_r1_jax.baselines.own import DIRECT, AloneRouter, answer_greedily, best_episodes
+from router_r1_jax.baselines.__main__ import Bench, measure_own
+from router_r1_jax.baselines.own import CHAIN, DIRECT, AloneRouter, answer_greedily, best_episodes
 from router_r1_jax.config import base_config
+from router_r1_jax.data import reference
 from router_r1_jax.evaluate import answer_all, modes
 from router_r1_jax.evaluation.journal import Journal
+from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
+from router_r1_jax.lessons import token_ids
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.rollout import Episode
 from router_r1_jax.router import Answers
+from router_r1_jax.session import open_session
 
 GROUP = 3
+SAID = {  # what a language model that knows the answer says to each instruction
+    DIRECT: "<answer> {gold} </answer>",
+    CHAIN: "<think> of that I know {gold} </think>\n<answer> {gold} </answer>",
+}
+
+
+def by_chance(session, asked) -> float:
+    """Expected exact match of calls that all go to a random model; its question-by-question tree is walked whole."""
+    ids = {question.id for question in asked}
+    known = [question for question in session.world.questions("test") if question.id in ids]
+    forest = reference.trees(session.world, known, session.cards)
+    return reference.policy_value(forest, reference.uniform(session.cards)).em
+
+
+def exact(bench, name, asked):
+    """Mean exact match of a baseline, and what it said."""
+    records = measure_own(bench, name, asked)
+    return np.mean([record["exact_match"] for record in records]), [record["response"] for record in records]
+
+
+def taught(session, asked, updates=200):
+    """Parameters that say the gold answer to these questions, under both instructions."""
+    prompts, said = [], []
+    for instruction, words in SAID.items():
+        router = AloneRouter(session, instruction)
+        prompts += [router.prompt_ids(question.question, ()) for question in asked]
+        said += [token_ids(session, [(words.format(gold=question.golds[0]), True)]) for question in asked]
+    rows = [Row(prompt[1:], *spoken) for prompt, spoken in zip(prompts, said, strict=True)]
+    optimizer, _ = make_optimizer(
+        learning_rate=1e-2, warmup=10, total=updates, decay=True, weight_decay=0.0, max_grad_norm=1.0
+    )
+    longest = max(len(row.prompt) + len(row.tokens) for row in rows)
+    layout = make_layout(longest, buckets=1, tokens=session.config.learner.micro_tokens, rows=len(rows))
+    learner = Learner(
+        session.model, optimizer, SupervisedLoss(), session.mesh, session.abstract_params, layout=layout,
+        chunk=session.config.learner.logit_chunk,
+    )  # fmt: skip
+    state = init_state(optimizer, session.initial_params(0), session.abstract_params, session.mesh)
+    for _ in range(updates):
+        state, _ = learner.update(state, list(prompts[0][:1]), rows)
+    return state.params
+
+
+def test_a_language_model_that_knows_the_facts_beats_random_calls_directly_and_with_a_chain_of_thought(tmp_path):
+    config = get_config()
+    with open_session(config, tmp_path, load_source=False) as session:
+        asked = session.questions("test")[:24]
+        bench, chance = Bench(config, session, tries=1), by_chance(session, asked)
+        bench._params = taught(session, asked)
+        for name, words in zip(("direct", "chain of thought"), SAID.values(), strict=True):
+            em, said = exact(bench, name, asked)
+            assert em > chance + 0.5, (name, em, chance)
+            assert said[0].strip() == words.format(gold=asked[0].golds[0])
+
+
+@pytest.mark.slow
+def test_the_prompt_alone_beats_random_calls_and_fine_tuning_the_prompt_alone(tmp_path):
+    """On the demo's kept warm start, which calls at random in a sampled episode and has habits in a greedy one."""
+    config = runpy.run_path(str(DEMO))["get_config"]()
+    config.steps = 12
+    with open_session(config, tmp_path, load_source=False) as session:
+        asked = session.questions("test")[:240]
+        bench, chance = Bench(config, session, tries=1), by_chance(session, asked)
+        prompted, _ = exact(bench, "prompt only", asked)
+        tuned, _ = exact(bench, "fine-tuned", asked)
+    assert prompted > chance + 0.05 and tuned > prompted + 0.1, (chance, prompted, tuned)
 
 
 def episode(number: int, answer: str, cost: float) -> Episode:
