@@ -182,7 +182,7 @@ def base_config() -> ConfigDict:
             tie_embeddings=True,
             initializer_range=0.02,  # standard deviation of random kernels
             embedding_range=0.02,  # that of random embeddings
-            previous_token_heads=0,  # of the first layer, kv heads that at first attend to the token before (qwen2)
+            induction_heads=0,  # kv heads of the first layer that begin as a part of such (qwen2)
         )
     )
 
@@ -218,6 +218,7 @@ def base_config() -> ConfigDict:
     c.pool.shown = 0  # cards of a prompt, drawn from all anew for each batch of prompts; 0: all of them
     c.pool.shuffle = True  # order of the cards, drawn anew for each batch of prompts
     c.pool.rename = False  # names of the models, drawn anew for each batch of prompts: the router must read the cards
+    c.pool.names = ()  # that rename draws from; (): those of the models
     c.pool.simulate = False  # start the simulated models' HTTP server on a free loopback port, for provider "simulated"
     c.pool.concurrency = 64  # calls in flight at a provider that declares no other number
     c.pool.deadline = 60.0  # of one call, retries and pauses included
@@ -356,7 +357,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.per_set.train", "data.per_set.validation", "data.per_set.test", "data.seed",
-    "model.lora.rank", "model.arch.previous_token_heads", "pool.shown", "pool.temperature", "pool.breaker.failures",
+    "model.lora.rank", "model.arch.induction_heads", "pool.shown", "pool.temperature", "pool.breaker.failures",
     "pool.budget", "reward.router_price", "rollout.temperature", "rollout.replicas", "rollout.lanes", "rollout.top_k",
     "rollout.feed_wait", "rollout.max_calls", "rollout.max_episode_tokens", "rollout.max_episode_seconds",
     "alarms.entropy", "validation.questions", "evaluation.samples",

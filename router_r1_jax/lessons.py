@@ -2,10 +2,9 @@
 
 A router that knows models by their cards alone has to find the name that stands behind a score. A small transformer
 that starts at random did not learn that from prompts: to read on from where a value stood takes two layers that are of
-use only together (Olsson et al. 2022, induction heads), and among many names neither gets a gradient to speak of. What
-teaches it together: heads that begin by looking one token back (`model.arch.previous_token_heads`), sequences that
-repeat after two to four tokens, and then tables that grow from one line to all. What each is worth:
-experiments/studies/README.md.
+use only together (Olsson et al. 2022, induction heads), and among many names neither gets a gradient to speak of. So
+both begin as such heads (`model.arch.induction_heads`); sequences that repeat after two to four tokens, and then tables
+that grow from one line to all, make them read. What each is worth: experiments/studies/README.md.
 """
 
 import itertools
@@ -17,7 +16,7 @@ from router_r1_jax import prompts
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.scripted import recited_lines, repeating_sequences
 from router_r1_jax.learner import ROW_MULTIPLE, Row
-from router_r1_jax.pool.cards import roster, roster_settings
+from router_r1_jax.pool.cards import all_in_prompts, roster, roster_settings
 from router_r1_jax.session import Session
 
 TOKENS = 96  # a lesson takes about as many tokens as warmstart.batch rows of this length
@@ -66,8 +65,8 @@ def longest_row(session: Session, kind: str, *numbers: int) -> int:
         raise ConfigError(f"warmstart.lessons reads of {models} models, and pool.models are {len(session.cards)}")
     label, value, name = (max(map(len, column)) for column in _columns(session))
     frame = len(_encode(session, "-")) + len(_encode(session, "\n"))
-    shown = lines * (frame + label + models * (value + name))
-    return shown + recited_names(models, lines) * (label + value + name)
+    entry = label + value + name
+    return lines * (frame + models * entry) + recited_names(models, lines) * entry
 
 
 def token_ids(session: Session, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[float]]:
@@ -91,7 +90,7 @@ def _first_token(session: Session) -> list[int]:
 
 def _columns(session: Session) -> tuple[list[list[int]], ...]:
     """Token ids of each label, value and name of the table of all cards."""
-    table = prompts.card_table(session.cards)
+    table = prompts.card_table(all_in_prompts(session.cards, session.config.pool))
     values, names = zip(*itertools.chain.from_iterable(line.entries for line in table), strict=True)
     columns = ({line.label for line in table}, set(values), set(names))
     return tuple([_encode(session, f" {text}") for text in sorted(column)] for column in columns)

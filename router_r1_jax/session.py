@@ -35,7 +35,7 @@ from router_r1_jax.model import (
     load_hf_config,
     lora_from,
 )
-from router_r1_jax.pool.cards import Card, cards_from_config
+from router_r1_jax.pool.cards import Card, all_in_prompts, cards_from_config
 from router_r1_jax.pool.ledger import Ledger, spent_dollars
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.pool.server import simulated_providers, start_server
@@ -214,7 +214,8 @@ def _load_tokenizer(config: ConfigDict, workdir: Path) -> PreTrainedTokenizerBas
     if not folder.exists():
         template = prompts.load_template(config.prompt.template)
         fresh = workdir / "tokenizer.new"  # renamed when whole: a full disk leaves nothing that a later run would read
-        train_tokenizer(corpus(world, cards_from_config(config.pool), template, config.rollout.max_calls), fresh)
+        cards = all_in_prompts(cards_from_config(config.pool), config.pool)
+        train_tokenizer(corpus(world, cards, template, config.rollout.max_calls), fresh)
         fresh.replace(folder)
     return _read_tokenizer(str(folder), str(folder), "remove the folder, so that it is trained anew")
 

@@ -31,7 +31,7 @@ from router_r1_jax.data.scripted import recited_cards, repeating_sequences, scri
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.mesh import place
 from router_r1_jax.model import Params
-from router_r1_jax.pool.cards import Card, roster, roster_settings
+from router_r1_jax.pool.cards import Card, all_in_prompts, roster, roster_settings
 from router_r1_jax.report.writer import MetricsWriter
 from router_r1_jax.rollout import common_prefix
 from router_r1_jax.session import Session, open_session
@@ -64,7 +64,7 @@ def recipe(config: ConfigDict) -> str:
             | {"simulated": {"failure_rate": model.simulated.failure_rate}}
             for model in config.pool.models
         ],
-        "roster": roster_settings(config.pool),
+        "roster": {name: value for name, value in roster_settings(config.pool).items() if name != "names" or value},
         "warmstart": {name: value for name, value in config.warmstart.to_dict().items() if name != "file"},
     }
     if config.model.tokenizer:  # else it is trained on the world, the template and the models
@@ -145,7 +145,8 @@ def longest_row(session: Session) -> int:
     def prompt(*cards: Card) -> tuple[int, ...]:
         return session.router.prompt_ids("?", cards)
 
-    name = max((card.name for card in session.cards), key=lambda name: len(session.tokenizer.encode(f" {name}")))
+    names = [card.name for card in all_in_prompts(session.cards, pool)]
+    name = max(names, key=lambda name: len(session.tokenizer.encode(f" {name}")))
     named = [dataclasses.replace(card, name=name) for card in session.cards]
     cards = sorted(named, key=lambda card: len(prompt(card)))[-(pool.shown or len(named)) :]
     return longest + len(prompt(*cards)) - common_prefix([prompt(card) for card in session.cards])

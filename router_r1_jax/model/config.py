@@ -77,7 +77,7 @@ class ModelConfig:
     remat: Remat = "full"
     initializer_range: float = 0.02  # standard deviation of random kernels
     embedding_range: float = 0.02  # that of random embeddings and of an untied head
-    previous_token_heads: int = 0  # random start: kv heads of the first layer that attend to the token before
+    induction_heads: int = 0  # random start: kv heads of the first layer that carry the token before to the second
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
@@ -99,15 +99,15 @@ class ModelConfig:
                 f"attention is 'cudnn' with head_dim {self.head_dim}; cuDNN needs a multiple of 8 up to 128 "
                 "(256 from Hopper GPUs on): choose attention 'einsum'"
             )
-        if self.previous_token_heads and not self.qkv_bias:
+        if self.induction_heads and not self.qkv_bias:
             raise ValueError(
-                f"previous_token_heads is {self.previous_token_heads} with family {self.family!r}; such heads start "
+                f"induction_heads is {self.induction_heads} with family {self.family!r}; such heads start "
                 "from biases, which only family 'qwen2' has: choose it, or 0"
             )
-        if self.previous_token_heads > self.num_kv_heads:
-            raise ValueError(
-                f"previous_token_heads is {self.previous_token_heads}; there are {self.num_kv_heads} (num_kv_heads)"
-            )
+        if self.induction_heads > self.num_kv_heads:
+            raise ValueError(f"induction_heads is {self.induction_heads}; there are {self.num_kv_heads} (num_kv_heads)")
+        if self.induction_heads and self.num_layers < 2:
+            raise ValueError(f"induction_heads is {self.induction_heads} with num_layers=1; they take two layers")
         if self.remat not in get_args(Remat):
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
 

@@ -66,18 +66,27 @@ def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
     providers = [provider.name for provider in pool_config.providers]
     cards = tuple(_card(f"pool.models[{i}]", entry, providers) for i, entry in enumerate(pool_config.models))
     check_names(cards)
+    if pool_config.rename and pool_config.names:
+        _check_dealt_names(pool_config, cards)
     return cards
 
 
 def roster(
-    cards: Sequence[Card], rng: np.random.Generator, *, shown: int = 0, shuffle: bool, rename: bool
+    cards: Sequence[Card],
+    rng: np.random.Generator,
+    *,
+    shown: int = 0,
+    shuffle: bool,
+    rename: bool,
+    names: Sequence[str] = (),
 ) -> tuple[Card, ...]:
     """The cards as one batch of prompts shows them; a card keeps its `key`.
 
     `shown` draws so many of them, 0 takes all; a router that meets another selection in each batch has no use for
-    knowing one by heart. `shuffle` draws their order. `rename` deals the declared names (aliases with them), also those
-    of cards that are not shown, out anew. Names are dealt and not invented: each stays one that the tokenizer and the
-    router know, and yet a name says nothing of the model: the router must read the cards.
+    knowing one by heart. `shuffle` draws their order. `rename` deals `names` out anew, or the declared ones (aliases
+    with them) where there are none, also those of cards that are not shown. Names are dealt and not invented: each
+    stays one that the tokenizer and the router know, and yet a name says nothing of the model: the router must read the
+    cards.
     """
     order = rng.permutation(len(cards)) if shuffle else np.arange(len(cards))
     if shown:
@@ -85,17 +94,29 @@ def roster(
         order = order[np.isin(order, kept)]
     chosen = [cards[i] for i in order]
     if rename:
-        named = [cards[i] for i in rng.permutation(len(cards))[: len(chosen)]]
+        spellings = [(name, ()) for name in names] or [(card.name, card.aliases) for card in cards]
+        dealt = [spellings[i] for i in rng.permutation(len(spellings))[: len(chosen)]]
         chosen = [
-            dataclasses.replace(card, name=other.name, aliases=other.aliases)
-            for card, other in zip(chosen, named, strict=True)
+            dataclasses.replace(card, name=name, aliases=aliases)
+            for card, (name, aliases) in zip(chosen, dealt, strict=True)
         ]
     return tuple(chosen)
 
 
 def roster_settings(pool_config: ConfigDict) -> dict[str, Any]:
     """The arguments of `roster` that `config.pool` says."""
-    return {name: pool_config[name] for name in ("shown", "shuffle", "rename")}
+    return {name: pool_config[name] for name in ("shown", "shuffle", "rename", "names")}
+
+
+def all_in_prompts(cards: Sequence[Card], pool_config: ConfigDict) -> tuple[Card, ...]:
+    """Cards that among them hold every value and every name that a prompt of `config.pool` can show."""
+    names = pool_config.names
+    if not (pool_config.rename and names):
+        return tuple(cards)
+    return tuple(
+        dataclasses.replace(cards[i % len(cards)], name=names[i % len(names)], aliases=())
+        for i in range(max(len(cards), len(names)))
+    )
 
 
 def at_step(cards: Sequence[Card], step: int) -> tuple[Card, ...]:
@@ -168,6 +189,21 @@ def check_names(cards: Sequence[Card]) -> None:
                 raise ConfigError(
                     f"{field} is {spelling!r}, which {other} is already; names and aliases differ by more than case"
                 )
+
+
+def _check_dealt_names(pool_config: ConfigDict, cards: Sequence[Card]) -> None:
+    """Raise ConfigError where `config.pool.names` cannot be dealt to these cards."""
+    declared: dict[str, int] = {}
+    for i, name in enumerate(pool_config.names):
+        _check_spelling(f"pool.names[{i}]", name)
+        if declared.setdefault(name.casefold(), i) != i:
+            first = declared[name.casefold()]
+            raise ConfigError(f"pool.names[{i}] is {name!r}, which pool.names[{first}] is already; write each once")
+    if len(pool_config.names) < (shown := pool_config.shown or len(cards)):
+        raise ConfigError(
+            f"pool.names are {len(pool_config.names)}, and a prompt shows {shown} models; "
+            "add names, show fewer with pool.shown, or set names to () to deal those of the models"
+        )
 
 
 def _check_spelling(field: str, spelling: str) -> None:

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_r1_jax.config import ConfigError, base_config, model_card, provider
-from router_r1_jax.pool.cards import at_step, cards_from_config, roster, route_names
+from router_r1_jax.pool.cards import (
+    all_in_prompts,
+    at_step,
+    cards_from_config,
+    roster,
+    roster_settings,
+    route_names,
+)
 from router_r1_jax.protocol import RouteCall, parse_route
 
 
@@ -68,6 +75,24 @@ def test_the_third_card_is_fine_without_the_fault(pool_config):
     assert len(cards_from_config(config)) == 3
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"names": ("Nova", "a:b", "Vega")}, r"pool\.names\[1\] is 'a:b'; a name holds no colon"),
+        ({"names": ("Nova", "Vega", "nova")}, r"pool\.names\[2\] is 'nova', which pool\.names\[0\] is already"),
+        ({"names": ("Nova",)}, r"pool\.names are 1, and a prompt shows 2 models; add names"),
+        ({"names": ("Nova",), "shown": 2}, r"pool\.names are 1, and a prompt shows 2 models"),
+    ],
+)
+def test_names_that_cannot_be_dealt_are_refused_where_they_would_be(pool_config, fields, message):
+    config = pool_config()
+    config.update(fields | {"rename": True})
+    with pytest.raises(ConfigError, match=message):
+        cards_from_config(config)
+    config.rename = False
+    assert [card.name for card in all_in_prompts(cards_from_config(config), config)] == ["Titan", "Pico"]
+
+
 def _cards(count):
     config = base_config().pool
     config.providers = (provider(name="p"),)
@@ -107,6 +132,23 @@ def test_a_roster_of_some_cards_deals_the_names_of_all(shown, seed, shuffle, ren
         assert dataclasses.replace(card, name=declared.name, aliases=declared.aliases) == declared
     if not shuffle:
         assert [card.key for card in chosen] == sorted(card.key for card in chosen)
+
+
+@given(names=st.integers(3, 9), seed=st.integers(0, 2**32))
+def test_names_of_the_configuration_are_dealt_instead_of_the_models_own(names, seed):
+    """Each at most once, none with the aliases of a model; and all of them stand on cards that a prompt can show."""
+    cards, config = _cards(7), base_config().pool
+    config.update(dict(shown=3, rename=True, names=tuple("ABCDEFGHI"[:names])))
+    chosen = roster(cards, np.random.default_rng(seed), **roster_settings(config))
+    dealt = [card.name for card in chosen]
+    assert len(chosen) == len(set(dealt)) == 3 and set(dealt) <= set(config.names)
+    by_key = {card.key: card for card in cards}
+    for card in chosen:
+        assert card == dataclasses.replace(by_key[card.key], name=card.name, aliases=())
+    every = all_in_prompts(cards, config)
+    assert {card.name for card in every} == set(config.names) and {card.key for card in every} == set(by_key)
+    config.names = ()
+    assert all_in_prompts(cards, config) == cards
 
 
 def test_every_selection_order_and_naming_is_drawn_about_equally_often():
