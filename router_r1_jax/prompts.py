@@ -75,15 +75,16 @@ class TableLine(NamedTuple):
     entries: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        """In one line: "- film 97 Titan 90 Reel"."""
-        return f"- {self.label} " + " ".join(f"{value} {name}" for value, name in self.entries)
+        """In one line, the label before each value: "- film 97 Titan film 90 Reel"."""
+        return "- " + " ".join(f"{self.label} {value} {name}" for value, name in self.entries)
 
 
 def card_table(cards: Sequence[PromptCard]) -> list[TableLine]:
     """What the cards say, by topic; then prices and latencies. Descriptions have no place in it.
 
-    A value stands directly before the name, so that looking a name up is reading on from a value seen before. A small
-    router learnt that in updates in which it learnt nothing from lines of whole cards (experiments/studies/README.md).
+    A topic stands directly before each value and that directly before the name, so that looking up a value of a topic
+    and then its name is twice reading on from what was seen before. A small router learnt that in updates in which it
+    learnt nothing from lines of whole cards (experiments/studies/README.md).
     """
     lines = [
         TableLine(topic, tuple((score_text(c.performance[topic]), c.name) for c in cards if topic in c.performance))

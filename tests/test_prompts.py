@@ -59,11 +59,11 @@ def test_shipped_templates_say_all_models_and_the_question_last(name, line):
     assert (" 7" in text) == (name != "published")  # the published prompt states no budget
 
 
-def test_a_table_states_every_value_directly_before_the_name():
+def test_a_table_states_each_topic_directly_before_the_value_and_that_before_the_name():
     text = prompts.render(prompts.load_template("table"), (*CARDS, Card("Nova", 3, None, {"film": 0.5})), "Who?", 2)
     assert text == (
-        "models\n- film 97 Titan 50 Nova\n- places 26 Titan\n- price 12 Titan 0.9 Reel 3 Nova\n"
-        "- latency 0.06 Titan 1.5 Reel\ncalls 2\nWho?\n"
+        "models\n- film 97 Titan film 50 Nova\n- places 26 Titan\n- price 12 Titan price 0.9 Reel price 3 Nova\n"
+        "- latency 0.06 Titan latency 1.5 Reel\ncalls 2\nWho?\n"
     )
     assert [line.label for line in prompts.card_table([Card("Nova", 3, None, {})])] == ["price"]
 

@@ -48,16 +48,17 @@ def scripted_episode(
 def recited_cards(
     roster: Sequence[RosterCard], rng: np.random.Generator, count: int, *, template: str
 ) -> list[tuple[str, bool]]:
-    """`count` times " film 97 : Titan" about random domains of random cards, in pieces: True where the name is said.
+    """`count` times " film 97 : Titan" about random domains of random cards, in pieces: True where the router speaks.
 
-    What a think segment says of a model, many times over: an episode looks up one or two names only.
+    What a think segment says of a model once the domain is named, many times over: an episode looks up one or two
+    models only.
     """
     pieces = []
     for _ in range(count):
         card = roster[rng.integers(len(roster))]
         domain = list(card.performance)[rng.integers(len(card.performance))]
         stated, name = prompts.looked_up(template, domain, card)
-        pieces += [(stated, False), (name, True)]
+        pieces += [(f" {domain}", False), (stated.removeprefix(f" {domain}") + name, True)]
     return pieces
 
 
@@ -68,9 +69,8 @@ def recited_lines(
 
     A lesson in reading that can be made as short as one line of two models. Prices and latencies stand in it only
     where there are more lines than topics: models often share one, and then it tells no name. Entries are drawn with
-    replacement: one that was said before can be read on from there, which is the same motion over a shorter way. With
-    every entry said once at most, five models in a line were not learnt (experiments/studies/README.md). Entries whose
-    value stands twice in their line are left out.
+    replacement: one that was said before can be read on from there, which is the same motion over a shorter way.
+    Entries whose value stands twice in their line are left out.
     """
     table = prompts.card_table(roster)
     topics = {topic for card in roster for topic in card.performance}

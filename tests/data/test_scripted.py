@@ -102,11 +102,11 @@ def test_recited_cards_name_a_card_that_states_the_score():
     rng = np.random.default_rng(0)
     named = collections.Counter()
     pieces = recited_cards(ROSTER, rng, 500, template=LINES)
-    for (question, asked), (name, said) in zip(pieces[::2], pieces[1::2], strict=True):
-        domain, score, colon = question.split()
+    for (domain, asked), (entry, said) in zip(pieces[::2], pieces[1::2], strict=True):
+        score, colon, name = entry.split()
         assert not asked and said and colon == ":"
-        assert score_text(CARDS[name.strip()].performance[domain]) == score
-        named[name.strip(), domain] += 1
+        assert score_text(CARDS[name].performance[domain.strip()]) == score
+        named[name, domain] += 1
     assert len(named) == 25 and min(named.values()) > 5
 
 
@@ -116,8 +116,8 @@ def test_where_the_prompt_has_a_table_a_name_follows_its_score_directly():
     (thought, _), *_ = scripted_episode(question, WORLD, [CARDS["Aria"]], np.random.default_rng(0), template=TABLE)
     score = score_text(CARDS["Aria"].performance[domain])
     assert f": {domain} {score} Aria </think>" in thought
-    (stated, asked), (name, said) = recited_cards([CARDS["Pico"]], np.random.default_rng(0), 1, template=TABLE)
-    assert (asked, said, name) == (False, True, " Pico") and not stated.endswith(":")
+    (topic, asked), (entry, said) = recited_cards([CARDS["Pico"]], np.random.default_rng(0), 1, template=TABLE)
+    assert (asked, said, entry) == (False, True, f" {score_text(CARDS['Pico'].performance[topic.strip()])} Pico")
 
 
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 8))
@@ -127,9 +127,10 @@ def test_what_a_lesson_recites_can_be_told_from_its_lines(seed, models, lines):
     assert not shown and text.endswith("\n")
     table = {}
     for line in text.splitlines():
-        dash, label, *entries = line.split()
-        assert dash == "-" and label not in table and len(entries) == 2 * models
-        table[label] = list(zip(entries[::2], entries[1::2], strict=True))
+        dash, *words = line.split()
+        (label,), values, names = set(words[::3]), words[1::3], words[2::3]
+        assert dash == "-" and label not in table and len(words) == 3 * models
+        table[label] = list(zip(values, names, strict=True))
     assert len(table) == min(lines, 7)  # five topics, then price and latency
     assert len({"price", "latency"} & set(table)) == max(min(lines, 7) - 5, 0)
     clear = sum([v for v, _ in line].count(value) == 1 for line in table.values() for value, _ in line)
