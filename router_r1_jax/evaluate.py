@@ -42,7 +42,7 @@ from router_r1_jax.evaluation.journal import FOLDER, Journal
 from router_r1_jax.evaluation.provenance import commit, versions
 from router_r1_jax.evaluation.records import Record, make_records
 from router_r1_jax.experience import judge, steady_costs
-from router_r1_jax.pool.cards import Card, at_step
+from router_r1_jax.pool.cards import Card, at_step, roster_settings
 from router_r1_jax.prompts import load_template
 from router_r1_jax.report import (
     EpisodeWriter,
@@ -113,7 +113,7 @@ def identity(
 ) -> dict[str, Any]:
     """All that an evaluation's episodes depend on; what only costs time or judges them is not part of it."""
     rollout = config.rollout.to_dict() | dict.fromkeys(("replicas", "poll_every", "driver", "temperature"))
-    pool = {name: config.pool[name] for name in ("shown", "shuffle", "rename", "max_tokens", "temperature")}
+    pool = roster_settings(config.pool) | {name: config.pool[name] for name in ("max_tokens", "temperature")}
     asked = {provider.name: provider.parameters.to_dict() for provider in config.pool.providers}
     return {
         "weights": weights, "model": config.model.to_dict(), "mode": mode._asdict(), "seed": config.seed,
@@ -232,8 +232,11 @@ def policy_entry(config: ConfigDict, session: Session, policy: Policy, cards: Se
 def reference_entries(
     config: ConfigDict, session: Session, questions: Sequence[QuestionRecord], cards: Sequence[Card]
 ) -> list[dict[str, Any]]:
-    """What other policies reach on these very questions, computed from the world; empty for real data."""
-    if session.world is None:
+    """What other policies reach on these very questions, computed from the world.
+
+    Empty for real data, and where prompts show some of the models only: the others choose among all.
+    """
+    if session.world is None or 0 < config.pool.shown < len(cards):
         return []
     asked = {question.id for question in questions}
     chosen = [q for q in session.world.questions(config.evaluation.split) if q.id in asked]

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import mains
 import numpy as np
@@ -15,6 +16,7 @@ from bad_config import tiny_config
 from gated_pool import GatedPool
 
 from router_r1_jax.data.world import World
+from router_r1_jax.evaluate import reference_entries
 from router_r1_jax.evaluation.journal import FOLDER
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.pool.ledger import read_ledger
@@ -207,3 +209,14 @@ def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert text in done.stderr.splitlines()[-1]
     assert not (run / "ledger.jsonl").exists() or not read_ledger(run / "ledger.jsonl")
+
+
+def test_policies_that_choose_among_all_models_are_no_reference_where_prompts_show_some():
+    """With 240 models their trees of calls would also take a quarter of an hour."""
+    config = tiny_config()
+    world, cards = World(config.data.world.to_dict()), cards_from_config(config.pool)
+    session = SimpleNamespace(world=world)
+    asked = [SimpleNamespace(id=question.id) for question in world.questions(config.evaluation.split)[:5]]
+    for shown, named in ((0, 5 + len(cards)), (len(cards), 5 + len(cards)), (2, 0)):
+        config.pool.shown = shown
+        assert len(reference_entries(config, session, asked, cards)) == named
