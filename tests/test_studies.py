@@ -18,7 +18,8 @@ from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.reward import exact_match
 from router_r1_jax.rollout import Episode
 from router_r1_jax.router import Answers
-from router_r1_jax.warmstart import recipe
+from router_r1_jax.session import open_session
+from router_r1_jax.warmstart import load_warm_start, recipe
 
 STUDIES = Path(__file__).parents[1] / "experiments" / "studies"
 NAMES = ("main_table", "cost_curve", "unseen_models", "format_reward", "routing_worth")
@@ -100,13 +101,28 @@ def test_a_run_is_trained_to_its_end_when_its_last_step_is_written(studies, tmp_
         assert ended(tmp_path) == done
 
 
-def test_the_kept_warm_start_that_reads_is_of_its_sweep_s_recipe(studies, tmp_path):
+@pytest.mark.parametrize("sweep", ["demo_cards", "demo_unseen"])
+def test_a_kept_warm_start_of_a_study_is_of_its_sweep_s_recipe(studies, tmp_path, sweep):
     """With the tokenizer that the study makes, whose words it was trained on."""
-    config = runpy.run_path(str(STUDIES.parents[1] / "configs" / "sweeps" / "demo_cards.py"))["get_config"]()
+    config = runpy.run_path(str(STUDIES.parents[1] / "configs" / "sweeps" / f"{sweep}.py"))["get_config"]()
     studies["unseen_models"]["make_tokenizer"](tmp_path / "words", config)
     config.model.tokenizer = str(tmp_path / "words")
     with safe_open(config.warmstart.file, framework="numpy") as file:
         assert file.metadata()["recipe"] == recipe(config)
+
+
+@pytest.mark.slow
+def test_the_kept_warm_start_of_the_cards_study_reads(studies, tmp_path):
+    """Which name stands behind a score, on rosters that it has not met; all else but the score it knows by heart."""
+    config = runpy.run_path(str(STUDIES.parents[1] / "configs" / "sweeps" / "demo_cards.py"))["get_config"]()
+    studies["unseen_models"]["make_tokenizer"](tmp_path / "words", config)
+    config.model.tokenizer = str(tmp_path / "words")
+    with open_session(config, tmp_path, load_source=False) as session:
+        params = load_warm_start(Path(config.warmstart.file), session)
+        found = runpy.run_path(str(STUDIES.parent / "reading.py"))["foreseen"](session, params, 2)
+    assert found["name behind a score"]["tokens"] > 100 and found["name behind a score"]["foreseen"] > 0.95
+    assert found["name said again"]["foreseen"] > 0.99 and found["other"]["foreseen"] > 0.99
+    assert found["score"]["nats"] > 1.5  # one of five at random: none is preferred yet
 
 
 @pytest.mark.parametrize("colon", ["", " :"])

@@ -2,7 +2,9 @@
 
 `experiments/studies/unseen_models.py` trains these runs and then puts all five models into the prompt. Before, it makes
 the tokenizer, which is the demo's, so that the held out names are words (a router meets them in the copying curriculum
-only), and the warm start.
+only). The warm start is a kept one, made in ten minutes (beside other work in 15) with
+
+    python -m router_r1_jax.warmstart --config=configs/sweeps/demo_unseen.py --workdir=runs/demo_unseen_warmstart
 """
 
 import runpy
@@ -13,15 +15,14 @@ from ml_collections import ConfigDict
 from router_r1_jax.sweep import Overrides, choices
 
 DEMO = Path(__file__).parents[1] / "demo.py"
-RUNS = Path(__file__).parents[2] / "runs"
-TOKENIZER = RUNS / "demo_tokenizer"
+TOKENIZER = Path(__file__).parents[2] / "runs" / "demo_tokenizer"
 UNSEEN = ("Aria", "Atlas")  # each is the best of five in a domain where the three others are poor
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = runpy.run_path(str(DEMO))["get_config"](arg)
     c.model.tokenizer = str(TOKENIZER)
-    c.warmstart.file = str(RUNS / "demo_unseen_warmstart.safetensors")
+    c.warmstart.file = str(DEMO.parent / "demo_unseen_warmstart.safetensors")
     c.pool.models = tuple(model for model in c.pool.models if model.name not in UNSEEN)
     return c
 

@@ -3,9 +3,8 @@
     python experiments/studies/unseen_models.py --runs=runs
 
 The routers: one trained with three of the demo's five models; one with all five, which is what retraining gives; and
-one with forty others, five at a time under names dealt anew (`configs/sweeps/demo_cards.py`), which has met none of the
-five. To that one they are shown under five of the names it was trained with: a small router cannot say a word that no
-prompt ever held (with the five's own names all episodes were malformed, 29 November, before this study changed them).
+one with 240 others, five at a time under names dealt anew (`configs/sweeps/demo_cards.py`), which has met none of the
+five. Their names are among those that were dealt, to other models: a small router cannot say a word that it never met.
 Each answers the test questions with the three models in prompt and pool, with all five, and with all five under one
 another's names, the third one also with models of its own pool. A gain that comes with no call to a new model is no
 generalisation, so the share of calls stands beside it. A router whose runs are not there keeps, with --trained_only,
@@ -32,7 +31,6 @@ from runner import (
     arguments,
     figures,
     last_result,
-    make_warm_start,
     markdown,
     measured,
     opened,
@@ -47,7 +45,7 @@ from router_r1_jax import prompts
 from router_r1_jax.data.tokenizer import corpus, train_tokenizer
 from router_r1_jax.data.world import World
 from router_r1_jax.evaluation.records import Record
-from router_r1_jax.pool.cards import Card, cards_from_config
+from router_r1_jax.pool.cards import Card, all_in_prompts, cards_from_config
 from router_r1_jax.prompts import score_text
 from router_r1_jax.sweep import seed_mean
 
@@ -56,7 +54,7 @@ DEMO = runpy.run_path(SWEEP["DEMO"])["get_config"]()
 ROUTERS = {  # name -> its sweep
     "trained with three": "demo_unseen",
     "trained with all five": "demo_alpha",
-    "trained with forty others": "demo_cards",
+    "trained with 240 others": "demo_cards",
 }
 
 
@@ -69,27 +67,16 @@ class Case:
     rename: bool = False
     own: bool = False  # models drawn from the router's own pool, as in its training
 
-    def pool(self, handles: Mapping[str, str]) -> tuple[ConfigDict, ...]:
-        """The demo's models under these names, with or without the two that one router has not met."""
-        shown = [m for m in DEMO.pool.models if self.held_out or m.name not in SWEEP["UNSEEN"]]
-        models = [model.copy_and_resolve_references() for model in shown]
-        for model in models:
-            model.name = handles[model.name]
-        return tuple(models)
-
-
-def handles_of(config: ConfigDict) -> dict[str, str]:
-    """The names under which a router meets the demo's models: their own, or names that were dealt in its training."""
-    names = [model.name for model in DEMO.pool.models]
-    met = [model.name for model in config.pool.models] if config.pool.rename else names
-    return dict(zip(names, met, strict=False))
+    def models(self) -> tuple[ConfigDict, ...]:
+        """The demo's models, with or without the two that one router has not met."""
+        return tuple(m for m in DEMO.pool.models if self.held_out or m.name not in SWEEP["UNSEEN"])
 
 
 CASES = (
     Case("three models", False),
     Case("all five", True),
     Case("all five, names dealt anew", True, rename=True),
-    Case("five of its forty", False, own=True),
+    Case("five of its own", False, own=True),
 )
 LOOKS = ("#7f7f7f", "#0072B2", "#D55E00", "#009E73"), "so^D"  # colours and marks of the cases
 
@@ -97,9 +84,10 @@ LOOKS = ("#7f7f7f", "#0072B2", "#D55E00", "#009E73"), "so^D"  # colours and mark
 def make_tokenizer(folder: Path, config: ConfigDict) -> None:
     """One to which the demo's five names are words, where the runs of `config` look for it."""
     if not folder.exists():
-        cards = {card.name: card for pool in (config.pool, DEMO.pool) for card in cards_from_config(pool)}
+        pools = (config.pool, DEMO.pool)
+        cards = tuple(card for pool in pools for card in all_in_prompts(cards_from_config(pool), pool))
         template = prompts.load_template(config.prompt.template)
-        train_tokenizer(corpus(World(DEMO.data.world), tuple(cards.values()), template, DEMO.rollout.max_calls), folder)
+        train_tokenizer(corpus(World(DEMO.data.world), cards, template, DEMO.rollout.max_calls), folder)
 
 
 def measure(options: argparse.Namespace, router: str) -> dict[str, dict[int, dict[str, Any]]]:
@@ -109,17 +97,16 @@ def measure(options: argparse.Namespace, router: str) -> dict[str, dict[int, dic
     for run in trained_runs(options, lambda overrides: overrides.get("reward.alpha", 0.0) == 0.0):
         for case in CASES:
             config = run_config(options, run)
-            handles = handles_of(config)
             if case.own and not config.pool.shown:
                 continue
             if not case.own:
-                config.pool.models, config.pool.shown, config.pool.rename = case.pool(handles), 0, case.rename
+                config.pool.update(dict(models=case.models(), names=(), shown=0, rename=case.rename))
             with opened(config, run.folder) as checkpoint:
                 session = checkpoint.session
                 questions = session.questions("test")[: options.questions]
                 records = measured(checkpoint, Variant(case.name), questions, study="unseen")
                 line = figures(records, session.cards) | {"stated_share": stated_share(records, session.cards)}
-            share = 0.0 if case.own else sum(line["calls_share"].get(handles[key], 0.0) for key in SWEEP["UNSEEN"])
+            share = 0.0 if case.own else sum(line["calls_share"].get(key, 0.0) for key in SWEEP["UNSEEN"])
             lines.setdefault(case.name, {})[run.overrides["seed"]] = line | {"unseen_share": share}
             print(f"{router}, {case.name}, seed {run.overrides['seed']}: EM {line['em']:.3f}, share {share:.2f}")
     return lines
@@ -163,7 +150,6 @@ def main() -> None:
         for sweep in ("demo_unseen", "demo_cards"):
             fields = runpy.run_path(str(ROOT / f"configs/sweeps/{sweep}.py"))
             make_tokenizer(fields["TOKENIZER"], fields["get_config"]())
-        make_warm_start("demo_unseen")
     each, measured_on = {}, {}
     before = last_result("unseen_models")
     for name in ROUTERS:
