@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.cli import launch
 from router_r1_jax.config import ConfigError
-from router_r1_jax.model import abstract_params, save_hf
+from router_r1_jax.model import abstract_params, check_export_folder, save_hf
 from router_r1_jax.session import open_router
 
 
@@ -21,6 +21,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str = "", folder: str = 
     """Restore a checkpoint and write it with its tokenizer."""
     if not folder:
         raise ConfigError("--folder is empty; name a new folder for the export")
+    check_export_folder(Path(folder))  # before a large checkpoint is read
     with CheckpointStore(workdir / "checkpoints", keep=None) as store:
         step = store.resolve(checkpoint)
         mesh, tokenizer, model, _ = open_router(config, workdir, load_source=False)

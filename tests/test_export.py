@@ -9,8 +9,9 @@ from mains import checkpoint_arrays, train_lines
 from tiny_config import get_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from router_r1_jax import export
 from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.model import RouterLM, abstract_params
+from router_r1_jax.model import RouterLM, WeightsError, abstract_params
 from router_r1_jax.session import open_router
 
 LORA = ("model.lora.rank=4", "learner.learning_rate=1e-2")
@@ -88,3 +89,10 @@ def test_lora_is_merged_and_trained_further(lora_run, tmp_path):
 def test_export_says_what_is_missing(finished_run, tmp_path):
     done = mains.run("export", finished_run)
     assert done.returncode == 1 and done.stderr == "error: --folder is empty; name a new folder for the export\n"
+
+
+def test_a_folder_with_something_in_it_is_refused_before_a_checkpoint_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "CheckpointStore", lambda *_, **__: pytest.fail("read"))
+    (tmp_path / "old").write_text("x")
+    with pytest.raises(WeightsError, match="is not an empty folder"):
+        export.main(get_config(), tmp_path, folder=str(tmp_path))

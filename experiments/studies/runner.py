@@ -51,6 +51,8 @@ def arguments(description: str, sweep: str) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=500, help="test questions at most")
     parser.add_argument("--trained_only", action="store_true", help="train nothing; leave out runs that are not there")
     parsed = parser.parse_args()
+    if parsed.workers < 1:
+        parser.error(f"--workers is {parsed.workers}; at least one run is trained at a time")
     parsed.seeds = {int(seed) for seed in parsed.seeds.split(",")}
     parsed.sweep = sweep
     return parsed

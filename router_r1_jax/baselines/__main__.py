@@ -61,6 +61,7 @@ TRIES = 500
 ORACLE = "oracle of one call"
 # The router's own language model.
 OWN = ("direct", "chain of thought", "prompt only", "fine-tuned")
+NOT_LIKE_FOR_LIKE = "Single-call baselines choose among all {models} models, the router among the {shown} it is shown."
 STAR = "*"  # behind the name of a single-call baseline: the question is decomposed first
 
 
@@ -117,7 +118,7 @@ class Bench:
             order = np.random.default_rng(self.config.seed).permutation(len(questions))[: self.tries]
             chosen = [questions[i] for i in order]
             print(f"trying {len(self.session.cards)} models on {len(chosen)} train questions")
-            tried = ask.try_all(self.session.pool, self.session.cards, chosen, split="train")
+            tried = self.try_all(chosen, "train", "trying all models")
             # A provider's failure says nothing of its model: such a question is left out.
             whole = [r for r in tried if not any(provider_fault(t.reply.outcome) for t in r.trials.values())]
             print(f"{len(tried) - len(whole)} of them left out: a provider failed")
@@ -131,6 +132,11 @@ class Bench:
                 )
             self._records = whole
         return self._records
+
+    def try_all(self, questions: Sequence[QuestionRecord], split: str, label: str) -> list[TrainRecord]:
+        """Every question put to every model, under a bar."""
+        with tqdm(total=len(questions), desc=label, unit="question", dynamic_ncols=True) as bar:
+            return ask.try_all(self.session.pool, self.session.cards, questions, split=split, on_finish=bar.update)
 
     def fitted(self, name: str) -> Baseline:
         """A single-call baseline, ready to choose."""
@@ -155,7 +161,7 @@ def measure(bench: Bench, name: str, questions: Sequence[QuestionRecord]) -> lis
     if name in OWN:
         return measure_own(bench, name, questions)
     if name == ORACLE:
-        tried = ask.try_all(session.pool, session.cards, questions, split=split)
+        tried = bench.try_all(questions, split, name)
         return judged(bench, questions, ask.hindsight(tried, session.cards), name)
     baseline = bench.fitted(name.removesuffix(STAR))
     decompose = bench.decompose() if name.endswith(STAR) else None
@@ -241,7 +247,8 @@ def table(results: dict[str, Any]) -> str:
     """Markdown; the router's lead is its EM minus the baseline's, on the same questions."""
     lines = [
         f"{results['questions']} questions of the {results['split']} split, mean of its sets; intervals are 95 % "
-        f"bootstrap over questions. \\{STAR}: the question is decomposed first.",
+        f"bootstrap over questions. \\{STAR}: the question is decomposed first."
+        + (f" {NOT_LIKE_FOR_LIKE.format(**results)}" if results["shown"] < results["models"] else ""),
         "",
         "| policy | EM | F1 | dollars/question | calls | trained router ahead, EM |",
         "|---|---|---|---|---|---|",
@@ -294,6 +301,7 @@ def main(config: ConfigDict, workdir: Path, only: str = "", tries: str = "") -> 
         results = {
             "config_hash": config_hash(config), "alpha": config.reward.alpha, "split": split,
             "questions": len(questions), "tries": bench.tries, "price_date": config.pool.price_date,
+            "models": len(session.cards), "shown": config.pool.shown or len(session.cards),
             "policies": entries,
         }  # fmt: skip
     replace_file(workdir / "baselines.json", (json.dumps(results, indent=2) + "\n").encode())

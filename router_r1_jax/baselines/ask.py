@@ -57,8 +57,15 @@ def asker(pool: Pool, cards: Sequence[Card], *, episode: str, split: str) -> Ask
     return ask
 
 
-def try_all(pool: Pool, cards: Sequence[Card], questions: Sequence[QuestionRecord], *, split: str) -> list[TrainRecord]:
-    """Put every question to every model: what baselines are fitted on."""
+def try_all(
+    pool: Pool,
+    cards: Sequence[Card],
+    questions: Sequence[QuestionRecord],
+    *,
+    split: str,
+    on_finish: Callable[[], Any] = lambda: None,
+) -> list[TrainRecord]:
+    """Put every question to every model: what baselines are fitted on. `on_finish` hears of every question."""
 
     def tried(question: QuestionRecord) -> TrainRecord:
         trials = {}
@@ -68,6 +75,7 @@ def try_all(pool: Pool, cards: Sequence[Card], questions: Sequence[QuestionRecor
             )
             answer = answer_in(reply.text)
             trials[card.key] = Trial(reply, exact_match(answer, question.golds), f1_score(answer, question.golds))
+        on_finish()
         return TrainRecord(question.question, trials)
 
     with ThreadPoolExecutor(THREADS) as threads:

@@ -121,6 +121,14 @@ def load_hf_config(path: str | os.PathLike[str], dtype: str) -> ModelConfig:
     return dataclasses.replace(_read_config(_find_folder(path, ["config.json"])), dtype=dtype)
 
 
+def check_export_folder(folder: Path) -> None:
+    """Raise WeightsError where something is in the way of an export."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightsError(
+            f"{folder} is not an empty folder; name a new one, so that no older file mixes with the export"
+        )
+
+
 def save_hf(
     path: str | os.PathLike[str],
     config: ModelConfig,
@@ -145,10 +153,7 @@ def save_hf(
     leaves = _flatten(merge_adapters(config, params))
     config = config.base
     _check_params(leaves, _flatten(abstract_params(config, make_mesh(1, 1, 1, jax.local_devices()[:1]))))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(
-            f"{folder} is not an empty folder; name a new one, so that no older file mixes with the export"
-        )
+    check_export_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _write_weights(folder, leaves, config.num_layers, max_shard_bytes)

@@ -54,6 +54,9 @@ def config_from_hf(fields: dict[str, Any], *, source: str | os.PathLike[str]) ->
     width, num_layers, num_heads = count("hidden_size"), count("num_hidden_layers"), count("num_attention_heads")
     _refuse_sliding_window(fields, num_layers, source)
     theta, scaling = _read_rope(fields, source)
+    tied = False if fields.get("tie_word_embeddings") is None else fields["tie_word_embeddings"]
+    if not isinstance(tied, bool):
+        raise WeightsError(f"{source}: tie_word_embeddings is {_short(tied)}; write true or false, without quotes")
     settings = dict(
         vocab_size=count("vocab_size"),
         num_layers=num_layers,
@@ -66,7 +69,7 @@ def config_from_hf(fields: dict[str, Any], *, source: str | os.PathLike[str]) ->
         rope_theta=theta,
         rope_scaling=scaling,
         rms_eps=_positive(fields, "rms_norm_eps", kind=float, where=f"{source}: ", default=1e-6),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=tied,
         max_positions=count("max_position_embeddings", default=ModelConfig.max_positions),
     )
     try:

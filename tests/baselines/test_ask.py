@@ -39,7 +39,9 @@ def test_any_reply_has_an_answer(reply):
 
 def test_every_model_is_asked_every_train_question_once():
     pool, asked = WorldPool(), questions("train", None)[:7]
-    records = try_all(pool, CARDS, asked, split="train")
+    finished = []
+    records = try_all(pool, CARDS, asked, split="train", on_finish=lambda: finished.append(1))
+    assert len(finished) == len(asked)
     routes = sorted(call["route"] for call in pool.calls)
     assert routes == sorted(f"{card.name}: {q.question}" for card in CARDS for q in asked)
     assert {call["call"] for call in pool.calls} == {0} and len({call["episode"] for call in pool.calls}) == 28

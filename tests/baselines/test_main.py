@@ -121,6 +121,12 @@ def test_baselines_have_the_prices_of_a_step(tmp_path, monkeypatch):
     assert {(card.price_in, card.price_out) for card in shown[0]} == {(7.0, 11.0)}
 
 
+def test_the_table_says_where_the_router_chooses_among_fewer_models():
+    results = {"questions": 3, "split": "test", "policies": [], "models": 9}
+    said = "choose among all 9 models, the router among the 5 it is shown"
+    assert said in baselines.table(results | {"shown": 5}) and said not in baselines.table(results | {"shown": 9})
+
+
 def test_records_depend_on_what_they_were_fitted_and_judged_with(tmp_path):
     asked = questions("test")[:3]
 

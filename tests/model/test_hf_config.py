@@ -191,6 +191,7 @@ def test_window_that_applies_is_refused(fields):
         (dict(model_type=["qwen3"]), "config.json: model_type is ['qwen3']"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'; only 'silu'"),
         (dict(attention_bias=True), "attention_bias is True; only False"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; write true or false, without quotes"),
         (dict(mlp_bias=True), "mlp_bias is True; only False"),
         (dict(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config is {'quant_method': 'awq'"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
