@@ -2,7 +2,7 @@
 
 `experiments/studies/unseen_models.py` trains these runs and then puts all five models into the prompt. Before, it makes
 the tokenizer, which is the demo's, so that the held out names are words (a router meets them in the copying curriculum
-only). The warm start is a kept one, made in ten minutes (beside other work in 15) with
+only). The warm start is a kept one, made in 15 minutes beside other work with
 
     python -m router_r1_jax.warmstart --config=configs/sweeps/demo_unseen.py --workdir=runs/demo_unseen_warmstart
 """
