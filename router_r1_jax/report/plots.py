@@ -26,6 +26,7 @@ from router_r1_jax.report.style import (
     SHARE_PREFIX,
     model_colours,
     model_names,
+    most_called,
 )
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -168,13 +169,19 @@ def calls_per_model(metrics: Metrics, path: str | Path) -> Path | None:
     lines = [line for line in metrics if any(key.startswith(SHARE_PREFIX) for key in line)]
     if len(lines) < 2:
         return None
-    names = model_names(lines, {})
     steps = np.array([line["step"] for line in lines])
-    shares = np.array([[line.get(SHARE_PREFIX + name) or 0.0 for line in lines] for name in names])
-    shares = np.array([_smooth(row) for row in shares])
+    rows = {name: np.array([line.get(SHARE_PREFIX + name) or 0.0 for line in lines]) for name in model_names(lines, {})}
+    names, others = most_called({name: float(row.sum()) for name, row in rows.items()})
+    if others:
+        rows[others] = sum(row for name, row in rows.items() if name not in names)
+        colours = model_colours(names) | {others: GREY}
+        names = [others, *names]
+    else:
+        names = list(rows)  # also those that nobody called
+        colours = model_colours(names)
+    shares = np.array([_smooth(rows[name]) for name in names])
     figure = Figure(figsize=(9.2, 5.4), dpi=DPI, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    colours = model_colours(names)
     upper.stackplot(steps, shares, colors=[colours[name] for name in names], edgecolor="white", linewidth=0.6)
     dress(upper, "Which model is asked: share of the calls", "%")
     upper.set_ylim(0, 1)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from router_r1_jax.report.plots import DPI, dress, save
-from router_r1_jax.report.style import BLUE, INK, MUTED, ORANGE, model_colours, model_names
+from router_r1_jax.report.style import BLUE, GREY, INK, MUTED, ORANGE, model_colours, model_names, most_called
 
 _POLICY_COLOURS = (BLUE, "#8a8a8a", "#009E73", "#CC79A7")
 
@@ -61,10 +61,15 @@ def calls_by_set(results: Mapping[str, Any], path: str | Path) -> Path | None:
     suites = policies[0].get("suites") or {}
     bars = suites if len(suites) > 1 else {policy["name"]: policy for policy in policies}
     shares = {name: entry.get("calls_share") or {} for name, entry in bars.items()}
-    models = [name for name in model_names((), results) if any(share.get(name) for share in shares.values())]
+    called = model_names((), results)
+    models, others = most_called({name: sum(share.get(name, 0.0) for share in shares.values()) for name in called})
     if not models:
         return None
-    colours = model_colours(model_names((), results))
+    colours = model_colours(models if others else called)
+    if others:
+        rest = {bar: sum(v for name, v in share.items() if name not in models) for bar, share in shares.items()}
+        shares = {bar: share | {others: rest[bar]} for bar, share in shares.items()}
+        models, colours = [*models, others], colours | {others: GREY}
     figure = Figure(figsize=(8.4, 1.3 + 0.42 * len(bars)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     left = np.zeros(len(bars))

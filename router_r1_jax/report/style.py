@@ -8,6 +8,7 @@ from typing import Any
 SHARE_PREFIX = "calls/share/"  # metric key of one model's share of the calls
 ALONE_SUFFIX = " alone"  # a reference policy that always asks one model
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e4e4e4"  # of plots: text, lesser text, lines
+MOST_NAMED = 10  # models, where many were called: as many as there are hues
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
 
 # Six hues of Okabe and Ito (2008) and four of Tol's "muted" scheme: told apart with any colour blindness, and none so
@@ -26,6 +27,19 @@ def model_names(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any]
         if reference["name"].endswith(ALONE_SUFFIX):
             names.add(reference["name"].removesuffix(ALONE_SUFFIX))
     return sorted(names)
+
+
+def most_called(shares: Mapping[str, float]) -> tuple[list[str], str]:
+    """The models that a plot or table has room to name, of all that were called, sorted; and what to call the others.
+
+    The ten most called where there are more, but of eleven all: the last takes no more room than "1 other". Then the
+    second is empty.
+    """
+    called = sorted(name for name, share in shares.items() if share)
+    if len(called) <= MOST_NAMED + 1:
+        return called, ""
+    named = sorted(sorted(called, key=lambda name: -shares[name])[:MOST_NAMED])
+    return named, f"{len(called) - MOST_NAMED} others"
 
 
 def model_colours(names: Sequence[str]) -> dict[str, str]:

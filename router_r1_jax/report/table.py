@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router_r1_jax.report.style import dollars, percent
+from router_r1_jax.report.style import dollars, most_called, percent
 
 Results = Mapping[str, Any]
 
@@ -56,18 +56,22 @@ def _policy(table: Mapping[str, Any], results: Results) -> list[str]:
         rows.append((_MEAN, table, published.get("mean")))
     heads = [*_COLUMNS, *((f"paper's EM ({results['paper_model']})", "ours minus it", "") if published else ())]
     cells = [[*_row(name, entry), *(_beside(beside) if published else ())] for name, entry, beside in rows]
-    models = [model for model in table["calls_share"] if table["calls_share"][model]]
-    shares = [
-        [_all(name), *(percent(entry["calls_share"].get(model, 0.0)) for model in models)] for name, entry, _ in rows
-    ]
+    models, others = most_called(table["calls_share"])
+    shares = [[_all(name), *_shares(entry["calls_share"], models, others)] for name, entry, _ in rows]
     stops = [", ".join(f"{_text(k)} {percent(v)}" for k, v in entry["stops"].items()) for _, entry, _ in rows]
     seconds = [_seconds(entry["call_seconds"]) for _, entry, _ in rows]
     own = [[*share, stop, call] for share, stop, call in zip(shares, stops, seconds, strict=True)]
     return [
         *_markdown(heads, cells), "",
         "Share of the calls by model, why episodes ended, seconds of one call (median, 95th percentile):", "",
-        *_markdown(["set", *models, "ended by", "one call"], own), "",
+        *_markdown(["set", *models, *([others] if others else []), "ended by", "one call"], own), "",
     ]  # fmt: skip
+
+
+def _shares(shares: Mapping[str, float], models: Sequence[str], others: str) -> list[str]:
+    """Of the calls, per model named; then of all others together, where there are such."""
+    rest = [sum(share for model, share in shares.items() if model not in models)] if others else []
+    return [percent(share) for share in (*(shares.get(model, 0.0) for model in models), *rest)]
 
 
 def _all(name: str) -> str:

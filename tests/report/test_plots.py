@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from router_r1_jax.report import plots
-from router_r1_jax.report.style import dollars, model_colours, model_names, percent
+from router_r1_jax.report.style import GREY, dollars, model_colours, model_names, percent
 
 
 @pytest.fixture
@@ -98,6 +98,18 @@ def test_bands_carry_each_model_share_and_fill_the_height(figures, metrics):
     tops = [band.get_paths()[0].get_extents().y1 for band in bands]
     assert len(bands) == len(names) and tops[-1] == pytest.approx(1.0)
     assert [to_hex(band.get_facecolor()[0]).upper() for band in bands] == list(model_colours(names).values())
+
+
+def test_of_many_models_the_most_called_have_bands_and_the_others_one(figures):
+    lines = [{"step": i} | {f"calls/share/m{j:02}": (30 - j) / 465 for j in range(30)} for i in range(5)]
+    plots.calls_per_model(lines, "unused.png")
+    bands = figures[0].axes[0].collections
+    colours = [to_hex(band.get_facecolor()[0]).upper() for band in bands]
+    assert len(bands) == 11 == len(set(colours)) and colours[0] == GREY.upper()
+    tops = [band.get_paths()[0].get_extents().y1 for band in bands]
+    assert tops[0] == pytest.approx(sum(range(1, 21)) / 465) and tops[-1] == pytest.approx(1.0)
+    labels = [text.get_text() for text in figures[0].axes[0].texts]
+    assert "20 others  45 %" in labels and "m00  6 %" in labels
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=15).map(sorted))

@@ -5,6 +5,7 @@ from fake_run import fake_results, fake_sets
 
 from router_r1_jax.evaluate import print_table
 from router_r1_jax.report import calls_by_set, em_by_set, results_table
+from router_r1_jax.report.style import most_called
 
 
 @pytest.fixture
@@ -68,3 +69,18 @@ def test_pictures_per_set_need_sets(results, tmp_path):
     assert em_by_set(single, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
     assert calls_by_set(single, tmp_path / "policies.png").exists()  # a bar for each policy
     assert em_by_set({}, tmp_path / "none.png") is calls_by_set({}, tmp_path / "none.png") is None
+
+
+def test_of_many_models_the_most_called_are_named_and_the_others_counted(results, tmp_path):
+    """Twenty models, the first called most: ten columns, and one whose share is the rest."""
+    shares = {f"m{i:02}": (20 - i) / 210 for i in range(20)} | {"silent": 0.0}
+    for policy in results["policies"]:
+        for entry in (policy, *policy.get("suites", {}).values()):
+            entry["calls_share"] = shares
+    table = rows(results_table(results))
+    head = next(i for i, row in enumerate(table) if row[:2] == ["set", "m00"])
+    assert table[head][1:13] == [*(f"m{i:02}" for i in range(10)), "10 others", "ended by"]
+    assert table[head + 2][11] == f"{100 * sum(range(1, 11)) / 210:.1f} %"
+    assert calls_by_set(results, tmp_path / "calls.png")
+    eleven = {f"m{i:02}": 1 / 11 for i in range(11)}
+    assert most_called(eleven) == (list(eleven), "") and most_called({"a": 0.0, "b": 1.0}) == (["b"], "")
