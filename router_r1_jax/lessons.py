@@ -61,8 +61,12 @@ def longest_row(session: Session, kind: str, *numbers: int) -> int:
     if kind == "copy":
         return PERIODS * numbers[1]
     models, lines = numbers
-    if models > len(session.cards):
-        raise ConfigError(f"warmstart.lessons reads of {models} models, and pool.models are {len(session.cards)}")
+    names = {card.name for card in all_in_prompts(session.cards, session.config.pool)}
+    if models > min(len(session.cards), len(names)):
+        raise ConfigError(
+            f"warmstart.lessons reads of {models} models, and pool.models are {len(session.cards)}, "
+            f"their names {len(names)}"
+        )
     label, value, name = (max(map(len, column)) for column in _columns(session))
     frame = len(_encode(session, "-")) + len(_encode(session, "\n"))
     entry = label + value + name
