@@ -278,7 +278,7 @@ def test_a_lesson_of_more_models_than_there_are_is_refused(tmp_path):
     config.warmstart.lessons, config.warmstart.steps = (("read", 1, 41, 1),), 1
     with (
         open_session(config, tmp_path, load_source=False) as session,
-        pytest.raises(ConfigError, match=r"lessons reads of 41 models, and pool.models are 40"),
+        pytest.raises(ConfigError, match=r"lessons reads of 41 models, and pool.models are 240, their names 40"),
     ):
         warmstart.train_warm_start(session, lambda step, metrics: None)
 
