@@ -21,14 +21,14 @@ CONFIGS = Path(__file__).parents[1]
 RUNS = CONFIGS.parent / "runs"
 TOKENIZER = RUNS / "demo_cards_tokenizer"
 MANY = CONFIGS / "pools" / "many.py"
-DEMO_NAMES = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = runpy.run_path(str(CONFIGS / "demo.py"))["get_config"](arg)
+    demo_names = [model.name for model in c.pool.models]
     use_pool(c, MANY)
     c.pool.shown, c.pool.rename = 5, True
-    c.pool.names = (*runpy.run_path(str(MANY))["NAMES"], *DEMO_NAMES)
+    c.pool.names = (*runpy.run_path(str(MANY))["NAMES"], *demo_names)
     c.steps = 100
     c.model.tokenizer = str(TOKENIZER)
     c.warmstart.file = str(CONFIGS / "demo_cards_warmstart.safetensors")

@@ -10,6 +10,9 @@ Remat = Literal["none", "dots", "full"]
 Projected = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
+STILL_FREQUENCY = 0.012  # radians per token: rotary pairs below it match over distance, for induction heads
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's stretching of the low RoPE frequencies (`rope_type` "llama3" in a Hugging Face config)."""
@@ -108,6 +111,12 @@ class ModelConfig:
             raise ValueError(f"induction_heads is {self.induction_heads}; there are {self.num_kv_heads} (num_kv_heads)")
         if self.induction_heads and self.num_layers < 2:
             raise ValueError(f"induction_heads is {self.induction_heads} with num_layers=1; they take two layers")
+        if self.induction_heads and self.rope_theta ** (2 / self.head_dim - 1) >= STILL_FREQUENCY:
+            raise ValueError(
+                f"induction_heads is {self.induction_heads} with rope_theta={self.rope_theta:g} and "
+                f"head_dim={self.head_dim}; no rotary pair turns less than {STILL_FREQUENCY} radians per token, so "
+                "none finds a token far back: raise rope_theta"
+            )
         if self.remat not in get_args(Remat):
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
 

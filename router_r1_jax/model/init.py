@@ -10,13 +10,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from router_r1_jax.mesh import param_shardings
 from router_r1_jax.model.attention import rope_frequencies
-from router_r1_jax.model.config import ModelConfig
+from router_r1_jax.model.config import STILL_FREQUENCY, ModelConfig
 from router_r1_jax.model.transformer import Params, RouterLM
 
 PREVIOUS_TOKEN_SCORE = 8.0  # nats, before the softmax, of the token before
 PREVIOUS_TOKEN_FREQUENCY = 0.1  # radians per token
-# The second layer of induction heads: pairs that match over distance, and how strongly it matches and copies.
-STILL_FREQUENCY = 0.012  # radians per token
+# The second layer of induction heads: how strongly it matches and copies.
 MATCH_GAIN, COPY_GAIN = 16.0, 6.0
 
 
@@ -66,11 +65,6 @@ def _with_induction_heads(config: ModelConfig, params: Params, key: jax.Array) -
     attention["o"]["kernel"] = attention["o"]["kernel"].at[0, : heads * group].set((out * scale).astype(dtype))
     # Second layer: queries in pairs that do not turn, keys as queries of what was carried, values back as they came.
     still = np.flatnonzero(_frequencies(config) < STILL_FREQUENCY)
-    if not still.size:
-        raise ValueError(
-            f"induction_heads is {heads} with rope_theta={config.rope_theta:g} and head_dim={head_dim}; no rotary pair "
-            f"turns less than {STILL_FREQUENCY} radians per token, so none finds a token far back: raise rope_theta"
-        )
     still = np.concatenate([still, still + head_dim // 2])
     asked = orthonormal(2, kv_heads * still.size).reshape(width, kv_heads, still.size) * np.sqrt(MATCH_GAIN)
     query = jnp.zeros((width, kv_heads, head_dim)).at[..., still].set(asked)
