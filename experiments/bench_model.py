@@ -11,7 +11,7 @@ the machine does falls on both, and medians are divided: above 1 means that ours
     python experiments/bench_model.py --full    also L8 D512
 
 Where JAX finds a GPU, the shapes of Qwen2.5-3B run instead, in bfloat16, rematerialised, with each attention
-implementation; figures are model FLOP utilisation (the recomputation is not counted as useful).
+implementation; the results are model FLOP utilisation (the recomputation is not counted as useful).
 
 The last line is one JSON object; its top-level keys hold the worst value over the sizes that ran.
 
@@ -51,8 +51,8 @@ import jax.numpy as jnp
 import numpy as np
 from measure import describe_machine, in_turns, load_torch
 
-from router_r1_jax.learner.logprobs import read_rows
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
+from router_r1_jax.learner.logprobs import score_rows
 from router_r1_jax.model import ModelConfig, Params, RouterLM, count_params, init_params
 
 ROWS, LENGTH = 8, 512
@@ -63,15 +63,24 @@ SIZES = {
     "L8 D512": dict(num_layers=8, width=512, mlp=2048, num_heads=8, vocab_size=32_768, **HEADS),
 }
 QWEN25_3B = dict(
-    num_layers=36, width=2048, mlp=11_008, num_heads=16, num_kv_heads=2, head_dim=128, vocab_size=151_936,
-    family="qwen2", rope_theta=1e6, dtype="bfloat16", remat="full",
-)  # fmt: skip
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bfloat16 FLOP/s, the makers' figures
+    num_layers=36,
+    width=2048,
+    mlp=11_008,
+    num_heads=16,
+    num_kv_heads=2,
+    head_dim=128,
+    vocab_size=151_936,
+    family="qwen2",
+    rope_theta=1e6,
+    dtype="bfloat16",
+    remat="full",
+)
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bfloat16 FLOP/s, as their maker states
 
 
 def mean_loss(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """Cross-entropy in nats of tokens [B, T + 1], averaged over all but the first, T of which are read."""
-    logps = read_rows(config, params, None, tokens, chunk=LOGIT_CHUNK, temperature=1.0).logps
+    logps = score_rows(config, params, None, tokens, chunk=LOGIT_CHUNK, temperature=1.0).logps
     return -jnp.mean(logps[:, 1:])
 
 
@@ -127,7 +136,7 @@ def check_equal(config: ModelConfig, params: Params, model: Any, tokens: np.ndar
 
 
 def compare_on_cpu(name: str, repeats: int) -> dict[str, Any]:
-    """Figures of one size."""
+    """Results of one size."""
     config = ModelConfig(**SIZES[name])
     params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(ROWS, LENGTH + 1), dtype=np.int32)

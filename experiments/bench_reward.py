@@ -1,12 +1,12 @@
-"""How long the reward takes: 10,000 episodes of 2,000 characters, and a megabyte of what hostile text repeats.
+"""Time of the reward: 10,000 episodes of 2,000 characters, and megabytes of hostile text.
 
-What it shows: `reward.score` is called at every step with every episode, so it must not be felt; and no text, however
-it is written, may make it slow. Episodes hold thoughts, two calls, replies and an answer; the preset is `official`.
+Training scores every episode of every step with `reward.score`, so it must take little time, and no text may make it
+slow. An episode holds thoughts, two calls, replies and an answer; the preset is `official`.
 
     python experiments/bench_reward.py
 
 The last line is one JSON object: `seconds_10k` (aim: at most 2 on one core), `chars_per_s`, and `worst_megabyte_s`, the
-longest time of one hostile response of a megabyte, with each under `hostile`.
+longest time for one hostile response of a megabyte; `hostile` has each of them.
 
 Result, 26 November 2026, one core of an AMD EPYC, Python 3.11: 0.51 s for 10,000 episodes, 0.25 s for the worst
 megabyte. (The day before, in a slower hour of the same kind of machine: 1.52 s and 0.65 s.)
@@ -23,9 +23,19 @@ from router_r1_jax.reward import CostNormalizer, score
 EPISODES, LENGTH, MEGABYTE = 10_000, 2_000, 1_000_000
 NAMES = ("Qwen2.5-7B-Instruct", "LLaMA-3.1-70B-Instruct", "Mixtral-8x22B-Instruct")
 HOSTILE = (
-    "<think>", "</think>", "<think></", "<answer></answer>", "<search>:</search>", "<search>a:b</search><information>",
-    ":", " ", "<", "the ", "\u200b", "Qwen2.5-7B-Instruct:",
-)  # fmt: skip
+    "<think>",
+    "</think>",
+    "<think></",
+    "<answer></answer>",
+    "<search>:</search>",
+    "<search>a:b</search><information>",
+    ":",
+    " ",
+    "<",
+    "the ",
+    "\u200b",
+    "Qwen2.5-7B-Instruct:",
+)
 
 
 def make_response(rng: np.random.Generator) -> str:
@@ -60,11 +70,13 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "seconds_10k": round(taken, 3), "chars_per_s": round(EPISODES * LENGTH / taken),
-                "worst_megabyte_s": max(hostile.values()), "hostile": hostile,
+                "seconds_10k": round(taken, 3),
+                "chars_per_s": round(EPISODES * LENGTH / taken),
+                "worst_megabyte_s": max(hostile.values()),
+                "hostile": hostile,
             }
         )
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

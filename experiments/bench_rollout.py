@@ -17,15 +17,15 @@ do the same work in each system:
     python experiments/bench_rollout.py --full     also L8 D512, and episodes per second over slots and over latency:
                                                    an hour
 
-`--keep=FILE` notes each part in a file when it is done, and does not repeat what stands there: a run that was cut goes
-on with the part it was cut in. Ratios of parts that ran hours apart say little: a machine's speed moves.
+`--keep=FILE` notes each part in a file when it is done, and does not repeat what stands there: an interrupted
+run goes on with the part in which it stopped. Ratios of parts that ran hours apart say little: a machine's speed moves.
 
 `step_vs_matmul` is the time of a decode step, all slots running at three quarters of their length, over that of its
 bare matrix products (weights' and attention's, in one jit). The last line is one JSON object; its top-level keys hold
 the worst value over the sizes that ran.
 
-Result of `--full`, 26 November 2026, before lanes were added, 2 cores of an AMD EPYC (Zen 4), jax 0.10.2, torch 2.13.0,
-google-tunix 0.1.7:
+Result of `--full`, 26 November 2026, before there were decode batches smaller than the slots, 2 cores of an AMD EPYC
+(Zen 4), jax 0.10.2, torch 2.13.0, google-tunix 0.1.7:
 
 | | jitted | host-driven | generate | Tunix | vs generate | vs Tunix | jit vs host | idle share | step_vs_matmul |
 |---|---|---|---|---|---|---|---|---|---|
@@ -39,19 +39,19 @@ The table, `results/rollout_scaling.png`, L4 D256, made later by `scaling` alone
 of low priority. Episodes per second of the steady part of a run, in brackets those of the whole run, whose end leaves
 slots empty (four fills of the slots, with calls of 15 s among them at a median of 2 s):
 
-| slots | in lanes | 0 s | 0.4 s | 1 s | 2 s |
+| slots | decode batch | 0 s | 0.4 s | 1 s | 2 s |
 |---|---|---|---|---|---|
 | 64 | all | 16.9 (16.8) | 11.6 (10.2) | 8.0 (6.9) | 5.2 (4.4) |
 | 256 | all | 18.5 (18.3) | 17.4 (15.6) | 16.5 (13.0) | 13.2 (9.6) |
 | 256 | 64 | 15.0 (15.8) | 14.1 (14.5) | 15.4 (13.9) | 17.9 (12.6) |
 
-and at 0.4 s 0.50, 1.55, 4.2, 11.6 and 17.4 with 1, 4, 16, 64 and 256 slots. A step computes every lane, and on a CPU
-its time grows with them (13.6 ms with 64, 46 with 256). Without lanes a slot that waits costs what one that decodes
-costs, so 64 slots lose two thirds at 2 s. With 64 lanes of 256 slots the rate does not fall: slots do not run out (at
-2 s rows with tokens to read still waited for a lane in 15 % of the rows' steps), and its spread, 14.1 to 17.9, is that
-of 512 episodes on a busy machine (the step took 15.5 ms at 0 s and 13.2 at 2 s). What lanes cost shows at 0 s, where
-nothing waits. Accelerators, whose step is bound by reading the weights where rows are few, need lanes less; that has
-not been measured.
+and at 0.4 s 0.50, 1.55, 4.2, 11.6 and 17.4 with 1, 4, 16, 64 and 256 slots. A step computes the whole decode
+batch, and on a CPU its time grows with it (13.6 ms with 64, 46 with 256). If all slots are in the decode batch, a slot
+that waits costs as much as one that decodes, so 64 slots lose two thirds at 2 s. With 256 slots and a decode batch of
+64 the rate does not fall: slots do not run out (at 2 s rows with tokens to read still waited for the decode batch in
+15 % of the rows' steps), and its spread, 14.1 to 17.9, is that of 512 episodes on a busy machine (the step took 15.5 ms
+at 0 s and 13.2 at 2 s). The cost of swapping shows at 0 s, when nothing waits. An accelerator's step is bound by
+reading the weights if rows are few, so accelerators need a smaller decode batch less; that has not been measured.
 """
 
 import argparse
@@ -76,22 +76,23 @@ from measure import describe_machine, in_turns, load_torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
 from router_r1_jax.model import KV, Cache, ModelConfig, Params, Prefix, RouterLM, init_params, unroll
-from router_r1_jax.rollout import Engine, Manners, Prompt, engine
-from router_r1_jax.rollout.exchange import ANSWER, ROUTE, Exchange
-from router_r1_jax.rollout.lanes import empty_caches
-from router_r1_jax.rollout.state import RUN, TURN_LIMIT, Limits, Outbox, empty_rows
-from router_r1_jax.rollout.step import Sampler, decode
+from router_r1_jax.rollout import Engine, EpisodeLimits, Prompt, StaticShapes, engine
+from router_r1_jax.rollout.decode_batch import empty_caches
+from router_r1_jax.rollout.host_callback import HostCallback
+from router_r1_jax.rollout.row_state import DECODE, TURN_LIMIT, FromHost, ToHost, empty_rows
+from router_r1_jax.rollout.step import Sampler, decode_step
+from router_r1_jax.rollout.stop_tags import ANSWER, ROUTE
 
 SIZES = {
     "L4 D256": dict(num_layers=4, width=256, mlp=1024, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=4096),
     "L8 D512": dict(num_layers=8, width=512, mlp=2048, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=32_768),
 }
 PREFIX, QUESTION, TURN, REPLY, CALLS, GROUP = 1024, 32, 40, 64, 3, 8
-OWN = QUESTION + (CALLS + 1) * TURN + CALLS * REPLY
-SLOTS, MEDIANS = (1, 4, 16, 64, 256), (0.0, 0.4, 1.0, 2.0)  # of the table, all slots in lanes
-LINES = {(256, 64): "#0072B2", (256, 256): "#009E73", (64, 64): "#D55E00"}  # slots and lanes whose latency varies
+ROW = QUESTION + (CALLS + 1) * TURN + CALLS * REPLY
+SLOTS, MEDIANS = (1, 4, 16, 64, 256), (0.0, 0.4, 1.0, 2.0)  # of the table, all in the decode batch
+LINES = {(256, 64): "#0072B2", (256, 256): "#009E73", (64, 64): "#D55E00"}  # (slots, decode batch) over latency
 TAGS = ("<information>", "</information>", "[UNK]")
 
 
@@ -169,15 +170,19 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
-class ForcedExchange(Exchange):
+class ForcedCallback(HostCallback):
     """Takes the end of a turn by length for a route tag, and that of the fourth turn for an answer."""
 
-    def _exchange(self, out: Outbox) -> Any:
+    def _handle(self, report: ToHost) -> FromHost:
         reasons = [
-            reason if reason != TURN_LIMIT else ANSWER if len(self._at[int(row)].replies) == CALLS else ROUTE
-            for row, reason in zip(out.row, out.reason, strict=True)
+            reason
+            if reason != TURN_LIMIT
+            else ANSWER
+            if len(self._active[int(row)].episode.replies) == CALLS
+            else ROUTE
+            for row, reason in zip(report.row, report.reason, strict=True)
         ]
-        return super()._exchange(out._replace(reason=np.array(reasons, np.int32)))
+        return super()._handle(report._replace(reason=np.array(reasons, np.int32)))
 
 
 class Reply(NamedTuple):
@@ -186,14 +191,23 @@ class Reply(NamedTuple):
     text: str
 
 
-def make_limits(slots: int, lanes: int) -> Limits:
+def static_shapes(slots: int, decode_batch: int) -> StaticShapes:
     """A chunk of 33 holds a question, and two a reply; looks for replies cost little beside steps of many ms."""
-    fed = max(QUESTION, REPLY + 1)
-    room = engine.CALLBACK_BYTES // (4 * max(fed, TURN))
-    return Limits(
-        slots=slots, lanes=lanes, row_tokens=OWN, turn_tokens=TURN, episode_tokens=OWN, feed_tokens=fed, chunk=33,
-        feed_rows=min(8, lanes), feed_wait=8, exchange_rows=min(slots, room), poll_every=2,
-    )  # fmt: skip
+    prefill_tokens = max(QUESTION, REPLY + 1)
+    room = engine.CALLBACK_BYTES // (4 * max(prefill_tokens, TURN))
+    return StaticShapes(
+        slots=slots,
+        decode_batch=decode_batch,
+        row_tokens=ROW,
+        turn_tokens=TURN,
+        episode_tokens=ROW,
+        prefill_tokens=prefill_tokens,
+        prefill_chunk=33,
+        prefill_rows=min(8, decode_batch),
+        prefill_wait=8,
+        callback_rows=min(slots, room),
+        poll_every=2,
+    )
 
 
 def make_prompts(config: ModelConfig, episodes: int) -> list[Prompt]:
@@ -207,18 +221,18 @@ def make_prompts(config: ModelConfig, episodes: int) -> list[Prompt]:
 
 
 def our_rollout(
-    config: ModelConfig, params: Params, address: str, *, driver: str, slots: int, lanes: int, latency: Latency
+    config: ModelConfig, params: Params, address: str, *, driver: str, slots: int, decode_batch: int, latency: Latency
 ) -> dict[str, Any]:
-    """Figures of one run that fills the slots four times or more; a short one before it has compiled everything.
+    """Metrics of one run that fills the slots four times or more; a short one before it has compiled everything.
 
     `steady_per_s` leaves out as many of the first and of the last episodes to end as there are slots.
     """
     episodes = max(16, 4 * slots, min(512, 8 * slots))
-    manners = Manners(max_calls=CALLS, reply_tokens=REPLY)
+    limits = EpisodeLimits(max_calls=CALLS, reply_tokens=REPLY)
     devices = jax.local_devices()[:slots]
-    limits = make_limits(slots // len(devices), lanes // len(devices))
-    runner = Engine(config, limits, make_tokenizer(config.vocab_size), manners, driver=driver, devices=devices)
-    runner.push(params)
+    shapes = static_shapes(slots // len(devices), decode_batch // len(devices))
+    runner = Engine(config, shapes, make_tokenizer(config.vocab_size), limits, driver=driver, devices=devices)
+    runner.sync_weights(params)
     with ThreadPoolExecutor(slots) as threads:
 
         def respond(route: str, *, episode: int, call: int) -> Future:
@@ -230,7 +244,7 @@ def our_rollout(
         ends: list[float] = []
         found, stats = runner.run(prompts, respond, on_finish=lambda _: ends.append(time.monotonic()), **draws)
     for episode in found:
-        assert (episode.stop, len(episode.replies), len(episode.tokens)) == ("answer", CALLS, OWN - QUESTION)
+        assert (episode.stop, len(episode.replies), len(episode.tokens)) == ("answer", CALLS, ROW - QUESTION)
         assert sum(episode.sampled) == (CALLS + 1) * TURN
     return {
         "episodes_per_s": episodes / stats.seconds,
@@ -238,11 +252,11 @@ def our_rollout(
         "idle_share": stats.idle_share,
         "slots_used": stats.slots_used,
         "decode_share": stats.decode_seconds / stats.seconds,
-        "feed_share": stats.feed_seconds / stats.seconds,
-        "lane_wait_share": stats.lane_wait_share,
+        "prefill_share": stats.prefill_seconds / stats.seconds,
+        "decode_batch_wait_share": stats.decode_batch_wait_share,
         "decode_step_ms": 1e3 * stats.decode_seconds / stats.decode_steps,
         "calls_in_flight": stats.calls_in_flight,
-        "latency_p50": stats.latency_p50,
+        "latency_p50": stats.latency(50),
     }
 
 
@@ -257,9 +271,15 @@ def generate_turns(config: ModelConfig, params: Params) -> Turn:
 
     model = load_torch(config, params).eval()
     settings = {
-        "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "min_new_tokens": TURN, "max_new_tokens": TURN,
-        "pad_token_id": 0, "eos_token_id": None,
-    }  # fmt: skip
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 1.0,
+        "min_new_tokens": TURN,
+        "max_new_tokens": TURN,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
 
     def turn(contexts: np.ndarray) -> np.ndarray:
         ids = torch.tensor(contexts)
@@ -291,13 +311,20 @@ def tunix_turns(config: ModelConfig) -> Turn:
     c = config
     model = qwen3.Qwen3(
         qwen3.ModelConfig(
-            num_layers=c.num_layers, vocab_size=c.vocab_size, embed_dim=c.width, hidden_dim=c.mlp,
-            num_heads=c.num_heads, head_dim=c.head_dim, num_kv_heads=c.num_kv_heads, rope_theta=int(c.rope_theta),
-            norm_eps=c.rms_eps, use_tied_embedding=c.tie_embeddings,
+            num_layers=c.num_layers,
+            vocab_size=c.vocab_size,
+            embed_dim=c.width,
+            hidden_dim=c.mlp,
+            num_heads=c.num_heads,
+            head_dim=c.head_dim,
+            num_kv_heads=c.num_kv_heads,
+            rope_theta=int(c.rope_theta),
+            norm_eps=c.rms_eps,
+            use_tied_embedding=c.tie_embeddings,
         ),
         rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    sampler = Sampler(model, _Ids(), CacheConfig(PREFIX + OWN, c.num_layers, c.num_kv_heads, c.head_dim))
+    )
+    sampler = Sampler(model, _Ids(), CacheConfig(PREFIX + ROW, c.num_layers, c.num_kv_heads, c.head_dim))
 
     def turn(contexts: np.ndarray) -> np.ndarray:
         texts = [" ".join(map(str, ids)) for ids in contexts]
@@ -324,7 +351,7 @@ class _Compiling:
 def barrier_rollout(
     name: str, turn: Turn, config: ModelConfig, address: str, *, episodes: int, latency: Latency, threads: int = 10
 ) -> dict[str, Any]:
-    """Figures of a rollout in which all episodes wait for the slowest call of each turn. Compilation is not counted."""
+    """Metrics of a rollout in which all episodes wait for the slowest call of each turn. Compilation is not counted."""
     tokenizer = make_tokenizer(config.vocab_size)
     contexts = np.array([p.tokens for p in make_prompts(config, episodes)])
     calling, compiling, started = 0.0, _Compiling(), time.monotonic()
@@ -348,21 +375,23 @@ def barrier_rollout(
 
 def step_against_products(config: ModelConfig, params: Params, slots: int) -> dict[str, float]:
     """Milliseconds of a decode step with all slots running, and of its bare matrix products."""
-    c, limits = config, make_limits(slots, slots)
+    c, shapes = config, static_shapes(slots, slots)
     flat = unroll(params, c.num_layers)
     rng = np.random.default_rng(0)
-    kv = KV(*(jnp.asarray(rng.normal(size=(PREFIX, c.num_kv_heads, c.head_dim)), c.dtype) for _ in range(2))).laid_out()
+    kv = KV(*(jnp.asarray(rng.normal(size=(PREFIX, c.num_kv_heads, c.head_dim)), c.dtype) for _ in range(2))).to_cache()
     prefix = Prefix((kv,) * c.num_layers, jnp.int32(PREFIX))
     table = jnp.zeros((16, c.vocab_size), jnp.uint8)
-    sampler = Sampler(table, jnp.int32(2), jnp.int32(-1), jnp.float32(1), jax.random.key(0), None)
-    rows = empty_rows(limits).replace(
-        status=jnp.full(slots, RUN), position=jnp.full(slots, 3 * OWN // 4), episode=jnp.arange(slots, dtype=jnp.uint32)
+    sampler = Sampler(flat, prefix, table, jnp.int32(-1), jnp.float32(1), jax.random.key(0), None)
+    rows = empty_rows(shapes).replace(
+        status=jnp.full(slots, DECODE),
+        position=jnp.full(slots, 3 * ROW // 4),
+        episode=jnp.arange(slots, dtype=jnp.uint32),
     )
-    step = jax.jit(functools.partial(decode, RouterLM(c, unrolled=True), limits), donate_argnums=3)
-    caches = [empty_caches(c, limits, OWN)]
+    step = jax.jit(functools.partial(decode_step, RouterLM(c, unrolled=True), shapes), donate_argnums=1)
+    caches = [empty_caches(c, shapes, ROW)]
 
     def run_step() -> None:
-        caches[0], found = step(flat, prefix, sampler, caches[0], rows)
+        caches[0], found = step(sampler, caches[0], rows)
         jax.block_until_ready(found)
 
     @jax.jit
@@ -385,7 +414,7 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
         return jnp.sum(x @ flat["embed"].T) + total
 
     x = jnp.asarray(rng.normal(size=(slots, c.width)), c.dtype)
-    calls = {"step": run_step, "products": lambda: jax.block_until_ready(products(flat, x, caches[0].lanes))}
+    calls = {"step": run_step, "products": lambda: jax.block_until_ready(products(flat, x, caches[0].batch))}
     seconds = in_turns(calls, repeats=30)
     return {f"{name}_ms": 1e3 * value for name, value in seconds.items()} | {
         "step_vs_matmul": seconds["step"] / seconds["products"]
@@ -396,14 +425,14 @@ def step_against_products(config: ModelConfig, params: Params, slots: int) -> di
 
 
 class Parts:
-    """Runs the benchmark's parts; the figures of those that are done stay in a file, where one is named."""
+    """Runs the benchmark's parts; the metrics of finished parts stay in a file, if one is named."""
 
     def __init__(self, path: Path | None, address: str) -> None:
         """`address` is the reply server's."""
         self._path, self._address = path, address
         self._done: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
 
-    def figures(self, name: str, part: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def metrics(self, name: str, part: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Of this part, which runs now unless it stands in the file."""
         if name not in self._done:
             self._done[name] = part()
@@ -412,19 +441,19 @@ class Parts:
         print(f"{name}: {self._done[name]}", flush=True)
         return self._done[name]
 
-    def ours(self, size: str, *, driver: str, slots: int, lanes: int, latency: Latency) -> dict[str, Any]:
-        """Figures of one of our rollouts."""
-        settings = {"driver": driver, "slots": slots, "lanes": lanes, "latency": latency}
-        name = f"{size}, {driver}, {slots} slots, {lanes} lanes, median {latency.median} s"
-        return self.figures(name, lambda: our_rollout(*make_router(size), self._address, **settings))
+    def ours(self, size: str, *, driver: str, slots: int, decode_batch: int, latency: Latency) -> dict[str, Any]:
+        """Metrics of one of our rollouts."""
+        settings = {"driver": driver, "slots": slots, "decode_batch": decode_batch, "latency": latency}
+        name = f"{size}, {driver}, {slots} slots, decode batch {decode_batch}, median {latency.median} s"
+        return self.metrics(name, lambda: our_rollout(*make_router(size), self._address, **settings))
 
     def theirs(self, size: str, system: str) -> dict[str, Any]:
-        """Figures of one of the systems with a barrier per turn."""
+        """Metrics of one of the systems with a barrier per turn."""
         config, params = make_router(size)
         turns = {"generate": lambda: generate_turns(config, params), "tunix": lambda: tunix_turns(config)}
         settings = {"episodes": 64, "latency": Latency()}
         name = f"{size}, {system}"
-        return self.figures(name, lambda: barrier_rollout(system, turns[system](), config, self._address, **settings))
+        return self.metrics(name, lambda: barrier_rollout(system, turns[system](), config, self._address, **settings))
 
 
 def make_router(size: str) -> tuple[ModelConfig, Params]:
@@ -435,9 +464,9 @@ def make_router(size: str) -> tuple[ModelConfig, Params]:
 
 def compare(parts: Parts, size: str) -> dict[str, Any]:
     """All systems at one size."""
-    result = {"step": parts.figures(f"{size}, step", lambda: step_against_products(*make_router(size), 64))}
+    result = {"step": parts.metrics(f"{size}, step", lambda: step_against_products(*make_router(size), 64))}
     for driver in ("jit", "host"):
-        result[driver] = parts.ours(size, driver=driver, slots=64, lanes=64, latency=Latency())
+        result[driver] = parts.ours(size, driver=driver, slots=64, decode_batch=64, latency=Latency())
     theirs = ["generate", *(["tunix"] if importlib.util.find_spec("tunix") else [])]
     for system in theirs:
         result[system] = parts.theirs(size, system)
@@ -451,12 +480,12 @@ def compare(parts: Parts, size: str) -> dict[str, Any]:
 
 
 def scaling(parts: Parts) -> list[dict[str, float]]:
-    """Rows of a table: episodes per second of the first size, over slots and lanes and over the median latency."""
+    """Rows of a table: episodes per second of the first size, over slots, decode batch and median latency."""
 
-    def row(slots: int, lanes: int, median: float) -> dict[str, float]:
+    def row(slots: int, decode_batch: int, median: float) -> dict[str, float]:
         latency = Latency(median, 7.5 * median)
-        figures = parts.ours("L4 D256", driver="jit", slots=slots, lanes=lanes, latency=latency)
-        return {"slots": slots, "lanes": lanes, "median": median, **figures}
+        metrics = parts.ours("L4 D256", driver="jit", slots=slots, decode_batch=decode_batch, latency=latency)
+        return {"slots": slots, "decode_batch": decode_batch, "median": median, **metrics}
 
     points = {(slots, slots, MEDIANS[1]) for slots in SLOTS} | {(*line, median) for line in LINES for median in MEDIANS}
     return [row(*point) for point in sorted(points)]
@@ -472,11 +501,12 @@ def draw(table: Sequence[dict[str, float]], path: Path) -> None:
     def line(axes: Any, rows: Sequence[dict[str, float]], x: str, colour: str, label: str | None = None) -> None:
         axes.plot([row[x] for row in rows], [row["steady_per_s"] for row in rows], "o-", color=colour, label=label)
 
-    whole = [row for row in table if row["slots"] == row["lanes"]]
+    whole = [row for row in table if row["slots"] == row["decode_batch"]]
     line(left, [row for row in whole if row["median"] == MEDIANS[1]], "slots", "#555555")
-    for (slots, lanes), colour in LINES.items():
-        rows = [row for row in table if (row["slots"], row["lanes"]) == (slots, lanes)]
-        line(right, rows, "median", colour, f"{slots} slots, {lanes if lanes < slots else 'all'} in lanes")
+    for (slots, batch), colour in LINES.items():
+        rows = [row for row in table if (row["slots"], row["decode_batch"]) == (slots, batch)]
+        label = f"{slots} slots, {batch if batch < slots else 'all'} in the decode batch"
+        line(right, rows, "median", colour, label)
     left.set_xscale("log", base=2)
     left.set_xticks(SLOTS, SLOTS)
     left.set(xlabel="slots", ylim=(0, None))
@@ -494,9 +524,9 @@ def draw(table: Sequence[dict[str, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="also the larger size, and the table")
-    parser.add_argument("--keep", type=Path, help="a file that keeps what is done, so that a run can be cut")
+    parser.add_argument("--keep", type=Path, help="a file that keeps what is done, so that a run can be interrupted")
     args = parser.parse_args()
-    engine.Exchange = ForcedExchange
+    engine.HostCallback = ForcedCallback
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))  # read on a CPU only
     machine = describe_machine()
     table = None

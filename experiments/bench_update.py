@@ -37,9 +37,10 @@ import numpy as np
 from measure import describe_machine, in_turns, load_torch
 from safetensors.numpy import load_file
 
-from router_r1_jax.learner import Batch, Layout, Learner, PolicyLoss, Row, init_state, make_batch, make_optimizer
+from router_r1_jax.distributed.mesh import make_mesh
+from router_r1_jax.learner import Layout, Learner, PolicyLoss, Row, init_state, make_batch, make_optimizer
+from router_r1_jax.learner.micro_batches import Batch
 from router_r1_jax.learner.update import TrainState, batch_gradients
-from router_r1_jax.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, Params, abstract_params, init_params, save_hf
 
 ROWS, PROMPT, RESPONSE = 32, 1024, 128
@@ -66,7 +67,7 @@ class Data:
         self.advantages = rng.standard_normal(rows).astype(np.float32)
         self.logps = np.zeros((rows, response), np.float32)
         learner, _ = make_learner(config, Layout((response,), (rows,)))
-        now = np.stack([reading.logps for reading in learner.read(params, *self.rows(shared=True))])
+        now = np.stack([scores.logps for scores in learner.score(params, *self.rows(shared=True))])
         ratio = np.exp(0.2 * rng.standard_normal(now.shape))
         for edge in (1 - CLIP, 1 + CLIP):
             ratio = np.where(np.abs(ratio - edge) < 0.01, edge + 0.02, ratio)
@@ -158,7 +159,7 @@ def updater(config: ModelConfig, params: Params, prefix: np.ndarray, rows: list[
 
 
 def compare_on_cpu(name: str, repeats: int, *, plain: bool) -> dict[str, Any]:
-    """Figures of one size; without `plain` our full-sequence path is neither run nor compared."""
+    """Results of one size; without `plain` our full-sequence path is neither run nor compared."""
     config = ModelConfig(**SIZES[name])
     params = init_params(config, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0)
     data = Data(config, params, rows=ROWS, prompt=PROMPT, response=RESPONSE)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, the same weights in torch, and which machine it was."""
+"""Shared parts of the benchmarks: timing in turns, a torch model with the same weights, the machine's description."""
 
 import os
 import platform
@@ -15,14 +15,14 @@ from router_r1_jax.model import ModelConfig, Params, save_hf
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Of one call, which returns when its work is done."""
+    """Seconds of one call, which returns when its work is done."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call. All run once unmeasured; then they take turns, so that noise falls on all."""
+    """Median seconds of each call. Each runs once unmeasured; then they take turns, so that all share the noise."""
     for call in calls.values():
         call()
     times = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats)]
@@ -30,7 +30,7 @@ def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
 
 
 def load_torch(config: ModelConfig, params: Params) -> Any:
-    """The `transformers` model in torch with these parameters, float32, on all cores."""
+    """The torch model of `transformers` with these parameters, in float32 and on all cores."""
     import torch
     import transformers
 
@@ -43,7 +43,7 @@ def load_torch(config: ModelConfig, params: Params) -> Any:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Device, processor, cores and versions."""
+    """The device, the processor, the number of cores, and versions."""
     import torch
     import transformers
 

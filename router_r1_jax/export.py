@@ -1,33 +1,40 @@
-"""Export a trained router as a Hugging Face folder, for `transformers` and the servers built on it.
+"""Hugging Face export of a trained router, for `transformers` and the servers that read its format.
 
     python -m router_r1_jax.export --config=configs/demo.py --workdir=runs/demo --folder=exports/demo \
         [--checkpoint=best|last|first|STEP]
 
-LoRA's adapters are merged into the weights. The folder also serves as `model.source` of a further run.
+LoRA adapters are merged into the weights. The folder can also be `model.source` of another run.
 """
 
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.cli import launch
-from router_r1_jax.config import ConfigError
+from router_r1_jax.launcher import Flag, launch
 from router_r1_jax.model import abstract_params, check_export_folder, save_hf
-from router_r1_jax.session import open_router
+from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.setup.environment import open_environment
+from router_r1_jax.setup.model import open_model
+from router_r1_jax.storage.checkpoint import CheckpointStore
 
 
-def main(config: ConfigDict, workdir: Path, checkpoint: str = "", folder: str = "") -> None:
-    """Restore a checkpoint and write it with its tokenizer."""
-    if not folder:
-        raise ConfigError("--folder is empty; name a new folder for the export")
+def main(config: ConfigDict, workdir: Path, folder: str, checkpoint: str) -> None:
+    """Write a checkpoint of a run, with its tokenizer, as a folder in Hugging Face format."""
     check_export_folder(Path(folder))  # before a large checkpoint is read
     with CheckpointStore(workdir / "checkpoints", keep=None) as store:
         step = store.resolve(checkpoint)
-        mesh, tokenizer, model, _ = open_router(config, workdir, load_source=False)
-        save_hf(folder, model, store.restore_params(step, abstract_params(model, mesh)), tokenizer)
+        environment = open_environment(config, cards_from_config(config.pool))
+        opened = open_model(config, workdir, environment, load_source=False)
+        params = store.restore_params(step, abstract_params(opened.config, opened.mesh))
+    save_hf(folder, opened.config, params, opened.tokenizer)
     print(f"step {step} is exported to {folder}")
 
 
 if __name__ == "__main__":
-    launch(main, checkpoint="best, last, first or a step; best by validation if empty", folder="new folder to write")
+    launch(
+        main,
+        {
+            "folder": Flag(str, "new folder for the export"),
+            "checkpoint": Flag("", "best, last, first or a step; best by validation if empty"),
+        },
+    )

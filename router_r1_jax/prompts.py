@@ -1,4 +1,7 @@
-"""Prompt text: template, model cards, budget and question, in an order that lets a batch share all but the question."""
+"""Prompts: template, model cards (lines, table or descriptions), call budget, question, and the chat template.
+
+The question comes last, so that the prompts of a batch share everything before it.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,7 @@ _OPENED_THOUGHT = re.compile(rf"{re.escape(open_tag(THINK))}\s*$")
 
 
 class PromptCard(Protocol):
-    """What a prompt says of a model: prices in dollars per million tokens, latency in seconds, scores in [0, 1]."""
+    """The facts that a prompt states of a model: dollars per million output tokens, seconds, scores in [0, 1]."""
 
     name: str
     price_out: float
@@ -28,22 +31,22 @@ class PromptCard(Protocol):
 def load_template(name_or_path: str) -> str:
     """The text of a template: a file of `router_r1_jax/templates` by its name without suffix, or any path.
 
-    It says the models by {cards} (`card_line`), {table} (`card_table`) or {descriptions} (`description_line`), may say
-    the budget by {max_calls}, each once, and {question} comes last: what stands before it is computed once for a whole
-    batch. Raises ConfigError for any other template, and where there is no such file.
+    A template states the models by one of {cards} (`card_line`), {table} (`card_table`) and {descriptions}
+    (`description_line`), and may state the budget by {max_calls}. Each stands once. {question} comes last, because the
+    text before it is computed once for a whole batch. Raises ConfigError for any other template or a missing file.
     """
     shipped = resources.files("router_r1_jax") / "templates"
     source = shipped / f"{name_or_path}.txt" if re.fullmatch(r"\w+", name_or_path) else Path(name_or_path)
     try:
-        text = source.read_text(encoding="utf-8").removeprefix("\ufeff")  # some editors begin a file with it
+        text = source.read_text(encoding="utf-8").removeprefix("\ufeff")  # some editors write it first
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(file.name.removesuffix(".txt") for file in shipped.iterdir()))
         raise ConfigError(
             f"prompt.template is {name_or_path!r}, which cannot be read; choose one of {known}, or a text file's path"
         ) from error
     found = _PLACEHOLDER.findall(text)
-    says_models = {"cards", "table", "descriptions"} & set(found)
-    if len(says_models) != 1 or len(set(found)) < len(found) or found[-1] != "question":
+    stated = {"cards", "table", "descriptions"} & set(found)
+    if len(stated) != 1 or len(set(found)) < len(found) or found[-1] != "question":
         raise ConfigError(
             f"prompt.template is {name_or_path!r}, with the placeholders {found}; it must hold one of {{cards}}, "
             "{table} and {descriptions}, and {question} last; {max_calls} if you like; each once"
@@ -52,15 +55,15 @@ def load_template(name_or_path: str) -> str:
 
 
 def score_text(score: float) -> str:
-    """A score in [0, 1] as prompts write it: in percent, without the sign."""
+    """A score in [0, 1] as prompts write it: in percent, without the percent sign."""
     return f"{100 * score:.0f}"
 
 
 def card_line(card: PromptCard) -> str:
     """One model in one line, scores in percent: "film 97 music 16 : Titan ; price 12 latency 0.06".
 
-    What is not known is left out: a latency that nobody measured, scores without a test.
-    The scores come directly before the name, which is then what follows a topic's score.
+    A latency or score that is unknown is left out. The scores come directly before the name, so that the name follows
+    a topic's score.
     """
     scores = "".join(f"{topic} {score_text(score)} " for topic, score in card.performance.items())
     latency = "" if card.latency is None else f" latency {card.latency:g}"
@@ -69,22 +72,22 @@ def card_line(card: PromptCard) -> str:
 
 
 class TableLine(NamedTuple):
-    """A topic, "price" or "latency", and for each model of which it is known the value and the model's name."""
+    """A topic, "price" or "latency", with (value, name) of each model whose value is known."""
 
     label: str
     entries: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        """In one line, the label before each value: "- film 97 Titan film 90 Reel"."""
+        """One line with the label before each value: "- film 97 Titan film 90 Reel"."""
         return "- " + " ".join(f"{self.label} {value} {name}" for value, name in self.entries)
 
 
 def card_table(cards: Sequence[PromptCard]) -> list[TableLine]:
-    """What the cards say, by topic; then prices and latencies. Descriptions have no place in it.
+    """The cards' scores by topic, then the prices and latencies. Descriptions are left out.
 
-    A topic stands directly before each value and that directly before the name, so that looking up a value of a topic
-    and then its name is twice reading on from what was seen before. A small router learnt that in updates in which it
-    learnt nothing from lines of whole cards (experiments/studies/README.md).
+    A topic stands directly before each value, and the value directly before the name. To look up a topic's value and
+    then its name, a router only continues twice what it has seen before. A small router learns this from far fewer
+    updates than it needs for lines of whole cards (experiments/studies/README.md).
     """
     lines = [
         TableLine(topic, tuple((score_text(c.performance[topic]), c.name) for c in cards if topic in c.performance))
@@ -98,22 +101,22 @@ def card_table(cards: Sequence[PromptCard]) -> list[TableLine]:
 def looked_up(template: str, topic: str, card: PromptCard) -> tuple[str, str]:
     """A topic's score as the template's cards state it, and the name that follows: (" film 97 :", " Titan").
 
-    Where the template has a table there is no colon in between.
+    If the template has a table, no colon stands in between.
     """
     colon = "" if "{table}" in template else " :"
     return f" {topic} {score_text(card.performance[topic])}{colon}", f" {card.name}"
 
 
 def description_line(card: PromptCard) -> str:
-    """One model in one line, in words alone: "Titan: knows films and music". The name alone where nothing is said."""
+    """One model in one line, in words: "Titan: knows films and music". Only the name if there is no description."""
     return f"{card.name}: {card.description}" if card.description else card.name
 
 
 def render(template: str, cards: Sequence[PromptCard], question: str, max_calls: int) -> str:
-    """The prompt. Values are put in in one pass, so braces in a question or a card mean nothing.
+    """The text of the prompt. All values are inserted in one pass, so braces in a question or a card mean nothing.
 
-    A question is external text: its tags and special tokens are neutralised, else one that holds `<|im_end|>` would
-    end the user's turn. Raises ValueError for one that is empty; that of a data set is refused when the set is read.
+    A question is external text. Its tags and special tokens are neutralised, because `<|im_end|>` in a question would
+    end the user's turn. Raises ValueError for an empty question.
     """
     asked = neutralize(question)
     if not asked.strip():
@@ -131,12 +134,19 @@ def render(template: str, cards: Sequence[PromptCard], question: str, max_calls:
 def encode(tokenizer: Any, text: str, *, system: str = "", thinking: bool = True) -> list[int]:
     """Token ids of a rendered prompt for a Hugging Face tokenizer.
 
-    With a chat template the prompt is the user's turn and the assistant's turn has been opened; without one it is
-    encoded as it stands, behind the token that begins a text where the tokenizer puts one there (base models of the
-    Llama family were never trained without it). No other special tokens are added. `system` is a system message before
-    it, none if empty: then some templates put in their own. `thinking` is `enable_thinking` of templates that know it
-    (Qwen3): False has them close an empty thought at once. A thought that the template leaves open is taken away: the
-    router opens its own. Raises ConfigError where the template refuses the messages.
+    If the tokenizer has a chat template, the prompt is the user's turn, and the assistant's turn is opened. If the
+    template leaves a thought open, that tag is removed, because the router opens its own. Without a chat template the
+    prompt is encoded as it stands, behind the token that begins a text if the tokenizer puts one there (base models of
+    the Llama family were never trained without it). No other special tokens are added.
+
+    Args:
+        tokenizer: of the language model.
+        text: the rendered prompt.
+        system: a system message before the prompt. If it is empty, some templates insert their own.
+        thinking: `enable_thinking` of templates that know it (Qwen3). With False they write an empty, closed thought.
+
+    Raises:
+        ConfigError: the template refuses the messages.
     """
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []

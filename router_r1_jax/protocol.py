@@ -1,9 +1,9 @@
-"""The text protocol between router, external models and reward: the four tags and one route call.
+"""Text protocol: tags (think, search, information, answer), parsing of responses and route calls, neutralised replies.
 
-The router writes `<think>`, `<search> Name: question </search>` and `<answer>`; the reply of the model it asked enters
-the context as `<information>`. This file reads that text (`parse_response`, `parse_route`) and makes external text safe
-to stand in it (`neutralize`). Everything runs in time linear in the text: responses come from a sampler and replies
-from the network, so a pattern that backtracks would be an invitation.
+The router writes `<think>`, `<search> Name: question </search>` and `<answer>`. The reply of the model that it asked
+enters the context as `<information>`. This file parses that text (`parse_response`, `parse_route`) and makes external
+text safe to enter it (`neutralize`). All functions take time linear in the text. Responses come from a sampler and
+replies from the network, so hostile text could stall a pattern that backtracks.
 """
 
 import re
@@ -17,14 +17,14 @@ INFORMATION = "information"
 ANSWER = "answer"
 KINDS = (THINK, SEARCH, INFORMATION, ANSWER)
 
-# What the prompt's example call looks like. A router that copies it has asked nobody anything.
+# Words of the prompt's example call. A router that copies them has asked no model.
 PLACEHOLDERS = ("llm-name", "your-query")
 
 _TAG = re.compile(rf"<(/?)({'|'.join(KINDS)})>")
 
-# Zero-width and bidirectional marks, variation selectors, fillers and the invisible "tag" block: characters that show
-# nothing and can hide a tag from a reader or from a pattern. Control characters other than tab and line breaks,
-# and the two non-characters, go the same way.
+# Zero-width and bidirectional marks, variation selectors, fillers and the invisible "tag" block. These characters show
+# nothing and can hide a tag from a reader or from a pattern. Control characters other than tab and line breaks, and the
+# two non-characters, are removed with them.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
@@ -32,12 +32,12 @@ _INVISIBLE = re.compile(
 )
 _LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# The characters that Unicode's compatibility normalisation (NFKC), which some tokenizers apply, turns into < and >.
+# Some tokenizers apply Unicode's compatibility normalisation (NFKC), which turns these characters into < and >.
 _ANGLE_BRACKETS = str.maketrans({"\uff1c": "<", "\ufe64": "<", "\uff1e": ">", "\ufe65": ">"})
-# One of our tags, also with spaces in it; or anything without a space between angle brackets, which covers the special
-# tokens of chat templates (<|im_end|>, </s>, <start_of_turn>) of whatever tokenizer. Left alone: "a < b and c > d",
-# "<=>", "<3", "<->". Parentheses are outside the pattern so that its own output never matches again. The quantifiers
-# are possessive (no way back) and a match cannot contain "<", hence linear time.
+# Matches the protocol's tags, also with spaces in them, and anything without a space between angle brackets. The latter
+# covers the special tokens of every tokenizer's chat template (<|im_end|>, </s>, <start_of_turn>). Not matched are
+# "a < b and c > d", "<=>", "<3" and "<->". A match holds no parentheses, so that the output never matches again. The
+# quantifiers are possessive (no backtracking) and a match holds no second "<"; so matching takes linear time.
 _TAG_LIKE = re.compile(
     rf"<(\s*+/?+\s*+(?:{'|'.join(KINDS)})\s*+|[^\s<>()=\d-][^\s<>()]*+)>",
     re.IGNORECASE,
@@ -46,7 +46,7 @@ _TAG_LIKE = re.compile(
 
 @dataclass(frozen=True)
 class Tag:
-    """One tag in a text: its kind, whether it closes, and the character range [start, end) that it covers."""
+    """One tag in a text: its kind, whether it is a closing tag, and its characters [start, end)."""
 
     kind: str
     closing: bool
@@ -56,7 +56,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a response: kind (one of KINDS, or "text") and the text inside, not stripped."""
+    """A part of a response: its kind (one of KINDS, or "text") and the text inside, not stripped."""
 
     kind: str
     text: str
@@ -64,7 +64,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class RouteCall:
-    """A call that can be made: the model's name as its card declares it, and the question for it."""
+    """A call that can be made: the model's name as its card declares it, and the question for the model."""
 
     name: str
     query: str
@@ -72,7 +72,7 @@ class RouteCall:
 
 @dataclass(frozen=True)
 class RouteFault:
-    """A call that cannot be made: not of the form `Name: question`, or to a model that nobody declared."""
+    """A call that cannot be made: it has not the form `Name: question`, or no card declares the model."""
 
     reason: Literal["malformed_route", "unknown_model"]
 
@@ -88,45 +88,45 @@ def close_tag(kind: str) -> str:
 
 
 def information_block(reply: str) -> str:
-    """How a reply enters the context. `reply` is neutralised, cut to its budget and stripped already."""
+    """The text by which a reply enters the context. `reply` is already neutralised, truncated and stripped."""
     return f"\n\n{open_tag(INFORMATION)} {reply} {close_tag(INFORMATION)}\n\n"
 
 
 def find_tags(text: str) -> list[Tag]:
-    """All tags of `text` in order; tags are lower case and hold no space."""
+    """All tags of `text` in order. A tag is in lower case and holds no space."""
     return [Tag(m[2], m[1] == "/", m.start(), m.end()) for m in _TAG.finditer(text)]
 
 
 def match_pairs(tags: Sequence[Tag]) -> list[tuple[int, int]]:
     """Pairs (index of the opening tag, index of its closing tag) in `tags`, in order and without overlap.
 
-    An opening tag takes the first closing tag of its own kind behind it; what lies between belongs to the pair and
-    opens no pair itself. An opening tag that is never closed is passed over. This is what the published code's
-    non-greedy pattern `<(kind)>(.*?)</\\1>` finds.
+    An opening tag takes the first closing tag of its own kind behind it. Tags between the two belong to the pair and
+    open no pair themselves. An opening tag that is never closed is skipped. These are the pairs that the published
+    code's non-greedy pattern `<(kind)>(.*?)</\\1>` finds.
     """
     closing = {kind: [i for i, tag in enumerate(tags) if tag.closing and tag.kind == kind] for kind in KINDS}
-    passed = dict.fromkeys(KINDS, 0)  # closing tags of each kind that lie behind us; only grows, hence linear time
+    passed = dict.fromkeys(KINDS, 0)  # closing tags of each kind before tag i; it only grows, so time is linear
     pairs = []
     i = 0
     while i < len(tags):
         kind = tags[i].kind
         if not tags[i].closing:
-            candidates = closing[kind]
-            while passed[kind] < len(candidates) and candidates[passed[kind]] < i:
+            following = closing[kind]
+            while passed[kind] < len(following) and following[passed[kind]] < i:
                 passed[kind] += 1
-            if passed[kind] < len(candidates):
-                pairs.append((i, candidates[passed[kind]]))
-                i = candidates[passed[kind]]
+            if passed[kind] < len(following):
+                pairs.append((i, following[passed[kind]]))
+                i = following[passed[kind]]
         i += 1
     return pairs
 
 
 def parse_response(text: str) -> list[Segment]:
-    """Cut a response into segments, in order, for display and statistics.
+    """Split a response into segments, in order, for display and statistics.
 
-    A pair of tags is one segment, with whatever lies between them. An opening tag that is never closed (a truncated
-    response) holds everything up to the next opening tag or the end. All else is kind "text", a stray closing tag
-    included; text of white space alone is dropped.
+    A pair of tags is one segment, which holds all text between them. If an opening tag is never closed, as in a
+    truncated response, its segment ends before the next opening tag or at the end. All other text, stray closing tags
+    included, has the kind "text"; if it is only white space, it is dropped.
     """
     tags = find_tags(text)
     closing_of = dict(match_pairs(tags))
@@ -136,15 +136,15 @@ def parse_response(text: str) -> list[Segment]:
         if text[start:end].strip():
             segments.append(Segment("text", text[start:end]))
 
-    position = 0  # everything before it is in `segments`
+    position = 0  # `segments` holds the text before it
     for i, tag in enumerate(tags):
-        if tag.closing or tag.start < position:  # stray, or inside of a pair
+        if tag.closing or tag.start < position:  # a stray tag, or one inside of a pair
             continue
         add_text(position, tag.start)
         if i in closing_of:
             end, position = tags[closing_of[i]].start, tags[closing_of[i]].end
         else:
-            # An index, not a slice of `tags`: a copy per unclosed tag would take quadratic time.
+            # The loop runs over indices, because a slice of `tags` per unclosed tag would take quadratic time.
             following = (tags[j].start for j in range(i + 1, len(tags)) if not tags[j].closing)
             end = position = next(following, len(text))
         segments.append(Segment(tag.kind, text[tag.end : end]))
@@ -153,16 +153,17 @@ def parse_response(text: str) -> list[Segment]:
 
 
 def parse_route(text: str, names: Sequence[str] | Mapping[str, str]) -> RouteCall | RouteFault:
-    """Read the inside of a `<search>` block, `Name: question`.
+    """Parse the text inside of a `<search>` block, `Name: question`.
 
     Args:
-        text: what lies between the tags.
-        names: the declared names, or a mapping from each alias to the declared name (which is itself accepted too).
+        text: the text between the tags.
+        names: the declared names, or a mapping from each alias to the declared name, which is accepted too.
 
     Returns:
-        RouteCall with the declared spelling of the name, which must match as a whole except for case and white space
-        around it, and everything behind the *first* colon as the query. RouteFault "malformed_route" without a colon,
-        with an empty query or with a placeholder of the prompt's example; else "unknown_model".
+        RouteCall with the declared spelling of the name, and all text behind the *first* colon as the query. The name
+        must match as a whole, but in any case and with any white space around it. RouteFault "malformed_route" if there
+        is no colon, the query is empty, or the text holds a placeholder of the prompt's example. Otherwise RouteFault
+        "unknown_model".
     """
     written, colon, query = text.partition(":")
     query = query.strip()
@@ -174,7 +175,7 @@ def parse_route(text: str, names: Sequence[str] | Mapping[str, str]) -> RouteCal
 
 
 def _declared(names: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Name or alias in lower case -> declared name. Not case-folded: the published rule knows no "Inſtruct"."""
+    """Name or alias in lower case -> declared name. No case folding: the published rule does not accept "Inſtruct"."""
     if isinstance(names, str):
         raise TypeError(f"names is the string {names!r}; pass a list of names")
     if isinstance(names, Mapping):
@@ -183,13 +184,13 @@ def _declared(names: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
 
 
 def neutralize(text: str) -> str:
-    """External text that can stand in the context: it opens and closes no tag and spells no special token.
+    """Make external text safe to enter the context: it then holds no tag and no special token.
 
     `<think>` and `<|im_end|>` become `(think)` and `(|im_end|)`, also in capitals, in full-width characters and with
-    invisible characters inside. Invisible and control characters are dropped, every line break becomes a newline,
-    a lone surrogate becomes U+FFFD. All else stays. Idempotent.
+    invisible characters inside. Invisible and control characters are dropped, every line break becomes a newline, and a
+    lone surrogate becomes U+FFFD. All other text stays. Idempotent.
 
-    A tokenizer should still be told to read such text without special tokens: two locks are better than one.
+    As a second lock, a tokenizer should still be told to read such text without special tokens.
     """
     text = _INVISIBLE.sub("", text)
     text = _SURROGATE.sub("\ufffd", text)

@@ -1,7 +1,7 @@
-"""The router at work: questions in, scored-ready episodes out.
+"""The router policy at work: prompts, the sampling engine and the pool joined; questions in, rollout batches out.
 
-Joins prompt text, the sampling engine and the pool. Training and evaluation both ask it, with their own parameters. Of
-several processes each samples its share of the questions on its own devices, and has all episodes at the end.
+Training and evaluation use the same `Router`, each with its own parameters. If the run has several processes, each
+samples its share of the questions on its own devices, and all of them have all episodes at the end.
 """
 
 import dataclasses
@@ -15,91 +15,98 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from router_r1_jax import hosts, prompts
+from router_r1_jax import prompts, rollout
 from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
+from router_r1_jax.distributed import multihost
 from router_r1_jax.model import ModelConfig, Params
-from router_r1_jax.pool.cards import Card, at_step, roster, roster_settings
+from router_r1_jax.pool.cards import Card, at_step, candidate_settings, draw_candidates, route_names
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.reward import episode_cost
-from router_r1_jax.rollout import (
-    Engine,
-    Episode,
-    Manners,
-    Prompt,
-    RolloutStats,
-    Spread,
-    common_prefix,
-    joined,
-    make_cut,
-    make_limits,
-)
+from router_r1_jax.rollout import Episode, RolloutStats
 
-# A rollout of which more calls than this failed at the provider teaches nothing and costs money: the run stops.
+# If more than this share of a rollout's calls fail at the provider, the run stops: it teaches nothing and costs money.
 MAX_FAILED_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """Episodes of one rollout, `group` in a row per question, and what they were shown.
+class RolloutBatch:
+    """The episodes of one rollout, `num_generations` in a row per question, and what their prompts showed.
 
     Attributes:
       questions: [B] the question of each episode.
       episodes: [B].
-      group: episodes per question.
-      roster: the cards in the prompt's order, under the names it shows.
+      num_generations: episodes per question; they form a group.
+      candidates: the cards in the prompt's order, under the names that the prompt shows.
       prefix_length: tokens that all prompts share.
-      stats: of the rollout; None where no episode was left to sample.
-      valid: [B] bool, False where a provider failed: such an episode is nobody's fault and teaches nothing.
+      valid: [B] bool, False if a provider failed. Such an episode teaches nothing: nobody's choice caused the failure.
+      stats: telemetry of the rollout; None if no episode was left to sample.
     """
 
-    questions: list[QuestionRecord]
-    episodes: list[Episode]
-    group: int
-    roster: tuple[Card, ...]
+    questions: Sequence[QuestionRecord]
+    episodes: Sequence[Episode]
+    num_generations: int
+    candidates: tuple[Card, ...]
     prefix_length: int
     valid: np.ndarray
     stats: RolloutStats | None
 
     @property
+    def texts(self) -> list[str]:
+        """[B] the responses, replies included."""
+        return [episode.text for episode in self.episodes]
+
+    @property
+    def golds(self) -> list[tuple[str, ...]]:
+        """[B] the gold answers of each episode's question."""
+        return [question.golds for question in self.questions]
+
+    @property
     def groups(self) -> np.ndarray:
         """[B] int, equal for episodes of the same question."""
-        return np.arange(len(self.episodes)) // self.group
+        return np.arange(len(self.episodes)) // self.num_generations
+
+    @property
+    def route_names(self) -> dict[str, str]:
+        """Every name that a call may use -> the name that the prompt shows."""
+        return route_names(self.candidates)
 
     def weights(self, pool: ConfigDict) -> np.ndarray:
-        """[B], factors of the episodes' advantages: 1, or `pool.fault_weight` where a provider failed."""
+        """[B] factors of the episodes' advantages: 1, or `pool.fault_weight` if a provider failed."""
         return np.where(self.valid, 1.0, pool.fault_weight)
 
-    def take(self, episodes: np.ndarray) -> "Answers":
-        """Some whole groups, by the numbers of their episodes."""
-        return dataclasses.replace(
-            self, questions=[self.questions[i] for i in episodes], episodes=[self.episodes[i] for i in episodes],
-            valid=self.valid[episodes],
-        )  # fmt: skip
-
     def raw_costs(self, reward: ConfigDict) -> np.ndarray:
-        """[B] raw costs of the kind and unit that `config.reward` chooses."""
+        """[B] raw costs, of the kind and in the unit that `config.reward` chooses."""
         return np.array(
             [episode_cost(reward.cost, e.replies, int(sum(e.sampled)), reward.router_price) for e in self.episodes]
         )
 
+    def take(self, indices: np.ndarray) -> "RolloutBatch":
+        """The episodes with these indices, which form whole groups."""
+        questions, episodes = ([items[i] for i in indices] for items in (self.questions, self.episodes))
+        return dataclasses.replace(self, questions=questions, episodes=episodes, valid=self.valid[indices])
 
-def join_answers(parts: Sequence[Answers]) -> Answers:
-    """Answers of one roster, one after the other; the telemetry is the first's."""
+
+def concat_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
+    """Batches with the same candidates, one after the other; the telemetry is the first one's."""
     return dataclasses.replace(
-        parts[0],
-        questions=[question for part in parts for question in part.questions],
-        episodes=[episode for part in parts for episode in part.episodes],
-        prefix_length=min(part.prefix_length for part in parts),
-        valid=np.concatenate([part.valid for part in parts]),
+        batches[0],
+        questions=[question for batch in batches for question in batch.questions],
+        episodes=[episode for batch in batches for episode in batch.episodes],
+        prefix_length=min(batch.prefix_length for batch in batches),
+        valid=np.concatenate([batch.valid for batch in batches]),
     )
 
 
 class Router:
-    """Asks the router questions. Parameters are pushed to the engine's devices with `push`.
+    """Samples episodes: it renders prompts, runs the engine, and lets the pool answer the calls.
 
-    `template` is the text of the prompt's template.
+    Attributes:
+      config: the run's configuration.
+      tokenizer: of the language model.
+      cards: the models that may be asked; `show` changes them.
+      template: text of the prompt template.
     """
 
     def __init__(
@@ -111,14 +118,13 @@ class Router:
         pool: Pool,
         mesh: Mesh,
     ) -> None:
-        """`mesh` is the learner's, from which parameters come. Nothing is compiled before the first question.
+        """`mesh` is the learner's mesh, from which parameters come. Nothing is compiled before the first question.
 
-        Raises ConfigError where there are too few devices, or turns are too long for the driver.
+        Raises ConfigError if there are too few devices, or if turns are too long for the driver.
         """
-        self._config, self._tokenizer, self._cards, self._pool = config, tokenizer, tuple(cards), pool
+        self.config, self.tokenizer, self.cards, self._pool = config, tokenizer, tuple(cards), pool
         self.template = prompts.load_template(config.prompt.template)
-        r = config.rollout
-        devices = jax.local_devices()
+        r, devices = config.rollout, jax.local_devices()
         wanted = r.replicas * r.tensor or len(devices)
         if wanted > len(devices) or len(devices) % r.tensor:
             raise ConfigError(
@@ -126,149 +132,157 @@ class Router:
                 f"devices, of which this process has {len(devices)}, a multiple of rollout.tensor"
             )
         try:
-            limits = make_limits(r, config.prompt.question_tokens)
+            shapes = rollout.static_shapes(r, config.prompt.question_tokens)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._engine = Engine(
-            model,
-            limits,
-            tokenizer,
-            make_manners(config, replicas=wanted // r.tensor),
-            driver=r.driver,
-            devices=devices[:wanted],
-            tensor=r.tensor,
+        limits = episode_limits(config, replicas=wanted // r.tensor)
+        self._engine = rollout.Engine(
+            model, shapes, tokenizer, limits, driver=r.driver, devices=devices[:wanted], tensor=r.tensor
         )
-        self._cut = make_cut(r)
-        self._spread = Spread(model, mesh, r.tensor)
+        self._truncation = rollout.make_truncation(r)
+        self._weight_sync = rollout.WeightSync(model, mesh, r.tensor)
 
-    def push(self, params: Params) -> dict[str, float]:
-        """Take stacked parameters from the learner's mesh to the rollout's devices, adapters merged.
+    def sync_weights(self, params: Params) -> dict[str, float]:
+        """Copy stacked parameters from the learner's mesh to the rollout's devices, with LoRA adapters merged.
 
-        Returns metrics: `push_seconds`, and `push_bytes` that devices (of all processes) received from other devices.
+        Returns metrics: `weight_sync_seconds`, and `weight_sync_bytes` that devices received from other devices, over
+        all processes.
         """
         started = time.monotonic()
-        self._engine.push(self._spread(params))
-        return {"push_seconds": time.monotonic() - started, "push_bytes": self._spread.nbytes}
+        self._engine.sync_weights(self._weight_sync(params))
+        return {"weight_sync_seconds": time.monotonic() - started, "weight_sync_bytes": self._weight_sync.nbytes}
 
     def stop(self) -> None:
-        """End the rollout that another thread has under way, if there is one."""
+        """End the rollout that another thread is running, if there is one."""
         self._engine.stop()
 
     def show(self, cards: Sequence[Card]) -> None:
-        """From now on prompts show these cards, and calls are taken and charged by them."""
-        self._cards = tuple(cards)
+        """From now on prompts show these cards, and calls are accepted and charged by them."""
+        self.cards = tuple(cards)
 
-    def roster(self, *seed: int) -> tuple[Card, ...]:
-        """The cards as one batch of prompts shows them: drawn, shuffled and renamed as the configuration says."""
-        return roster(self._cards, np.random.default_rng(seed), **roster_settings(self._config.pool))
+    def draw_candidates(self, *seed: int) -> tuple[Card, ...]:
+        """The cards as one batch of prompts shows them: selected, shuffled and renamed as the configuration says."""
+        return draw_candidates(self.cards, np.random.default_rng(seed), **candidate_settings(self.config.pool))
 
     def prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of a question's whole prompt."""
-        prompt = self._config.prompt
-        text = prompts.render(self.template, cards, question, self._config.rollout.max_calls)
-        return tuple(prompts.encode(self._tokenizer, text, system=prompt.system, thinking=prompt.thinking))
+        prompt = self.config.prompt
+        text = prompts.render(self.template, cards, question, self.config.rollout.max_calls)
+        return tuple(prompts.encode(self.tokenizer, text, system=prompt.system, thinking=prompt.thinking))
 
     def answer(
         self,
         questions: Sequence[QuestionRecord],
         *,
-        group: int,
+        num_generations: int,
         temperature: float,
         seed: tuple[int, ...],
         step: int,
         split: str,
-        roster_seed: tuple[int, ...] | None = None,
+        candidates_seed: tuple[int, ...] | None = None,
         on_finish: Callable[[Episode], None] | None = None,
         finished: Mapping[int, Episode] | None = None,
-    ) -> Answers:
-        """Sample `group` episodes per question.
+    ) -> RolloutBatch:
+        """Sample `num_generations` episodes per question.
 
-        `seed` decides every draw and, where no `roster_seed` does, the roster. `finished` are episodes by number that
-        an interrupted call of the same arguments has finished: they are not sampled again, and the others become what
-        they would have been with them. `on_finish` is called with every episode that is sampled, one at a time, in
-        another thread. Raises PoolError where most calls failed at their provider.
+        Args:
+          seed: decides every random draw, and the candidates unless `candidates_seed` does.
+          step: training step, for prices and the ledger.
+          split: split of the questions, for the ledger.
+          on_finish: called with every sampled episode, one at a time, in another thread.
+          finished: episodes by index that an interrupted call with the same arguments has finished. They are not
+            sampled again, and the other episodes become what they would have been.
+
+        Raises:
+          PoolError: most calls failed at their provider.
         """
-        cards = at_step(self.roster(*(seed if roster_seed is None else roster_seed)), step)
+        cards = at_step(self.draw_candidates(*(seed if candidates_seed is None else candidates_seed)), step)
         finished = finished or {}
-        repeated = [question for question in questions for _ in range(group)]
+        repeated = [question for question in questions for _ in range(num_generations)]
         ids = [self.prompt_ids(question.question, cards) for question in questions]
-        shared = self._shared_tokens(ids, cards)  # of all prompts, whichever are left
-        mine = [i for i in range(len(repeated)) if hosts.is_mine(i // group)]  # whole groups
+        shared = self._shared_tokens(ids, cards)  # of all prompts, also of those that are finished
+        mine = [i for i in range(len(repeated)) if multihost.owns_item(i // num_generations)]  # whole groups
         kept = [finished[i] for i in mine if i in finished]
-        asked = [Prompt(i, ids[i // group]) for i in mine if i not in finished]
+        asked = [rollout.Prompt(i, ids[i // num_generations]) for i in mine if i not in finished]
         name = "-".join(map(str, (split, *seed)))
 
         def respond(route: str, *, episode: int, call: int) -> Future:
-            return self._pool.respond(
-                route, cards=cards, episode=f"{name}-{episode}", call=call, step=step, split=split
-            )
+            where = {"episode": f"{name}-{episode}", "call": call, "step": step, "split": split}
+            return self._pool.respond(route, cards=cards, **where)
 
         def sample() -> tuple[list[Episode], list[RolloutStats]]:
-            if not asked:  # all are finished, or there are fewer questions than processes
+            if not asked:  # all episodes are finished, or there are fewer questions than processes
                 return kept, []
-            episodes, stats = self._engine.run(
-                asked, respond, temperature=temperature, cut=self._cut, seed=_draw_seed(seed), prefix_tokens=shared,
-                on_finish=on_finish,
-            )  # fmt: skip
-            read = stats.prefix_tokens + stats.fed_tokens
-            self._pool.note_router(step=step, split=split, read_tokens=read, sampled_tokens=stats.decoded_tokens)
+            draws = {"temperature": temperature, "truncation": self._truncation, "seed": _draw_seed(seed)}
+            episodes, stats = self._engine.run(asked, respond, **draws, prefix_tokens=shared, on_finish=on_finish)
+            read = stats.prefix_tokens + stats.prefilled_tokens
+            self._pool.ledger.add_router(step=step, split=split, read_tokens=read, sampled_tokens=stats.decoded_tokens)
             return kept + episodes, [stats]
 
-        parts = hosts.together(sample)
+        parts = multihost.run_on_all(sample)
         episodes = sorted((e for part, _ in parts for e in part), key=lambda episode: episode.id)
-        all_stats = [s for _, part in parts for s in part]
-        stats = joined(all_stats) if all_stats else None
-        valid = np.array([is_valid(episode) for episode in episodes])
-        hosts.together(lambda: self._refuse_outage(episodes))
-        return Answers(repeated, episodes, group, cards, shared, valid, stats)
+        all_stats = [stats for _, part in parts for stats in part]
+        multihost.run_on_all(lambda: _refuse_outage(episodes))
+        return RolloutBatch(
+            questions=repeated,
+            episodes=episodes,
+            num_generations=num_generations,
+            candidates=cards,
+            prefix_length=shared,
+            valid=np.array([provider_answered(episode) for episode in episodes]),
+            stats=rollout.concat_stats(all_stats) if all_stats else None,
+        )
 
-    def _shared_tokens(self, prompts: Sequence[tuple[int, ...]], cards: Sequence[Card]) -> int:
-        """Tokens that the prompts of any questions share on these cards; fewer where a tokenizer joins across them.
+    def _shared_tokens(self, prompt_ids: Sequence[tuple[int, ...]], cards: Sequence[Card]) -> int:
+        """Tokens that the prompts of any questions share on these cards.
 
-        Not what these happen to share: questions that begin alike would make prefixes of another length.
+        Two more questions are probed. Otherwise questions that happen to begin alike would lengthen the prefix, and
+        every length of it compiles a program. A tokenizer that merges across the border makes it shorter.
         """
         probes = [self.prompt_ids(question, cards) for question in ("0", "Why")]
-        return common_prefix([*prompts, *probes])
-
-    def _refuse_outage(self, episodes: Sequence[Episode]) -> None:
-        replies = [reply for episode in episodes for reply in episode.replies]
-        failed = [reply for reply in replies if provider_fault(reply.outcome)]
-        if len(failed) > MAX_FAILED_SHARE * len(replies):
-            last = failed[-1]
-            raise PoolError(
-                f"{len(failed)} of {len(replies)} calls failed at their provider (the last one: model {last.model!r}, "
-                f"{last.outcome}, {last.error}); see ledger.jsonl, mend the provider and run the same command again"
-            )
+        return rollout.common_prefix([*prompt_ids, *probes])
 
 
-def batch_size(config: ConfigDict, group: int = 1) -> int:
-    """Questions that share a roster: as many as fill a training step, with `group` episodes each.
+def _refuse_outage(episodes: Sequence[Episode]) -> None:
+    replies = [reply for episode in episodes for reply in episode.replies]
+    failed = [reply for reply in replies if provider_fault(reply.outcome)]
+    if len(failed) > MAX_FAILED_SHARE * len(replies):
+        last = failed[-1]
+        raise PoolError(
+            f"{len(failed)} of {len(replies)} calls failed at their provider (the last one: model {last.model!r}, "
+            f"{last.outcome}, {last.error}); see ledger.jsonl, mend the provider and run the same command again"
+        )
 
-    Where a roster is a draw of cards or names, only as many as in a training step: an evaluation then sees many.
+
+def questions_per_batch(config: ConfigDict, num_generations: int = 1) -> int:
+    """Questions of an evaluation batch, which share their candidates: as many as fill a training step.
+
+    If candidates or names are drawn at random, a batch holds the questions of one training step only, so that an
+    evaluation sees many draws.
     """
-    if config.pool.shown or config.pool.rename:
-        return config.rollout.questions
-    return max(1, config.rollout.questions * config.rollout.group // group)
+    if config.pool.candidates or config.pool.rename:
+        return config.rollout.prompts_per_step
+    return max(1, config.rollout.prompts_per_step * config.rollout.num_generations // num_generations)
 
 
-def is_valid(episode: Episode) -> bool:
-    """Whether every call of the episode was answered: False where a provider failed, which is nobody's fault."""
+def provider_answered(episode: Episode) -> bool:
+    """Whether the provider answered every call of the episode. If not, the failure is not the policy's."""
     return episode.stop != "no_reply" and not any(provider_fault(reply.outcome) for reply in episode.replies)
 
 
-def make_manners(config: ConfigDict, *, replicas: int) -> Manners:
-    """What the rollout allows. A reply is lost when the pool, at its slowest, must have given it up."""
+def episode_limits(config: ConfigDict, *, replicas: int) -> rollout.EpisodeLimits:
+    """The limits of an episode. A reply is lost once the pool, at its slowest, must have given it up."""
     r, pool = config.rollout, config.pool
     concurrency = min((p.concurrency or pool.concurrency for p in pool.providers), default=pool.concurrency)
-    turns = -(-r.slots * replicas // concurrency) + 1  # calls that wait for a free connection wait so many deadlines
-    return Manners(
+    rounds = -(-r.slots * replicas // concurrency) + 1  # calls that queue for a connection wait that many deadlines
+    return rollout.EpisodeLimits(
         max_calls=r.max_calls,
         reply_tokens=r.reply_tokens,
         episode_seconds=r.max_episode_seconds or float("inf"),
-        reply_seconds=turns * pool.deadline,
+        reply_seconds=rounds * pool.deadline,
     )
 
 
 def _draw_seed(seed: tuple[int, ...]) -> int:
-    """One number from several, so that every rollout of a run draws from a stream of its own."""
+    """One number from several, so that every rollout of a run draws from its own random stream."""
     return int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)

@@ -24,12 +24,12 @@ def get_config(arg: str) -> ConfigDict:
     fault, _, value = arg.partition("=")
     match fault:
         case "pool":  # the server that the tests have started
-            c.pool.simulate = False
+            c.synthetic.simulate_models = False
             c.pool.providers[0].base_url = value
         case "unknown_field":
             c.rollout.grup = 8
         case "wrong_type":
-            c.rollout.group = "eight"
+            c.rollout.num_generations = "eight"
         case "unknown_card_field":
             c.pool.models = (model_card(name="Titan", prise=12.0),)
         case "wrong_card_type":

@@ -70,7 +70,7 @@ def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
 @pytest.fixture(scope="session")
 def warm_file(shared) -> Path:
     """The tiny router's warm start, made by the main that makes the demo's."""
-    return shared("warm", lambda folder: mains.succeed("warmstart", folder)) / "warmstart.safetensors"
+    return shared("warm", lambda folder: mains.succeed("training.warmstart", folder)) / "warmstart.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -88,5 +88,5 @@ def finished_run(shared, warm_file) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(shared) -> Path:
-    """Workdir of the run that others are held against: six steps on a tape, its warm start trained in it."""
-    return shared("uninterrupted", lambda folder: mains.succeed("train", folder, *mains.TAPE))
+    """Workdir of the run that others are held against: six steps on a call cache, its warm start trained in it."""
+    return shared("uninterrupted", lambda folder: mains.succeed("train", folder, *mains.CACHE))

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a pool's server that goes down in the middle of a run, as the server itself would."""
+"""A TCP proxy in front of a provider's server that goes down in the middle of a run, as the server itself would."""
 
 import socket
 import threading
@@ -8,8 +8,8 @@ from contextlib import suppress
 class FlakyProxy:
     """Listens on a loopback port and forwards to `port`; a context manager.
 
-    At HTTP request number `requests` it cuts all connections and closes its own port, so that the system refuses new
-    ones; after `seconds` it listens again on the same port. None: it stays down until `up` is called.
+    At HTTP request number `requests` it drops all connections and closes its port, so that the system refuses new ones.
+    After `seconds` it listens again on the same port. If `seconds` is None, it stays down until `up` is called.
     """
 
     def __init__(self, port: int, *, requests: int, seconds: float | None):
@@ -24,15 +24,15 @@ class FlakyProxy:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._cut()
+        self._drop()
 
     @property
     def base_url(self) -> str:
-        """As a provider's base_url takes it."""
+        """The address for a provider's base_url."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     def up(self) -> None:
-        """Listen, on the port that it had before."""
+        """Listen, on the same port as before."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
@@ -47,10 +47,10 @@ class FlakyProxy:
                 server = socket.create_connection(("127.0.0.1", self._target))
                 with self._lock:
                     self._open |= {client, server}
-                threading.Thread(target=self._pass_on, args=(client, server, True), daemon=True).start()
-                threading.Thread(target=self._pass_on, args=(server, client, False), daemon=True).start()
+                threading.Thread(target=self._forward, args=(client, server, True), daemon=True).start()
+                threading.Thread(target=self._forward, args=(server, client, False), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
         with suppress(OSError):  # either end is closed
             while data := source.recv(65536):
                 if counts and data.startswith((b"GET ", b"POST ")) and self._is_last():
@@ -65,14 +65,14 @@ class FlakyProxy:
             return self._left == 0
 
     def _go_down(self) -> None:
-        self._cut()
+        self._drop()
         if self._seconds is not None:
             threading.Timer(self._seconds, self.up).start()
 
-    def _cut(self) -> None:
+    def _drop(self) -> None:
         with self._lock:
-            cut, self._open = [self._listener, *self._open], set()
-        for end in cut:
+            dropped, self._open = [self._listener, *self._open], set()
+        for end in dropped:
             with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # wakes whoever waits on it; close alone would not
+                end.shutdown(socket.SHUT_RDWR)  # wakes the threads that wait on it; close alone does not
             end.close()

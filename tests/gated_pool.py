@@ -1,31 +1,31 @@
-"""Simulated models over HTTP that note down what they answered, and answer no more than they may."""
+"""Simulated models over HTTP that answer only a given number of requests and list the ones they answered."""
 
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from router_r1_jax.pool.simulated import SimulatedModels
+from router_r1_jax.synthetic.simulated_models import SimulatedModels
 
 
 class GatedPool:
-    """A server on a free loopback port. A context manager; `base_url` is what a provider's base_url takes."""
+    """A server on a free loopback port. A context manager; `base_url` is the address for a provider's base_url."""
 
     def __init__(self, models: SimulatedModels) -> None:
-        self.answered: list[tuple[str, str]] = []  # (model, query), of each request that was answered
+        self.answered: list[tuple[str, str]] = []  # (model, query) of each answered request
         self._models, self._gate, self._era, self._most = models, threading.Condition(), 0, 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def answer_up_to(self, most: float) -> None:
-        """From now on answer until `most` have been; requests that wait are never answered, as their client is gone."""
+        """Answer until `most` requests are answered. Waiting requests get no answer, because their client is gone."""
         with self._gate:
             self._era, self._most = self._era + 1, most
             self._gate.notify_all()
 
     def begin_anew(self) -> None:
-        """Forget what was answered."""
+        """Forget the answered requests."""
         self.answered.clear()
 
     def __enter__(self) -> "GatedPool":

@@ -12,13 +12,13 @@ import re
 import signal
 import sys
 
-from router_r1_jax import cli, train
+from router_r1_jax import launcher, train
 from router_r1_jax.learner import Learner
+from router_r1_jax.pool.call_cache import CallCache
 from router_r1_jax.pool.ledger import Ledger
-from router_r1_jax.pool.tape import Tape
-from router_r1_jax.report.writer import JsonLines
-from router_r1_jax.rollout.exchange import Exchange
+from router_r1_jax.rollout.host_callback import HostCallback
 from router_r1_jax.router import Router
+from router_r1_jax.storage.json_lines import JsonLines
 
 
 def die():
@@ -86,14 +86,14 @@ def arm(moment, count):
             Ledger, "_write", before=torn(now, lambda self: self._file, encoded)
         ),
         "a line of metrics or episodes is half written": lambda: around(
-            JsonLines, "append", before=torn(now, lambda self: self._file, encoded)
+            JsonLines, "write", before=torn(now, lambda self: self._file, encoded)
         ),
-        "a reply is on the tape but not in the ledger": lambda: around(Tape, "keep", after=if_now),
-        "a call has looked at the tape": lambda: around(Tape, "find", after=if_now),
-        "the rollout meets the host": lambda: around(Exchange, "__call__", before=if_now),
+        "a reply is on the call cache but not in the ledger": lambda: around(CallCache, "keep", after=if_now),
+        "a call has looked at the call_cache": lambda: around(CallCache, "find", after=if_now),
+        "the rollout meets the host": lambda: around(HostCallback, "__call__", before=if_now),
         "the rollout has ended": lambda: around(Router, "answer", after=if_now),
         "an update was made, nobody has heard of it": lambda: around(Learner, "update", after=if_now),
-        "new weights are on their way": lambda: around(Router, "push", before=if_now),
+        "new weights are on their way": lambda: around(Router, "sync_weights", before=if_now),
         "a checkpoint's files are made": lambda: on_file_event("os.mkdir", r"checkpoints/.*tmp", now),
         "a checkpoint's files are written": lambda: on_file_event("open", r"checkpoints/.*tmp", now),
         "a checkpoint or a part of it gets its name": lambda: on_file_event("os.rename", r"checkpoints/", now),
@@ -110,7 +110,7 @@ def main():
             os.dup2(2, 1)
             arm(moment, count)
             sys.argv = argv
-            cli.launch(train.main)
+            launcher.launch(train.main)
             sys.exit(0)
         print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 

@@ -13,17 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.report import read_metrics
+from router_r1_jax.storage.checkpoint import CheckpointStore
+from router_r1_jax.storage.metrics_writer import read_metrics
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
-TAPE = ("pool.tape.mode=record", "steps=6")  # of the run that is killed, stopped and repeated
+CACHE = ("pool.call_cache.mode=record", "steps=6")  # of the run that is killed, stopped and repeated
 TIMEOUT = 300  # seconds; only a run that hangs takes as long
 
 # What a run may do otherwise when it is repeated: times, rates, and what was really paid.
 UNEQUAL = re.compile(
-    "tokens_per_second|tape_hit_rate|spent_dollars|(val/)?call_seconds_per_question|rollout_seconds|update_seconds"
-    "|push_seconds|rollout/.*"
+    "tokens_per_second|call_cache_hit_rate|spent_dollars|(val/)?call_seconds_per_question|rollout_seconds|update_seconds"
+    "|weight_sync_seconds|rollout/.*"
 )
 
 
@@ -44,8 +44,11 @@ def run(
     """The finished process, with its output as text."""
     return subprocess.run(
         command(main, workdir, *overrides, config=config),
-        env=environment(**variables), capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def succeed(main: str, workdir: Path, *overrides: str, **settings: Any) -> subprocess.CompletedProcess:
@@ -56,8 +59,8 @@ def succeed(main: str, workdir: Path, *overrides: str, **settings: Any) -> subpr
 
 
 FORKS = """
-import gc, json, os, sys
-from router_r1_jax import cli, evaluate, train
+import gc, json, os, runpy, sys
+from router_r1_jax import evaluate, train
 
 gc.freeze()  # or each fork would copy all memory when it collects garbage at its end
 for main, out, argv in json.loads(sys.argv[1]):
@@ -65,7 +68,8 @@ for main, out, argv in json.loads(sys.argv[1]):
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT), stream)
         sys.argv = argv
-        cli.launch(train.main) if main == "train" else cli.launch(evaluate.main, checkpoint="", compare="", change="")
+        sys.modules.pop(f"router_r1_jax.{main}")
+        runpy.run_module(f"router_r1_jax.{main}", run_name="__main__")
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
@@ -77,8 +81,11 @@ def run_each(outputs: Path, commands: Sequence[list[str]]) -> list[subprocess.Co
     jobs = [(c[2].rpartition(".")[2], str(outputs / str(i)), c[2:]) for i, c in enumerate(commands)]
     done = subprocess.run(
         [sys.executable, "-c", FORKS, json.dumps(jobs)],
-        env=environment(), capture_output=True, text=True, timeout=TIMEOUT,
-    )  # fmt: skip
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
     codes = [int(code) for code in done.stdout.split()]
     assert len(codes) == len(jobs), done.stderr[-4000:]
     texts = [[Path(f"{out}.{name}").read_text() for name in ("stdout", "stderr")] for _, out, _ in jobs]
@@ -88,9 +95,13 @@ def run_each(outputs: Path, commands: Sequence[list[str]]) -> list[subprocess.Co
 def start(main: str, workdir: Path, *overrides: str, config: Path | str = CONFIG, **variables: str) -> subprocess.Popen:
     """The running process, the first of a session of its own, so that it can be killed with all it has started."""
     return subprocess.Popen(
-        command(main, workdir, *overrides, config=config), env=environment(**variables),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        command(main, workdir, *overrides, config=config),
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:

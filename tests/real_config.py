@@ -27,12 +27,12 @@ def get_config(arg: str) -> ConfigDict:
     c.data.dir = given["data"]
     c.data.train, c.data.validation, c.data.test = ("mine", "hotpotqa"), ("mine", "nq"), ("mine", *PAPER_SETS)
     c.data.per_set.update(dict(train=40, validation=4, test=5))
-    c.pool.simulate = False
+    c.synthetic.simulate_models = False
     c.pool.providers[0].base_url = given["pool"]
     c.model.source = given["source"]
     c.warmstart.steps = 0
     c.steps = 2
     c.prompt.question_tokens = 160
-    c.rollout.max_tokens = 256
+    c.rollout.max_row_tokens = 256
     c.validation.questions = 8
     return c

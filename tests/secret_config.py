@@ -14,9 +14,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     tiny_config = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny_config)
     c = tiny_config.get_config()
-    c.pool.simulate = False
+    c.synthetic.simulate_models = False
     c.pool.providers = (provider(name="simulated", base_url=os.environ["POOL_URL"], key_env="MARKED_KEY"),)
-    c.pool.tape.mode = "record"
+    c.pool.call_cache.mode = "record"
     c.steps = 2
     c.pool.temperature = 0.5  # each call is a request of its own: a refusal that many rows shared would end the run
     return c

@@ -1,10 +1,11 @@
-"""What a user can get wrong, and what the world can: one line that names field or file, value and fix, and no loss."""
+"""Faulty input, damaged files, full disks and failing providers: one line names field or file, value and fix."""
 
 import re
 import shutil
 import socket
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mains
 import pytest
@@ -12,11 +13,11 @@ from bad_config import tiny_config
 from flaky_proxy import FlakyProxy
 from mains import assert_same_checkpoint, repeatable, train_lines
 
-from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.data import synthetic
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.pool.ledger import read_ledger
-from router_r1_jax.pool.server import start_server
+from router_r1_jax.storage.checkpoint import CheckpointStore
+from router_r1_jax.synthetic import tfds_builder
+from router_r1_jax.synthetic.server import start_server
 
 CONFIG = Path(__file__).with_name("bad_config.py")
 
@@ -54,13 +55,13 @@ SILENT_URL = f"http://127.0.0.1:{SILENT.getsockname()[1]}/v1"
 CLOSED_URL = f"http://127.0.0.1:{closed_port()}/v1"
 BAD, SEE = f"--config={CONFIG}:", "router_r1_jax/config.py"
 
-# What stands behind the usual flags, and pieces of the line that it must lead to. {blank}: data with an empty question.
+# Arguments after the usual flags, and pieces of the line that they must lead to. {blank}: data with an empty question.
 REFUSED = {
     "unknown field": ("rollout.grup=8", "--config.rollout.grup=8: there is no such field", SEE),
     "unknown field in the file": (BAD + "unknown_field", "bad_config.py, line ", "c.rollout.grup = 8", SEE),
     "unknown field of a card": (BAD + "unknown_card_field", "bad_config.py, line ", "prise=12.0", "Key prise", SEE),
     "wrong type": ("steps=many", "--config.steps=many", "int", SEE),
-    "wrong type in the file": (BAD + "wrong_type", "bad_config.py, line ", 'group = "eight"', "<class int>", SEE),
+    "wrong type in the file": (BAD + "wrong_type", "bad_config.py, line ", 'generations = "eight"', "<class int>", SEE),
     "wrong type in a card": (BAD + "wrong_card_type", "bad_config.py, line ", 'price_in = "0.2"', "<class float>", SEE),
     "models that are none": ("pool.models=3", "pool.models[0] is 3; make it with model_card(...)"),
     "a file that fails": (BAD + "no_program", "bad_config.py, line ", "NameError", "'setps'", "correct the"),
@@ -85,7 +86,8 @@ REFUSED = {
     "score in percent": (BAD + "score_in_percent", "pool.models[0].performance.film is 97.0; a score lies in [0, 1]"),
     "undeclared provider": (
         BAD + "undeclared_provider",
-        "pool.models[4].provider is 'openai'", "the providers are: simulated",
+        "pool.models[4].provider is 'openai'",
+        "the providers are: simulated",
     ),
     "missing key": (
         BAD + "missing_key=NO_SUCH_KEY",
@@ -93,11 +95,14 @@ REFUSED = {
     ),
     "unreachable pool": (
         BAD + "pool=" + CLOSED_URL,
-        CLOSED_URL, "does not answer (connection refused); start it or correct pool.providers[0].base_url",
+        CLOSED_URL,
+        "does not answer (connection refused); start it or correct pool.providers[0].base_url",
     ),
     "silent pool": (
         BAD + "pool=" + SILENT_URL + " pool.request_timeout=1.0",
-        SILENT_URL, "does not answer", "start it or correct pool.providers[0].base_url",
+        SILENT_URL,
+        "does not answer",
+        "start it or correct pool.providers[0].base_url",
     ),
     "unreachable pool, evaluated": ("evaluate " + BAD + "pool=" + CLOSED_URL, CLOSED_URL, "connection refused"),
     "empty question": ("data.dir={blank}", "question '", "' in {blank}/", "is empty; correct or remove it"),
@@ -105,11 +110,11 @@ REFUSED = {
     "another cost window": ("reward.window=7", "window is 1000 values long and this one 7; set reward.window=1000"),
     "no such split": ("evaluate evaluation.split=dev", "evaluation.split is 'dev'; choose one of train"),
     "no run": ("evaluate --workdir={blank}/none", "none/checkpoints: no such checkpoint folder; train first"),
-}  # fmt: skip
+}
 
 
 def with_an_empty_question(generate):
-    """The synthetic set's generator, with one question left blank, as hand-made data may have it."""
+    """The synthetic data set's generator, but one question is blank, as in hand-made data."""
 
     def generate_examples(builder, world, split):
         for i, (key, example) in enumerate(generate(builder, world, split)):
@@ -120,14 +125,13 @@ def with_an_empty_question(generate):
 
 @pytest.fixture(scope="module")
 def refusals(finished_run, tmp_path_factory):
-    """All cases, against a copy of a finished run; the finished processes, and what became of the copy's files."""
+    """All cases against a copy of a finished run: the finished processes, and the copy's files before and after."""
     root = tmp_path_factory.mktemp("refused")
     workdir, blank = shutil.copytree(finished_run, root / "run"), root / "blank"
     with pytest.MonkeyPatch.context() as patched:
-        generate = synthetic.Synthetic._generate_examples
-        patched.setattr(synthetic.Synthetic, "_generate_examples", with_an_empty_question(generate))
-        synthetic.prepare(tiny_config().data, root)
-    (root / "data").rename(blank)
+        generate = tfds_builder.Synthetic._generate_examples
+        patched.setattr(tfds_builder.Synthetic, "_generate_examples", with_an_empty_question(generate))
+        tfds_builder.prepare(tiny_config().synthetic.world, blank)
     commands = []
     for words, *_ in REFUSED.values():
         words = words.format(blank=blank).split()
@@ -175,7 +179,7 @@ def test_without_the_corrupt_step_the_run_goes_on(finished_run, warm_file, workd
 
 
 def assert_ends_like(workdir, finished_run):
-    """The numbers of the run that nothing has happened to."""
+    """The run has the metrics and the checkpoint of the undisturbed run."""
     assert repeatable(train_lines(workdir)) == repeatable(train_lines(finished_run))
     assert_same_checkpoint(workdir, finished_run, 4)
 
@@ -188,8 +192,11 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(finished_run, warm_fil
     limit = (sizes["0"] + sizes["2"]) // 2 // 1024  # the shell counts in units of 1024 bytes
     done = subprocess.run(
         ["bash", "-c", f'ulimit -f {limit} && exec "$@"', "bash", *command],
-        env=mains.environment(), capture_output=True, text=True, timeout=mains.TIMEOUT,
-    )  # fmt: skip
+        env=mains.environment(),
+        capture_output=True,
+        text=True,
+        timeout=mains.TIMEOUT,
+    )
     assert_refused(done, "run/checkpoints: ", "File too large", "free space", "start again, steps 0 are whole")
     written = train_lines(tmp_path / "run")
     assert 2 <= len(written) <= 4
@@ -213,7 +220,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_mid_run(finished_run, warm_file, small_disk):
-    """Whichever file meets it first: the run ends, and with room again goes on from what was written."""
+    """Whichever file is written first: the run ends, and once there is space it resumes from what was written."""
     workdir, ballast = small_disk / "run", small_disk / "ballast"
     process = mains.start("train", workdir, f"warmstart.file={warm_file}", "steps=500")
     mains.wait_until(lambda: (workdir / "checkpoints" / "2").exists(), process)
@@ -235,28 +242,28 @@ def test_a_disk_that_fills_up_in_mid_run(finished_run, warm_file, small_disk):
     assert [line["step"] for line in train_lines(workdir)] == list(range(1, latest + 3))
 
 
-# The pool going down in mid-run.
+# A pool that fails in mid-run.
 
 
 @pytest.fixture
-def server():
-    """The simulated models of the tiny configuration, started by the test and not by the run."""
+def port():
+    """Port of the simulated models of the tiny configuration, started by the test and not by the run."""
     config = tiny_config()
-    with start_server(config.data.world.to_dict(), cards_from_config(config.pool)) as process:
-        yield process
+    with start_server(config.synthetic.world.to_dict(), cards_from_config(config.pool)) as base_url:
+        yield urlsplit(base_url).port
 
 
 def requests_before(finished_run, step, split):
-    """How many requests a run has made when its first call of this step and split is due: a start asks once more."""
+    """Number of requests before the first call of this step and split. The check at the start makes one of them."""
     calls = read_ledger(finished_run / "ledger.jsonl")
     first = next(i for i, call in enumerate(calls) if (call["step"], call["split"]) == (step, split))
     return 1 + sum(call["attempts"] for call in calls[:first])
 
 
 @pytest.mark.parametrize("seconds", [3.0, pytest.param(20.0, marks=pytest.mark.slow)])
-def test_the_run_waits_for_the_pool_and_goes_on(finished_run, warm_file, server, tmp_path, seconds):
+def test_the_run_waits_for_the_pool_and_goes_on(finished_run, warm_file, port, tmp_path, seconds):
     last_good = requests_before(finished_run, 2, "train") + 3
-    with FlakyProxy(server.port, requests=last_good, seconds=seconds) as proxy:
+    with FlakyProxy(port, requests=last_good, seconds=seconds) as proxy:
         config = f"{CONFIG}:pool={proxy.base_url}"
         mains.succeed("train", tmp_path, f"warmstart.file={warm_file}", config=config)
     assert_ends_like(tmp_path, finished_run)
@@ -267,10 +274,10 @@ def test_the_run_waits_for_the_pool_and_goes_on(finished_run, warm_file, server,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("split", "kept"), [("train", 1), ("validation", 2)])
-def test_a_pool_that_stays_down_ends_the_run_with_a_checkpoint(finished_run, warm_file, server, tmp_path, split, kept):
-    """In the second step's rollout, of which nothing remains, or in its validation, without which it is whole."""
+def test_a_pool_that_stays_down_ends_the_run_with_a_checkpoint(finished_run, warm_file, port, tmp_path, split, kept):
+    """The pool fails in the second step's rollout, which is lost, or in its validation; then the step is kept."""
     last_good = requests_before(finished_run, 2, split) + 2
-    with FlakyProxy(server.port, requests=last_good, seconds=None) as proxy:
+    with FlakyProxy(port, requests=last_good, seconds=None) as proxy:
         config = f"{CONFIG}:pool={proxy.base_url}"
         overrides = (f"warmstart.file={warm_file}", "checkpoint.every=100")
         done = mains.run("train", tmp_path, *overrides, "pool.deadline=1.0", config=config)
@@ -283,7 +290,7 @@ def test_a_pool_that_stays_down_ends_the_run_with_a_checkpoint(finished_run, war
         mains.succeed("train", tmp_path, *overrides, config=config)
     if split == "train":
         assert_ends_like(tmp_path, finished_run)
-    else:  # the validation that was cut is not made up for
+    else:  # the interrupted validation is not repeated
         ours, theirs = (
             [{k: v for k, v in line.items() if not k.startswith("val/")} for line in repeatable(train_lines(workdir))]
             for workdir in (tmp_path, finished_run)

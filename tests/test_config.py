@@ -1,10 +1,15 @@
-"""Losses by their names, and what the checks of a configuration say of the loss' fields and of the rollout's lanes."""
+"""Losses by name, the checks of a configuration, and its hash."""
+
+import contextlib
+import math
 
 import pytest
 
-from router_r1_jax.config import LOSSES, ConfigError, base_config, model_card, use_loss, validate
+from router_r1_jax import config_checks
+from router_r1_jax.config import LOSSES, ConfigError, base_config, config_hash, model_card, use_loss
+from router_r1_jax.config_checks import validate
 from router_r1_jax.learner import PolicyLoss
-from router_r1_jax.learning import make_loss
+from router_r1_jax.training.policy_update import make_loss
 
 
 @pytest.fixture
@@ -21,13 +26,13 @@ def test_every_named_loss_is_a_configuration_that_can_run(config):
         use_loss(config, name)
         validate(config)
         losses[name] = config.learner.advantage, make_loss(config)
-    T = config.rollout.max_tokens
+    T = config.rollout.max_row_tokens
     assert losses == {
-        "grpo": ("grpo", PolicyLoss(0.2, 0.2, 0.04, mean_over="sequence", length=T)),
-        "dr_grpo": ("dr_grpo", PolicyLoss(0.2, 0.2, 0.0, mean_over="constant", length=T)),
+        "grpo": ("grpo", PolicyLoss(0.2, 0.2, 0.04, loss_agg="sequence", length=T)),
+        "dr_grpo": ("dr_grpo", PolicyLoss(0.2, 0.2, 0.0, loss_agg="constant", length=T)),
         "dapo": ("grpo", PolicyLoss(0.2, 0.28, 0.0, length=T)),
-        "gspo": ("grpo", PolicyLoss(3e-4, 4e-4, 0.0, ratio="sequence", mean_over="sequence", length=T)),
-        "rloo": ("rloo", PolicyLoss(1.0, 1e9, 0.0, mean_over="constant", length=T)),
+        "gspo": ("grpo", PolicyLoss(3e-4, 4e-4, 0.0, importance_level="sequence", loss_agg="sequence", length=T)),
+        "rloo": ("rloo", PolicyLoss(1.0, 1e9, 0.0, loss_agg="constant", length=T)),
         "reinforce": ("reinforce", PolicyLoss(1.0, 1e9, 0.0, length=T)),
         "ppo": (
             "gae",
@@ -49,8 +54,8 @@ def test_every_named_loss_is_a_configuration_that_can_run(config):
         ("kl_in", "both", "learner.kl_in is 'both'; choose one of loss, reward"),
         ("old_logps", "both", "learner.old_logps is 'both'; choose one of sampler, learner"),
         ("minibatches", 7, "learner.minibatches is 7; it must divide the 128 episodes of a step"),
-        ("ratio", "row", "learner.ratio is 'row'; choose one of token, sequence"),
-        ("mean_over", "row", "learner.mean_over is 'row'; choose one of token, sequence, constant"),
+        ("importance_level", "row", "learner.importance_level is 'row'; choose one of token, sequence"),
+        ("loss_agg", "row", "learner.loss_agg is 'row'; choose one of token, sequence, constant"),
         ("kl", "k4", "learner.kl is 'k4'; choose one of k1, k2, k3, none"),
         ("dual_clip", 0.5, "learner.dual_clip is 0.5; it is greater than 1"),
     ],
@@ -73,15 +78,15 @@ def test_a_kl_in_the_reward_would_be_lost_beside_component_weights(config):
 
 
 def test_a_prompt_cannot_show_more_cards_than_there_are(config):
-    config.pool.shown = len(config.pool.models)
+    config.pool.candidates = len(config.pool.models)
     validate(config)
-    config.pool.shown += 1
-    with pytest.raises(ConfigError, match="pool.shown is 2, and pool.models are 1; 0 shows them all"):
+    config.pool.candidates += 1
+    with pytest.raises(ConfigError, match="pool.candidates is 2, and pool.models are 1; 0 shows them all"):
         validate(config)
 
 
 @pytest.mark.parametrize(
-    "lesson",
+    "phase",
     [
         (),
         ("sing", 1, 1, 1),
@@ -92,24 +97,59 @@ def test_a_prompt_cannot_show_more_cards_than_there_are(config):
         ("read", 5, 2, 0),
     ],
 )
-def test_a_lesson_is_of_a_known_kind_and_takes_whole_numbers(config, lesson):
-    config.warmstart.lessons = (("copy", 10, 4, 4), ("read", 1, 2, 1))
+def test_a_phase_of_the_curriculum_has_a_known_kind_and_whole_numbers(config, phase):
+    config.synthetic.curriculum = (("copy", 10, 4, 4), ("read", 1, 2, 1))
     validate(config)
-    config.warmstart.lessons = (("copy", 10, 4, 4), lesson)
-    with pytest.raises(ConfigError, match=r"warmstart.lessons\[1\] is .*write \('copy', updates, shortest period"):
+    config.synthetic.curriculum = (("copy", 10, 4, 4), phase)
+    with pytest.raises(ConfigError, match=r"synthetic.curriculum\[1\] is .*write \('copy', updates, shortest period"):
         validate(config)
 
 
 @pytest.mark.parametrize(
-    ("lanes", "message"),
+    ("decode_batch", "message"),
     [
-        (65, r"rollout.lanes is 65, more than rollout.slots \(64\); lanes are .* lower it, or 0 for all"),
-        (-1, "rollout.lanes is -1; it must be at least 0"),
+        (65, r"rollout.decode_batch is 65, more than rollout.slots \(64\); lower it, or 0 for all"),
+        (-1, "rollout.decode_batch is -1; it must be at least 0"),
     ],
 )
-def test_lanes_that_cannot_be_are_refused(config, lanes, message):
-    config.rollout.lanes = 64
+def test_a_decode_batch_holds_at_most_all_slots(config, decode_batch, message):
+    config.rollout.decode_batch = 64
     validate(config)
-    config.rollout.lanes = lanes
+    config.rollout.decode_batch = decode_batch
     with pytest.raises(ConfigError, match=message):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", -1, "steps is -1; it must be at least 0"),
+        ("rollout.slots", 0, "rollout.slots is 0; it must be at least 1"),
+        ("pool.deadline", 0.0, "pool.deadline is 0.0; it must be greater than 0"),
+        ("rollout.top_p", 0.0, r"rollout.top_p is 0.0; it lies in \(0, 1\], and 1 keeps all"),
+        ("learner.clip_high", math.inf, "learner.clip_high is inf; it must be at least 0"),
+        ("reward.alpha", math.nan, r"reward.alpha is nan; it lies in \[0, 1\]"),
+        ("mesh.data", -1, None),
+        ("alarms.kl", math.inf, None),
+    ],
+)
+def test_numbers_have_a_range(config, field, value, message):
+    section, _, name = field.rpartition(".")
+    (config[section] if section else config)[name] = value
+    with pytest.raises(ConfigError, match=f"^{message}$") if message else contextlib.nullcontext():
+        validate(config)
+
+
+def test_every_field_with_a_range_or_with_choices_exists():
+    fields = dict(config_checks._leaves(base_config()))
+    assert set(config_checks._RANGE_OF) | set(config_checks._CHOICES) <= set(fields)
+    for field, allowed in config_checks._CHOICES.items():
+        assert fields[field] in allowed.split()
+
+
+def test_the_hash_leaves_out_how_many_processes_run(config):
+    before = config_hash(config)
+    config.distributed.processes = 2
+    assert config_hash(config) == before
+    config.seed = 1
+    assert config_hash(config) != before

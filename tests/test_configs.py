@@ -15,4 +15,4 @@ def test_a_real_run_can_be_rehearsed_on_a_cpu(name, tmp_path):
     lines = mains.train_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     # In half precision, sampler and learner are the same policy but for its rounding.
-    assert all(line["skipped"] == 0 and line["logp_diff_mean"] < 0.05 for line in lines)
+    assert all(line["skipped_updates"] == 0 and line["logp_diff_mean"] < 0.05 for line in lines)

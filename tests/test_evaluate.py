@@ -15,15 +15,16 @@ import pytest
 from bad_config import tiny_config
 from gated_pool import GatedPool
 
-from router_r1_jax.data.world import World
-from router_r1_jax.evaluate import reference_entries
-from router_r1_jax.evaluation.journal import FOLDER
+from router_r1_jax.evaluate import reference_policies
+from router_r1_jax.evaluation.episode_cache import FOLDER
+from router_r1_jax.pool.call_cache import count_calls
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.pool.ledger import read_ledger
 from router_r1_jax.pool.outcomes import PoolError
-from router_r1_jax.pool.simulated import SimulatedModels
-from router_r1_jax.pool.tape import stats
-from router_r1_jax.report.writer import read_lines
+from router_r1_jax.setup.environment import open_environment
+from router_r1_jax.storage.json_lines import read_lines
+from router_r1_jax.synthetic.simulated_models import SimulatedModels
+from router_r1_jax.synthetic.world import World
 
 pytestmark = pytest.mark.slow
 CONFIG = f"{mains.CONFIG.with_name('bad_config.py')}:pool="
@@ -33,7 +34,7 @@ SAMPLES = ("evaluation.samples=2", "evaluation.baseline=")
 @pytest.fixture
 def pool():
     config = tiny_config()
-    models = SimulatedModels(World(config.data.world.to_dict()), cards_from_config(config.pool))
+    models = SimulatedModels(World(config.synthetic.world.to_dict()), cards_from_config(config.pool))
     with GatedPool(models) as gated:
         yield gated
 
@@ -53,8 +54,8 @@ def timeless(value):
 
 def recorded(workdir):
     try:
-        return stats(workdir / FOLDER / "tape.sqlite")["replies"]
-    except PoolError:  # there is no tape yet
+        return count_calls(workdir / FOLDER / "call_cache.sqlite")["replies"]
+    except PoolError:  # there is no call cache yet
         return 0
 
 
@@ -73,8 +74,8 @@ def test_killed_twice_it_ends_with_the_same_results_and_asks_nothing_twice(finis
         mains.wait_until(lambda most=most: recorded(cut) == most, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    journal = {path.name: len(read_lines(path)) for path in (cut / FOLDER).glob("*.jsonl")}
-    assert journal and any(journal.values())
+    cached = {path.name: len(read_lines(path)) for path in (cut / FOLDER).glob("*.jsonl")}
+    assert cached and any(cached.values())
     pool.answer_up_to(float("inf"))
     done = mains.succeed("evaluate", cut, *SAMPLES, config=config)
     assert "episodes are on disk already" in done.stdout
@@ -92,25 +93,25 @@ def test_killed_twice_it_ends_with_the_same_results_and_asks_nothing_twice(finis
     assert (cut / "results.md").read_text() == table
 
 
-def test_policies_are_judged_by_the_costs_of_the_run_s_first_rollout(finished_run):
-    """Both by one window that does not move: equal costs are judged alike, whoever made them."""
+def test_policies_are_scored_by_the_costs_of_the_run_s_first_rollout(finished_run):
+    """Both by one frozen window: equal costs give equal components, whichever policy made them."""
     _, run = mains.checkpoint_arrays(finished_run, 4)
     window = run["first_cost_window"]["sqrt_costs"]
     assert len(window) == 16
     low, high = np.percentile(window, [5, 95])
-    judged = set()
+    components = set()
     for name in ("trained", "warm_start"):
         for record in read_lines(finished_run / "episodes" / f"test_{name}.jsonl"):
             if not record["failed"]:
                 expected = 1 - np.clip((record["raw_cost"] ** 0.5 - low) / (high - low), 0, 1)
                 assert record["reward"]["cost"] == pytest.approx(expected, abs=1e-6)
-                judged.add(record["reward"]["cost"])
-    assert len(judged) > 1
+                components.add(record["reward"]["cost"])
+    assert len(components) > 1
 
 
 def test_an_exported_folder_and_another_runs_checkpoint_are_the_run_itself(finished_run, tmp_path):
     mains.succeed("export", finished_run, f"--folder={tmp_path / 'exported'}")
-    own = read_lines(finished_run / "episodes" / "test_trained.jsonl")
+    original = read_lines(finished_run / "episodes" / "test_trained.jsonl")
     entry = json.loads((finished_run / "results.json").read_text())["policies"][0]
     exported, other = (
         mains.command("evaluate", tmp_path / name, f"--checkpoint={source}", f"--compare={finished_run}")
@@ -126,10 +127,12 @@ def test_an_exported_folder_and_another_runs_checkpoint_are_the_run_itself(finis
         assert found["policies"][0]["name"] == policy
         assert found["policies"][0]["weights"] == entry["weights"]  # the same bits, by another way
         records = read_lines(tmp_path / name / found["policies"][0]["episodes"])
-        assert [r["response"] for r in records] == [r["response"] for r in own]
+        assert [r["response"] for r in records] == [r["response"] for r in original]
         assert found["comparison"]["em"] == {
-            "mean": 0.0, "ci": [0.0, 0.0], "sign_test": {"better": 0, "worse": 0, "equal": 20, "p": 1.0},
-        }  # fmt: skip
+            "mean": 0.0,
+            "ci": [0.0, 0.0],
+            "sign_test": {"better": 0, "worse": 0, "equal": 20, "p": 1.0},
+        }
 
 
 def test_a_changed_pool_is_shown_charged_and_recorded_as_said(finished_run, tmp_path):
@@ -171,7 +174,7 @@ def models():
 
 
 def test_all_policies_are_charged_the_prices_of_the_step_that_is_evaluated(finished_run, tmp_path):
-    """Also the warm start, whose own step lies before the change, and the references."""
+    """Also the warm start, whose step lies before the change, and the reference policies."""
     run = copy_of(finished_run, tmp_path / "run")
     pool = tmp_path / "pool.py"
     pool.write_text(POOL.format(simulated=str(Path(__file__).parents[1] / "configs/pools/simulated.py")))
@@ -183,7 +186,7 @@ def test_all_policies_are_charged_the_prices_of_the_step_that_is_evaluated(finis
     for call in calls:
         dollars = (7.0 * call["prompt_tokens"] + 11.0 * call["completion_tokens"]) / 1e6
         assert call["charged"] == pytest.approx(dollars)
-    alone = [r["dollars_per_question"] for r in results["references"] if r["name"].endswith("alone")]
+    alone = [r["dollars_per_question"] for r in results["reference_policies"] if r["name"].endswith("alone")]
     assert len(alone) > 1 and max(alone) < 2 * min(alone)  # one price for all; 20 times as much without the change
 
 
@@ -193,7 +196,7 @@ def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_
         mains.command("evaluate", run, f"--compare={finished_run}", "evaluation.questions=7"),
         mains.command("evaluate", run, f"--compare={tmp_path}"),
         mains.command("evaluate", run, "--change=drop=Nova"),
-        mains.command("evaluate", run, "--change=drop=Titan", "pool.shown=5"),
+        mains.command("evaluate", run, "--change=drop=Titan", "pool.candidates=5"),
         mains.command("evaluate", run, f"--checkpoint={tmp_path}"),
         mains.command("evaluate", run, "--checkpoint=no/such/folder"),
     ]
@@ -201,7 +204,7 @@ def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_
         "13 of the 20 questions of the second evaluation are not in the first one's 7",
         "holds no results.json of an evaluation",
         "--change=drop=Nova: there is no model 'Nova'; choose one of Titan, Reel",
-        "pool.shown is 5, and --change=drop=Titan leaves 4 models; show them all with --config.pool.shown=0",
+        "pool.candidates is 5, and --change=drop=Titan leaves 4 models; show them all with --config.pool.candidates=0",
         "is neither a run's folder",
         "--checkpoint=no/such/folder does not exist",
     ]
@@ -211,12 +214,13 @@ def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_
     assert not (run / "ledger.jsonl").exists() or not read_ledger(run / "ledger.jsonl")
 
 
-def test_policies_that_choose_among_all_models_are_no_reference_where_prompts_show_some():
+def test_policies_that_choose_among_all_models_are_no_reference_if_prompts_show_only_some():
     """With 240 models their trees of calls would also take a quarter of an hour."""
     config = tiny_config()
-    world, cards = World(config.data.world.to_dict()), cards_from_config(config.pool)
-    session = SimpleNamespace(world=world)
+    cards = cards_from_config(config.pool)
+    session = SimpleNamespace(environment=open_environment(config, cards))
+    world = session.environment.world
     asked = [SimpleNamespace(id=question.id) for question in world.questions(config.evaluation.split)[:5]]
-    for shown, named in ((0, 5 + len(cards)), (len(cards), 5 + len(cards)), (2, 0)):
-        config.pool.shown = shown
-        assert len(reference_entries(config, session, asked, cards)) == named
+    for candidates, named in ((0, 5 + len(cards)), (len(cards), 5 + len(cards)), (2, 0)):
+        config.pool.candidates = candidates
+        assert len(reference_policies(config, session, asked, cards)) == named

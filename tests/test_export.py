@@ -10,9 +10,11 @@ from tiny_config import get_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_r1_jax import export
-from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.model import RouterLM, WeightsError, abstract_params
-from router_r1_jax.session import open_router
+from router_r1_jax.pool.cards import cards_from_config
+from router_r1_jax.setup.environment import open_environment
+from router_r1_jax.setup.model import open_model
+from router_r1_jax.storage.checkpoint import CheckpointStore
 
 LORA = ("model.lora.rank=4", "learner.learning_rate=1e-2")
 
@@ -32,7 +34,8 @@ def assert_export_has_the_routers_logits(workdir, folder, step, **lora):
     """Of transformers with the exported files, and of RouterLM with the checkpoint's parameters, unmerged."""
     config = get_config()
     config.model.lora.update(lora)
-    mesh, _, model, _ = open_router(config, workdir, load_source=False)
+    environment = open_environment(config, cards_from_config(config.pool))
+    mesh, _, model, _ = open_model(config, workdir, environment, load_source=False)
     with CheckpointStore(workdir / "checkpoints") as store:
         params = store.restore_params(step, abstract_params(model, mesh))
     tokens = AutoTokenizer.from_pretrained(folder).encode("Titan knows films. Which river flows through Velmora?")
@@ -88,11 +91,11 @@ def test_lora_is_merged_and_trained_further(lora_run, tmp_path):
 
 def test_export_says_what_is_missing(finished_run, tmp_path):
     done = mains.run("export", finished_run)
-    assert done.returncode == 1 and done.stderr == "error: --folder is empty; name a new folder for the export\n"
+    assert done.returncode == 1 and done.stderr == "error: missing flags: --folder (new folder for the export)\n"
 
 
 def test_a_folder_with_something_in_it_is_refused_before_a_checkpoint_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "CheckpointStore", lambda *_, **__: pytest.fail("read"))
     (tmp_path / "old").write_text("x")
     with pytest.raises(WeightsError, match="is not an empty folder"):
-        export.main(get_config(), tmp_path, folder=str(tmp_path))
+        export.main(get_config(), tmp_path, folder=str(tmp_path), checkpoint="")

@@ -138,11 +138,17 @@ def test_the_budget_may_be_left_out_and_models_said_either_way(tmp_path, text):
 @pytest.mark.parametrize(
     "text",
     [
-        "{max_calls} {question}", "{cards} {descriptions} {question}", "{question} {cards} {max_calls}",
-        "{cards}{cards}{max_calls}{question}", "{cards}{max_calls}{max_calls}{question}", "{cards}{question}{question}",
-        "{cards}", "", "{cards}{table}{question}",
+        "{max_calls} {question}",
+        "{cards} {descriptions} {question}",
+        "{question} {cards} {max_calls}",
+        "{cards}{cards}{max_calls}{question}",
+        "{cards}{max_calls}{max_calls}{question}",
+        "{cards}{question}{question}",
+        "{cards}",
+        "",
+        "{cards}{table}{question}",
     ],
-)  # fmt: skip
+)
 def test_a_template_without_the_placeholders_in_order_is_refused(tmp_path, text):
     path = tmp_path / "bad.txt"
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""Stopped, killed, repeated: the main job goes on where it was, and on a tape ends with the same numbers."""
+"""Stopped, killed, repeated: the main job goes on where it was, and on a call cache ends with the same numbers."""
 
 import json
 import os
@@ -12,11 +12,13 @@ from pathlib import Path
 import mains
 import numpy as np
 import pytest
-from mains import TAPE, assert_same_checkpoint, checkpoint_arrays, repeatable, train_lines
+from ledger_totals import ledger_totals
+from mains import CACHE, assert_same_checkpoint, checkpoint_arrays, repeatable, train_lines
 
-from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.pool.ledger import ledger_totals, read_ledger
-from router_r1_jax.report import read_episodes, read_metrics
+from router_r1_jax.pool.ledger import read_ledger
+from router_r1_jax.storage.checkpoint import CheckpointStore
+from router_r1_jax.storage.json_lines import read_episodes
+from router_r1_jax.storage.metrics_writer import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -44,11 +46,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_p
 
     moments = [lambda: lines(line), lambda: saving(0), lambda: lines(WARM_STEPS + step), lambda: saving(saved)]
     for moment in moments:
-        process = mains.start("train", tmp_path, *TAPE)
+        process = mains.start("train", tmp_path, *CACHE)
         mains.wait_until(moment, process)
         time.sleep(float(rng.uniform(0, 0.1)))
         kill(process)
-    mains.succeed("train", tmp_path, *TAPE)
+    mains.succeed("train", tmp_path, *CACHE)
     check_same_run(tmp_path, uninterrupted)
 
 
@@ -56,7 +58,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_p
 MOMENTS = {
     "a ledger line is half written": 20,
     "a line of metrics or episodes is half written": 3,
-    "a call has looked at the tape": 20,
+    "a call has looked at the call_cache": 20,
     "the rollout meets the host": 40,
     "the rollout has ended": 2,
     "an update was made, nobody has heard of it": 2,
@@ -72,7 +74,14 @@ def draw_kills(rng):
     """(moment, count) of one run's kills: all of MOMENTS in any order; in between it comes past a checkpoint twice."""
     kills = [(str(moment), int(rng.integers(1, MOMENTS[moment] + 1))) for moment in rng.permutation(list(MOMENTS))]
     further = ("an update was made, nobody has heard of it", 3)
-    return [("a reply is on the tape but not in the ledger", 3), *kills[:4], further, *kills[4:8], further, *kills[8:]]
+    return [
+        ("a reply is on the call cache but not in the ledger", 3),
+        *kills[:4],
+        further,
+        *kills[4:8],
+        further,
+        *kills[8:],
+    ]
 
 
 def test_killed_at_every_hard_moment_it_ends_with_the_same_numbers(uninterrupted, tmp_path):
@@ -83,13 +92,16 @@ def test_killed_at_every_hard_moment_it_ends_with_the_same_numbers(uninterrupted
     warm = [line for line in read_metrics(uninterrupted) if line.get("phase") == "warmstart"]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in warm))
     # The host's driver samples the same bits, and its programs come from the cache of compiled ones.
-    command = mains.command("train", workdir, *TAPE, "rollout.driver=host", "data.dir=" + str(uninterrupted / "data"))
+    command = mains.command("train", workdir, *CACHE, "rollout.driver=host", "data.dir=" + str(uninterrupted / "data"))
     jobs = [[*kill, str(tmp_path / f"{i}.log"), command[2:]] for i, kill in enumerate([*kills, ("", 1)])]
     script = Path(__file__).parent / "killed_run.py"
     done = subprocess.run(
         [sys.executable, script, json.dumps(jobs)],
-        env=mains.environment(), capture_output=True, text=True, timeout=3 * mains.TIMEOUT,
-    )  # fmt: skip
+        env=mains.environment(),
+        capture_output=True,
+        text=True,
+        timeout=3 * mains.TIMEOUT,
+    )
     logs = {kill: (tmp_path / f"{i}.log").read_text()[-2000:] for i, kill in enumerate(kills)}
     statuses = [int(status) for status in done.stdout.split()]
     assert statuses == [-signal.SIGKILL] * len(kills) + [0], (kills, statuses, logs, done.stderr[-2000:])
@@ -117,7 +129,7 @@ def episodes_without_latency(workdir):
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_keeps_its_last_step(uninterrupted, tmp_path, sent):
-    process = mains.start("train", tmp_path, *TAPE, "checkpoint.every=1000")
+    process = mains.start("train", tmp_path, *CACHE, "checkpoint.every=1000")
     mains.wait_until(lambda: len(train_lines(tmp_path)) >= 3, process)
     process.send_signal(sent)
     stdout, stderr = process.communicate(timeout=60)
@@ -127,7 +139,7 @@ def test_a_stopped_run_keeps_its_last_step(uninterrupted, tmp_path, sent):
         kept = store.latest()
     assert kept >= 3 and f"step {kept} is kept" in stdout
     assert [line["step"] for line in train_lines(tmp_path)] == list(range(1, kept + 1))
-    mains.succeed("train", tmp_path, *TAPE)
+    mains.succeed("train", tmp_path, *CACHE)
     assert without_validation(tmp_path) == without_validation(uninterrupted)
 
 
@@ -152,8 +164,8 @@ def without_validation(workdir):
 
 
 def test_a_tape_repeats_the_run_without_the_pool(uninterrupted, tmp_path):
-    tape = uninterrupted / "tape.sqlite"
-    mains.succeed("train", tmp_path, "steps=6", "pool.tape.mode=strict", f"pool.tape.path={tape}")
+    call_cache = uninterrupted / "call_cache.sqlite"
+    mains.succeed("train", tmp_path, "steps=6", "pool.call_cache.mode=strict", f"pool.call_cache.path={call_cache}")
     assert repeatable(read_metrics(tmp_path)) == repeatable(read_metrics(uninterrupted))
     assert_same_checkpoint(tmp_path, uninterrupted, 6)
     assert all(line["hit"] or not line["model"] for line in read_ledger(tmp_path / "ledger.jsonl"))

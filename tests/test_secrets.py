@@ -6,6 +6,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mains
 import pytest
@@ -13,7 +14,7 @@ from tiny_config import get_config
 
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.pool.ledger import read_ledger
-from router_r1_jax.pool.server import start_server
+from router_r1_jax.synthetic.server import start_server
 
 KEY = "sk-marked-5ecre7-k3y-of-the-test"
 
@@ -63,8 +64,8 @@ def indiscreet(port, seen):
 def test_the_key_is_in_no_file_and_no_line_of_a_whole_training(tmp_path):
     config, seen = get_config(), []
     workdir = tmp_path / "run"
-    with start_server(config.data.world.to_dict(), cards_from_config(config.pool)) as server:
-        proxy = ThreadingHTTPServer(("127.0.0.1", 0), indiscreet(server.port, seen))
+    with start_server(config.synthetic.world.to_dict(), cards_from_config(config.pool)) as base_url:
+        proxy = ThreadingHTTPServer(("127.0.0.1", 0), indiscreet(urlsplit(base_url).port, seen))
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         variables = {"MARKED_KEY": KEY, "POOL_URL": f"http://127.0.0.1:{proxy.server_port}/v1"}
         secret = Path(__file__).with_name("secret_config.py")

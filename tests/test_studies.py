@@ -1,4 +1,4 @@
-"""What the studies share: whom a redirected call really reaches, and how runs become tables."""
+"""Shared parts of the studies: redirected calls, means over runs, kept records, and the kept warm starts."""
 
 import runpy
 import sys
@@ -12,14 +12,15 @@ from safetensors import safe_open
 from scipy import stats
 
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.data.reference import oracle, trees
-from router_r1_jax.data.world import World, query_text
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.reward import exact_match
 from router_r1_jax.rollout import Episode
-from router_r1_jax.router import Answers
-from router_r1_jax.session import open_session
-from router_r1_jax.warmstart import load_warm_start, recipe
+from router_r1_jax.router import RolloutBatch
+from router_r1_jax.setup.environment import open_environment
+from router_r1_jax.setup.session import open_session
+from router_r1_jax.synthetic.oracle import oracle, trees
+from router_r1_jax.synthetic.world import World, query_text
+from router_r1_jax.training.warmstart import load_warm_start, recipe
 
 STUDIES = Path(__file__).parents[1] / "experiments" / "studies"
 NAMES = ("main_table", "cost_curve", "unseen_models", "format_reward", "routing_worth")
@@ -27,7 +28,7 @@ NAMES = ("main_table", "cost_curve", "unseen_models", "format_reward", "routing_
 
 @pytest.fixture(scope="module")
 def studies():
-    """Module name -> its names; they import each other as scripts do."""
+    """Module name -> its names. The modules import each other as scripts do."""
     sys.path.insert(0, str(STUDIES))
     try:
         return {name: runpy.run_path(str(STUDIES / f"{name}.py")) for name in (*NAMES, "runner")}
@@ -38,11 +39,11 @@ def studies():
 @pytest.fixture(scope="module")
 def world_and_cards():
     config = runpy.run_path(str(Path(__file__).parent / "tiny_config.py"))["get_config"]()
-    return World(config.data.world), cards_from_config(config.pool)
+    return World(config.synthetic.world), cards_from_config(config.pool)
 
 
 class Pool:
-    """Writes down what it is asked."""
+    """Keeps the calls that it is asked."""
 
     def __init__(self):
         self.asked = []
@@ -57,10 +58,10 @@ def test_every_study_has_a_main_and_its_command(studies):
         assert callable(studies[name]["main"]) and f"python experiments/studies/{name}.py" in studies[name]["__doc__"]
 
 
-def test_a_redirected_call_reaches_the_chosen_model_and_a_faulty_one_none_other(studies, world_and_cards):
+def test_a_redirected_call_reaches_the_chosen_model_and_a_malformed_one_is_passed_on(studies, world_and_cards):
     _, cards = world_and_cards
     pool = Pool()
-    redirected = studies["runner"]["Redirected"](pool, lambda query, roster, called: "Atlas")
+    redirected = studies["runner"]["Redirected"](pool, lambda query, candidates, called: "Atlas")
     for route in ("Titan: director of Velmora?", "nobody: what?", "no colon"):
         redirected.respond(route, cards=cards, episode="e", call=0, step=0, split="test")
     assert pool.asked == ["Atlas: director of Velmora?", "nobody: what?", "no colon"]
@@ -83,37 +84,38 @@ def test_the_oracle_s_choice_is_the_cheapest_model_that_knows(studies, world_and
 
 def test_means_over_seeds_carry_student_s_interval(studies):
     lines = {seed: {"em": em, "dollars_per_question": 1e-5} for seed, em in enumerate((0.9, 0.95, 0.91))}
-    means = studies["runner"]["over_seeds"](lines)
+    means = studies["runner"]["mean_over_seeds"](lines)
     interval = stats.ttest_1samp([0.9, 0.95, 0.91], 0).confidence_interval()
     assert means["em"]["ci"] == pytest.approx([interval.low, interval.high]) and means["seeds"] == [0, 1, 2]
-    assert studies["runner"]["spelt"](means["em"]) == f"0.920 [{interval.low:.3f} .. {interval.high:.3f}]"
+    assert studies["runner"]["format_mean"](means["em"]) == f"0.920 [{interval.low:.3f} .. {interval.high:.3f}]"
     assert "f1" not in means
 
 
 def test_a_run_is_trained_to_its_end_when_its_last_step_is_written(studies, tmp_path):
-    """Steps of the warm start are none of training; a line that a kill has torn is no line."""
-    ended, metrics = studies["runner"]["checkpoints"], tmp_path / "metrics.jsonl"
-    assert not ended(tmp_path)
+    """Steps of the warm start are no training steps. A line that was cut short by a kill does not count."""
+    is_trained, metrics = studies["runner"]["is_trained"], tmp_path / "metrics.jsonl"
+    assert not is_trained(tmp_path)
     (tmp_path / "config.json").write_text('{"steps": 3}')
     lines = ['{"step": 120, "phase": "warmstart"}\n', '{"step": 2}\n', '{"step": 3}\n', '{"st']
     for count, done in ((0, False), (1, False), (2, False), (3, True), (4, True)):
         metrics.write_text("".join(lines[:count]))
-        assert ended(tmp_path) == done
+        assert is_trained(tmp_path) == done
 
 
 @pytest.mark.parametrize("sweep", ["demo_cards", "demo_unseen"])
-def test_a_kept_warm_start_of_a_study_is_of_its_sweep_s_recipe(studies, tmp_path, sweep):
-    """With the tokenizer that the study makes, whose words it was trained on."""
+def test_a_kept_warm_start_of_a_study_carries_the_recipe_of_its_sweep(studies, tmp_path, sweep):
+    """The study makes the tokenizer that the warm start was trained with."""
     config = runpy.run_path(str(STUDIES.parents[1] / "configs" / "sweeps" / f"{sweep}.py"))["get_config"]()
     studies["unseen_models"]["make_tokenizer"](tmp_path / "words", config)
     config.model.tokenizer = str(tmp_path / "words")
+    session = SimpleNamespace(config=config, environment=open_environment(config, cards_from_config(config.pool)))
     with safe_open(config.warmstart.file, framework="numpy") as file:
-        assert file.metadata()["recipe"] == recipe(config)
+        assert file.metadata()["recipe"] == recipe(session)
 
 
 @pytest.mark.slow
 def test_the_kept_warm_start_of_the_cards_study_reads(studies, tmp_path):
-    """Which name stands behind a score, on rosters that it has not met; all else but the score it knows by heart."""
+    """It reads names behind scores from candidates that it has not met, and knows all other words but the scores."""
     config = runpy.run_path(str(STUDIES.parents[1] / "configs" / "sweeps" / "demo_cards.py"))["get_config"]()
     studies["unseen_models"]["make_tokenizer"](tmp_path / "words", config)
     config.model.tokenizer = str(tmp_path / "words")
@@ -122,11 +124,11 @@ def test_the_kept_warm_start_of_the_cards_study_reads(studies, tmp_path):
         found = runpy.run_path(str(STUDIES.parent / "reading.py"))["foreseen"](session, params, 2)
     assert found["name behind a score"]["tokens"] > 100 and found["name behind a score"]["foreseen"] > 0.95
     assert found["name said again"]["foreseen"] > 0.99 and found["other"]["foreseen"] > 0.99
-    assert found["score"]["nats"] > 1.5  # one of five at random: none is preferred yet
+    assert found["score"]["nats"] > 1.5  # one of five at random: it prefers none yet
 
 
 @pytest.mark.parametrize("colon", ["", " :"])
-def test_a_named_score_is_held_against_the_cards_that_were_shown(studies, world_and_cards, colon):
+def test_a_named_score_is_compared_with_the_cards_in_the_prompt(studies, world_and_cards, colon):
     """Titan states film 97 and sport 27, Pico film 22."""
     _, cards = world_and_cards
     keys = {card.name: card.key for card in cards}
@@ -134,8 +136,8 @@ def test_a_named_score_is_held_against_the_cards_that_were_shown(studies, world_
     calls = [f"<think> x of y : {d} {s}{colon} Titan </think>\n<search> Titan: x of y? </search>\n" for d, s in said]
     response = "".join(calls) + "<think> film 97 </think>\n<answer> y </answer>"
     share = studies["unseen_models"]["stated_share"]
-    assert share([{"response": response, "shown": [keys["Titan"], keys["Pico"]]}], cards) == 0.5
-    assert share([{"response": response, "shown": [keys["Titan"]]}], cards) == 0.25
+    assert share([{"response": response, "candidates": [keys["Titan"], keys["Pico"]]}], cards) == 0.5
+    assert share([{"response": response, "candidates": [keys["Titan"]]}], cards) == 0.25
     assert share([], cards) == 0.0
 
 
@@ -145,10 +147,10 @@ class Silent:
     def __init__(self):
         self.asked = 0
 
-    def answer(self, questions, *, group, **_):
+    def answer(self, questions, *, num_generations, **_):
         self.asked += len(questions)
         episodes = [Episode(i, prompt=(), stop="answer", text="<answer> no </answer>") for i in range(len(questions))]
-        return Answers(list(questions), episodes, group, (), 0, np.ones(len(questions), bool), None)
+        return RolloutBatch(list(questions), episodes, num_generations, (), 0, np.ones(len(questions), bool), None)
 
 
 def test_episodes_are_measured_once_for_each_checkpoint_and_variant(studies, world_and_cards, tmp_path):
@@ -158,14 +160,14 @@ def test_episodes_are_measured_once_for_each_checkpoint_and_variant(studies, wor
     session = SimpleNamespace(config=config, workdir=tmp_path, cards=cards, pool=None)
     router = Silent()
 
-    def measured(weight, **overrides):
+    def records(weight, **overrides):
         checkpoint = runner["Checkpoint"](session, {"w": np.full(3, weight, np.float32)})
         checkpoint.router = lambda variant: router
-        return runner["measured"](checkpoint, runner["Variant"]("v", overrides), asked, study="s")
+        return runner["greedy_records"](checkpoint, runner["Variant"]("v", overrides), asked, study="s")
 
-    assert measured(1.0) == measured(1.0) and router.asked == 3
-    measured(2.0)
+    assert records(1.0) == records(1.0) and router.asked == 3
+    records(2.0)
     assert router.asked == 6
-    measured(2.0, **{"rollout.max_calls": 0})
-    measured(2.0, **{"rollout.max_calls": 0})
+    records(2.0, **{"rollout.max_calls": 0})
+    records(2.0, **{"rollout.max_calls": 0})
     assert router.asked == 9

@@ -1,4 +1,4 @@
-"""The sweep: what it expands to, what it refuses before it starts anything, how it goes on, and what it gathers."""
+"""The sweep: its expansion, what it refuses before it starts anything, how it continues, and what it gathers."""
 
 import dataclasses
 import fcntl
@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from ml_collections import config_flags
 from scipy import stats
 
-from router_r1_jax.config import ConfigError
-from router_r1_jax.sweep import Run, choices, finished, gather, plan, product, run_all, table, zipped
-from router_r1_jax.train import config_hash
+from router_r1_jax.config import ConfigError, config_hash
+from router_r1_jax.report.tables import sweep_markdown
+from router_r1_jax.sweep import Run, choices, expand_runs, finished, gather, product, run_all, zipped
 
 FILE = """
 import runpy
@@ -73,7 +73,7 @@ def test_a_command_gives_its_process_the_run_s_configuration(config_file, tmp_pa
         "product(choices('reward.alpha', 0.6, 1), choices('model.lora.targets', ('q', 'k'))"
         ", choices('prompt.template', 'router'), choices('pool.shuffle', False))"
     )
-    runs = plan(path, {"steps": 7}, tmp_path / "out")
+    runs = expand_runs(path, {"steps": 7}, tmp_path / "out")
     assert [run.name for run in runs][1] == "alpha=1,targets=-q-,-k-,template=router,shuffle=False"
     for run, alpha in zip(runs, (0.6, 1.0), strict=True):
         train, evaluate = run.commands
@@ -118,7 +118,7 @@ def test_a_command_gives_its_process_the_run_s_configuration(config_file, tmp_pa
 )
 def test_a_wrong_override_is_refused_before_anything_starts(config_file, tmp_path, sweep, message):
     with pytest.raises(ConfigError, match=message):
-        plan(config_file(sweep), {}, tmp_path / "out")
+        expand_runs(config_file(sweep), {}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -127,12 +127,12 @@ def test_a_run_is_the_same_from_wherever_its_configuration_is_named(folder, tmp_
     """Configurations name files beside their own by path, and a printed command may run in another folder."""
     path = mains.CONFIG.parents[1] / "configs" / "sweeps" / "demo_unseen.py"
     monkeypatch.chdir(mains.CONFIG.parents[1] / folder)
-    assert plan(os.path.relpath(path), {}, tmp_path) == plan(str(path), {}, tmp_path)
+    assert expand_runs(os.path.relpath(path), {}, tmp_path) == expand_runs(str(path), {}, tmp_path)
 
 
 def test_a_configuration_without_a_sweep_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no get_sweep"):
-        plan(str(mains.CONFIG), {}, tmp_path)
+        expand_runs(str(mains.CONFIG), {}, tmp_path)
 
 
 # How it runs and goes on.
@@ -193,10 +193,10 @@ def start_sweep(folder: Path) -> subprocess.Popen:
 def test_a_failing_run_is_named_and_stops_no_other(tmp_path):
     runs = make_runs(tmp_path)
     (runs[1].folder / "fail").touch()
-    said = []
-    errors = {end.run.name: end.error for end in run_all(runs, 2, said.append)}
+    lines = []
+    errors = {end.run.name: end.error for end in run_all(runs, 2, lines.append)}
     assert errors == {"seed=0": "", "seed=1": "failed with status 1: error: no such luck", "seed=2": "", "seed=3": ""}
-    assert any("seed=1: failed with status 1: error: no such luck" in line for line in said)
+    assert any("seed=1: failed with status 1: error: no such luck" in line for line in lines)
     assert [finished(run) for run in runs] == [True, False, True, True]
     assert gather(runs, errors)["failed"] == {"seed=1": errors["seed=1"]}
 
@@ -233,7 +233,7 @@ def test_a_killed_sweep_goes_on_and_never_twice_in_one_folder(tmp_path):
 
 
 def test_a_terminal_s_ctrl_c_asks_each_run_once(tmp_path):
-    """It is sent to the sweep's whole process group; two signals at once would cut an update that is under way."""
+    """It is sent to the sweep's whole process group; two signals at once would interrupt an update."""
     runs = make_runs(tmp_path)
     for run in runs:
         (run.folder / "hold").touch()
@@ -300,5 +300,5 @@ def test_settings_are_means_over_seeds_with_student_s_interval(tmp_path):
         interval = stats.ttest_1samp(values, 0.0).confidence_interval()
         assert setting["seeds"] == len(values) and setting["em"]["mean"] == pytest.approx(np.mean(values))
         assert setting["em"]["ci"] == pytest.approx([interval.low, interval.high])
-    text = table(gathered)
+    text = sweep_markdown(gathered)
     assert "| reward.alpha=0.6 | 2 |" in text and "- missing: alpha=0.6,seed=2: not finished" in text

@@ -10,31 +10,50 @@ import pytest
 import tiny_config
 from mains import assert_same_checkpoint, checkpoint_arrays, train_lines
 
-from router_r1_jax.checkpoint import CheckpointStore
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.pool.ledger import read_ledger
 from router_r1_jax.pool.outcomes import Outcome, Reply
-from router_r1_jax.report import read_episodes
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.rollout import Episode
-from router_r1_jax.router import Answers
-from router_r1_jax.train import estimate, hit_rate, validate
+from router_r1_jax.router import RolloutBatch
+from router_r1_jax.storage.checkpoint import CheckpointStore
+from router_r1_jax.storage.json_lines import read_episodes
+from router_r1_jax.train import estimate
+from router_r1_jax.training.step_log import _hit_rate as hit_rate
+from router_r1_jax.training.validation import validate
 
 MODELS = ("Titan", "Reel", "Aria", "Atlas", "Pico")
 STEP_METRICS = {
-    "reward/total", "reward/format", "reward/outcome", "reward/cost", "em", "f1", "malformed_share",
-    "calls_per_question", "dollars_per_question", "rollout_seconds", "update_seconds", "tokens_per_second",
-    "kl", "entropy", "clip_share", "zero_variance_groups", "failed_episodes", "spent_dollars", "learning_rate",
-    "push_seconds", "push_bytes",
+    "reward/total",
+    "reward/format",
+    "reward/outcome",
+    "reward/cost",
+    "em",
+    "f1",
+    "malformed_share",
+    "calls_per_question",
+    "dollars_per_question",
+    "rollout_seconds",
+    "update_seconds",
+    "tokens_per_second",
+    "kl",
+    "entropy",
+    "clip_share",
+    "zero_variance_groups",
+    "failed_episodes",
+    "spent_dollars",
+    "learning_rate",
+    "weight_sync_seconds",
+    "weight_sync_bytes",
     *(f"calls/share/{model}" for model in MODELS),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     ("replies", "rate"),
     [([("a", True), ("a", False), ("", False), ("b", True), ("b", True)], 0.75), ([("", False)], 0.0), ([], 0.0)],
 )
-def test_the_tapes_hit_rate_is_of_calls_that_reached_a_model(replies, rate):
+def test_the_call_caches_hit_rate_is_of_calls_that_reached_a_model(replies, rate):
     made = [Reply("", Outcome.OK, model, hit=hit) for model, hit in replies]
     assert (
         hit_rate(SimpleNamespace(episodes=[SimpleNamespace(replies=made[:2]), SimpleNamespace(replies=made[2:])]))
@@ -43,16 +62,16 @@ def test_the_tapes_hit_rate_is_of_calls_that_reached_a_model(replies, rate):
 
 
 @pytest.mark.parametrize(("shown", "batches"), [(0, [20]), (3, [8, 8, 4])])
-def test_validation_meets_several_rosters_where_they_are_drawn(shown, batches):
+def test_validation_meets_several_candidates_where_they_are_drawn(shown, batches):
     config, seeds, sizes = tiny_config.demo_config(), [], []
-    config.pool.shown, config.rollout.questions, config.rollout.group = shown, 8, 4
+    config.pool.candidates, config.rollout.prompts_per_step, config.rollout.num_generations = shown, 8, 4
     questions = [QuestionRecord(str(i), "synthetic", "?", ("a",), 1, (), ()) for i in range(20)]
 
     def answer(asked, *, seed, **_):
         seeds.append(seed)
         sizes.append(len(asked))
         episodes = [Episode(i, prompt=(), stop="answer", text="<answer> no </answer>") for i in range(len(asked))]
-        return Answers(asked, episodes, 1, (), 0, np.ones(len(asked), bool), None)
+        return RolloutBatch(asked, episodes, 1, (), 0, np.ones(len(asked), bool), None)
 
     session = SimpleNamespace(router=SimpleNamespace(answer=answer), cards=())
     window = CostNormalizer(config.reward.window).state()
@@ -61,10 +80,10 @@ def test_validation_meets_several_rosters_where_they_are_drawn(shown, batches):
     assert [record["id"] for record in records] == [str(i) for i in range(20)] and figures["val/em"] == 0
 
 
-@pytest.mark.parametrize(("resample", "every", "episodes"), [(0, 2, 104), (3, 2, 344), (0, 9, 88), (0, 5, 88)])
-def test_the_estimate_counts_groups_drawn_anew_and_the_last_validation(resample, every, episodes):
+@pytest.mark.parametrize(("dynamic_sampling", "every", "episodes"), [(0, 2, 104), (3, 2, 344), (0, 9, 88), (0, 5, 88)])
+def test_the_estimate_counts_groups_drawn_anew_and_the_last_validation(dynamic_sampling, every, episodes):
     config = tiny_config.get_config()
-    config.steps, config.learner.resample, config.validation.every = 5, resample, every
+    config.steps, config.learner.dynamic_sampling, config.validation.every = 5, dynamic_sampling, every
     assert f"5 steps, at most {episodes} episodes and {2 * episodes} calls" in estimate(config)
 
 
@@ -73,16 +92,26 @@ def test_the_estimate_counts_groups_drawn_anew_and_the_last_validation(resample,
 
 def test_workdir_holds_all_that_is_promised(finished_run):
     for name in (
-        "config.json", "metrics.jsonl", "ledger.jsonl", "results.json", "report.html", "episodes/train.jsonl",
-        "episodes/test_trained.jsonl", "episodes/test_warm_start.jsonl", "plots/learning_curves.png",
-        "plots/calls_per_model.png", "plots/em_against_cost.png", "plots/slots_over_time.png", "rollout.json",
-    ):  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "ledger.jsonl",
+        "results.json",
+        "report.html",
+        "episodes/train.jsonl",
+        "episodes/test_trained.jsonl",
+        "episodes/test_warm_start.jsonl",
+        "plots/learning_curves.png",
+        "plots/calls_per_model.png",
+        "plots/em_against_cost.png",
+        "plots/slots_over_time.png",
+        "rollout.json",
+    ):
         assert (finished_run / name).stat().st_size > 100, name
     with CheckpointStore(finished_run / "checkpoints") as store:
         assert store.steps() == [0, 2, 4]
         assert store.best() in (2, 4)
     config = json.loads((finished_run / "config.json").read_text())
-    assert (config["steps"], config["rollout"]["group"]) == (4, 4)
+    assert (config["steps"], config["rollout"]["num_generations"]) == (4, 4)
     assert "4 steps, at most 80 episodes and 160 calls" in (finished_run / "train.stdout").read_text()
 
 
@@ -137,7 +166,7 @@ def test_results_say_what_they_were_made_with(finished_run):
     trained, warm = results["policies"]
     assert (trained["name"], warm["name"], warm["checkpoint"]) == ("trained", "warm start", 0)
     assert trained["checkpoint"] in (2, 4)
-    names = [entry["name"] for entry in results["references"]]
+    names = [entry["name"] for entry in results["reference_policies"]]
     assert len(names) == len(set(names)) and {f"{model} alone" for model in MODELS} < set(names)
 
 
@@ -187,7 +216,7 @@ def test_eight_devices_go_on_with_the_numbers_of_one(finished_run, warm_file, tm
     lines, truth = train_lines(tmp_path), train_lines(finished_run)[2:]
     assert [line["step"] for line in lines] == [3, 4]
     for line, single in zip(lines, truth, strict=True):
-        assert line["push_bytes"] > 0 == single["push_bytes"]
+        assert line["weight_sync_bytes"] > 0 == single["weight_sync_bytes"]
         for key in ("reward/total", "calls_per_question", "zero_variance_groups"):
             assert line[key] == single[key], key
         for key in ("grad_norm", "loss", "entropy", "kl"):
@@ -207,7 +236,7 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_never_stopped(tmp_path):
     whole, later = tmp_path / "whole", tmp_path / "later"
     mains.succeed("train", whole, *overrides)
     lines = train_lines(whole)
-    assert all(line["skipped"] == 0 and line["logp_diff_mean"] < 0.05 for line in lines)
+    assert all(line["skipped_updates"] == 0 and line["logp_diff_mean"] < 0.05 for line in lines)
     for step in ("0", "2"):
         shutil.copytree(whole / "checkpoints" / step, later / "checkpoints" / step)
     mains.succeed("train", later, *overrides)
@@ -217,17 +246,24 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_never_stopped(tmp_path):
 
 
 PPO = (
-    "learner.advantage=gae", "learner.value_coef=0.1", "learner.kl=k1", "learner.kl_in=reward", "learner.epochs=2",
-    "learner.minibatches=2", "learner.old_logps=learner", "learner.importance_cap=2.0", "rollout.top_p=0.9",
-)  # fmt: skip
-DAPO = ("learner.resample=1", "learner.clip_high=0.28", "learner.kl=none", "learner.length_buckets=2")
+    "learner.advantage=gae",
+    "learner.value_coef=0.1",
+    "learner.kl=k1",
+    "learner.kl_in=reward",
+    "learner.epochs=2",
+    "learner.minibatches=2",
+    "learner.old_logps=learner",
+    "learner.tis_cap=2.0",
+    "rollout.top_p=0.9",
+)
+DAPO = ("learner.dynamic_sampling=1", "learner.clip_high=0.28", "learner.kl=none", "learner.length_buckets=2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [PPO, DAPO], ids=["ppo", "dapo"])
 def test_a_run_that_samples_ahead_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(warm_file, tmp_path, settings):
     """Also with a critic, and with groups that are drawn anew; two of four steps are one step off-policy."""
-    overrides = (f"warmstart.file={warm_file}", "validation.questions=0", "rollout.ahead=True", *settings)
+    overrides = (f"warmstart.file={warm_file}", "validation.questions=0", "rollout.one_step_off_policy=True", *settings)
     whole, later = tmp_path / "whole", tmp_path / "later"
     mains.succeed("train", whole, *overrides)
     lines = train_lines(whole)
@@ -235,11 +271,9 @@ def test_a_run_that_samples_ahead_goes_on_from_a_checkpoint_as_if_it_had_never_s
     assert (
         max(apart[0], apart[2]) < 1e-4 < max(apart[1], apart[3])
     )  # of the policy that sampled and the one that learns
-    assert all(line["skipped"] == 0 and np.isfinite(line["loss"]) for line in lines)
+    assert all(line["skipped_updates"] == 0 and np.isfinite(line["loss"]) for line in lines)
     if settings is PPO:
-        assert all(
-            line["importance_mean"] < 1 and line["value_loss"] > 0 for line in lines
-        )  # what top-p leaves is more
+        assert all(line["tis_mean"] < 1 and line["value_loss"] > 0 for line in lines)  # what top-p leaves is more
         assert lines[3]["value_explained"] != lines[0]["value_explained"]
     else:
         assert {line["rounds"] for line in lines} <= {1, 2} and "kl" not in lines[0]

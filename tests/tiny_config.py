@@ -24,11 +24,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = demo_config()
     c.steps = 4
     c.model.arch.update(dict(num_layers=2, width=32, mlp=64, num_heads=2, num_kv_heads=1, head_dim=16))
-    c.data.world.update(dict(films=8, songs=8, clubs=8, persons=10, cities=10, countries=4, rivers=4))
+    c.synthetic.world.update(dict(films=8, songs=8, clubs=8, persons=10, cities=10, countries=4, rivers=4))
     c.pool.update(dict(backoff=0.02, backoff_max=0.2))
-    c.rollout.update(dict(questions=4, group=4, slots=8, max_tokens=96, max_turn_tokens=32))
+    c.rollout.update(dict(prompts_per_step=4, num_generations=4, slots=8, max_row_tokens=96, max_turn_tokens=32))
     c.learner.micro_tokens, c.learner.length_buckets = 1536, 1
-    c.warmstart.update(dict(steps=120, file="", batch=32, copy_steps=0, warmup=10, learning_rate=1e-2))
+    c.warmstart.update(dict(steps=120, file="", batch=32, warmup=10, learning_rate=1e-2))
+    c.synthetic.copy_steps = 0
     c.checkpoint.every = 2
     c.validation.update(dict(every=2, questions=8))
     c.evaluation.update(dict(questions=20, bootstrap=200))

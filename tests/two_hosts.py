@@ -1,4 +1,4 @@
-"""Run by test_hosts.py as one of two processes: two_hosts.py COORDINATOR PROCESS TASK; prints JSON."""
+"""Run by test_multihost.py as one of two processes: two_hosts.py COORDINATOR PROCESS TASK; prints JSON."""
 
 import json
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from router_r1_jax import hosts
+from router_r1_jax.distributed import multihost
 
 
 def attempt(call):
-    """What `hosts.together` gives or raises, as JSON."""
+    """What `multihost.run_on_all` returns or raises, as JSON."""
     try:
-        return hosts.together(call)
+        return multihost.run_on_all(call)
     except BaseException as error:
-        return [type(error).__name__, str(error), hosts.in_step()]
+        return [type(error).__name__, str(error), multihost.all_can_act()]
 
 
 def messages(process):
@@ -31,54 +31,54 @@ def messages(process):
     def interrupted():
         if process == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)  # is cut
+            time.sleep(60)  # is interrupted
 
-    sizes = [len(value["text"]) for value in hosts.gather({"text": "x" * (1 + 70_000 * process)})]
+    sizes = [len(value["text"]) for value in multihost.allgather_objects({"text": "x" * (1 + 70_000 * process)})]
     found = {
         "sizes": sizes,
-        "order": hosts.together(lambda: process),
-        "mine": [i for i in range(5) if hosts.is_mine(i)],
-        "file": hosts.own_file(Path("runs/ledger.jsonl")).name,
+        "order": multihost.run_on_all(lambda: process),
+        "mine": [i for i in range(5) if multihost.owns_item(i)],
+        "file": multihost.process_file(Path("runs/ledger.jsonl")).name,
         "failure": attempt(fail),
-        "again": hosts.together(lambda: "both"),
+        "again": multihost.run_on_all(lambda: "both"),
         "interrupt": attempt(interrupted),
     }
     print(json.dumps(found), flush=True)
-    hosts.leave(0)
+    multihost.exit_process(0)
 
 
 def kept(process):
-    """An interrupt that comes outside of `together` is raised in the next one, in both."""
+    """An interrupt that comes outside of `run_on_all` is raised in the next one, in both."""
     if process == 1:
         os.kill(os.getpid(), signal.SIGINT)
     print(json.dumps({"interrupt": attempt(lambda: time.sleep(0.1))}), flush=True)
-    hosts.leave(0)
+    multihost.exit_process(0)
 
 
 def death(process):
     """One is killed while the other waits for it."""
-    hosts.meet()
+    multihost.barrier()
     if process == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    with hosts.failing_alone():
-        hosts.meet()
+    with multihost.exit_on_failure():
+        multihost.barrier()
     print(json.dumps({"end": "nobody was missed"}), flush=True)
 
 
 def failure(process):
     """One fails away from the other, which waits for it."""
-    hosts.meet()
-    with hosts.failing_alone():
+    multihost.barrier()
+    with multihost.exit_on_failure():
         if process == 0:
             raise ValueError("the disk is full")
-        hosts.meet()
+        multihost.barrier()
     print(json.dumps({"end": "nobody was missed"}), flush=True)
 
 
 def main():
     coordinator, process, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    hosts.join(ConfigDict(dict(coordinator=coordinator, processes=2, process=process)))
-    hosts.hear_interrupts()
+    multihost.initialize(ConfigDict(dict(coordinator=coordinator, processes=2, process=process)))
+    multihost.defer_interrupts()
     {"messages": messages, "kept": kept, "death": death, "failure": failure}[task](jax.process_index())
 
 

@@ -1,8 +1,8 @@
 """Well-known open models as two providers serve them today, with the prices that their own pages stated.
 
-Read on 2026-10-07 from https://cloud.sambanova.ai/plans/pricing, and on 2026-11-05 from https://deepinfra.com/pricing,
-both as public transcriptions of those pages quote them. Prices change: compare before you spend, and correct
-PRICE_DATE. No latency was measured and no score is claimed, so the cards state neither.
+The prices are those of https://cloud.sambanova.ai/plans/pricing on 2026-10-07 and of https://deepinfra.com/pricing on
+2026-11-05, as public transcriptions of those pages quote them. Prices change: compare them before you spend money, and
+correct PRICE_DATE. The cards state no latency and no score, because none was measured.
 
     export SAMBANOVA_API_KEY=... DEEPINFRA_API_KEY=...
     python -m router_r1_jax.pool.check --config=YOUR_CONFIG.py

@@ -1,11 +1,12 @@
-"""240 simulated models whose skills, prices and latencies are drawn at random.
+"""240 simulated models whose skills, prices and latencies are sampled at random.
 
-For training with `pool.shown` and `pool.rename`: where each batch of prompts shows another few of them under names
-dealt anew, no name and no selection is worth remembering, and a router has to read. So many that no pair of domain and
-score is either: about every score stands on three or four cards. With forty models a router knew by heart which of
-their pairs to name, and named them with other models in the prompt too (experiments/studies/README.md). In about every
-third pair of model and domain the model is good (.80 to .99), else poor (.05 to .50), so five cards drawn at random
-hold a good one for a domain in nine of ten batches. Skill and price have nothing to do with each other.
+This pool is for training with `pool.candidates` and `pool.rename`: each batch of prompts shows a few of the models,
+under names that are sampled anew. So many models leave nothing to memorise. No name, no selection of models and no pair
+of domain and score is worth remembering, because about every score stands on three or four cards. A router must read
+the cards. Forty models are too few: a router learns their pairs by heart (experiments/studies/README.md).
+
+In about every third pair of model and domain the model is good (.80 to .99), otherwise poor (.05 to .50). So five cards
+hold a good model for a domain in nine of ten batches. Skill and price are independent.
 """
 
 import numpy as np
@@ -15,17 +16,19 @@ from router_r1_jax.config import model_card, provider
 
 PRICE_DATE = "2026-11-26"  # invented on that day; prices of invented models
 DOMAINS = ("film", "music", "people", "places", "sport")
-NAMES = (  # to be dealt among them by `pool.names`
-    "Acrux", "Adhara", "Albireo", "Alcor", "Algol", "Alioth", "Alnair", "Alphard", "Altair", "Antares", "Arcturus",
-    "Avior", "Capella", "Castor", "Deneb", "Diphda", "Dubhe", "Elnath", "Hadar", "Hamal", "Izar", "Kochab", "Menkar",
-    "Merak", "Mintaka", "Mirfak", "Mizar", "Naos", "Nunki", "Phecda", "Pollux", "Procyon", "Regulus", "Rigel", "Saiph",
-    "Sargas", "Sirius", "Spica", "Vega", "Wezen",
-)  # fmt: skip
+# Names that `pool.names` gives to `pool.rename`.
+NAMES = tuple(
+    """
+    Acrux Adhara Albireo Alcor Algol Alioth Alnair Alphard Altair Antares Arcturus Avior Capella Castor Deneb Diphda
+    Dubhe Elnath Hadar Hamal Izar Kochab Menkar Merak Mintaka Mirfak Mizar Naos Nunki Phecda Pollux Procyon Regulus
+    Rigel Saiph Sargas Sirius Spica Vega Wezen
+    """.split()
+)
 MODELS = 240
 
 
-def drawn_models(names: tuple[str, ...], seed: int) -> tuple[ConfigDict, ...]:
-    """One model per name; the same for the same seed."""
+def sample_models(names: tuple[str, ...], seed: int) -> tuple[ConfigDict, ...]:
+    """One model per name; the same seed gives the same models."""
     rng = np.random.default_rng(seed)
     cards = []
     for name in names:
@@ -47,9 +50,9 @@ def drawn_models(names: tuple[str, ...], seed: int) -> tuple[ConfigDict, ...]:
 
 
 def models() -> tuple[ConfigDict, ...]:
-    return drawn_models(tuple(f"m{i:03}" for i in range(MODELS)), seed=1)
+    return sample_models(tuple(f"m{i:03}" for i in range(MODELS)), seed=1)
 
 
 def providers() -> tuple[ConfigDict, ...]:
-    """The base URL is filled in when the simulated models' server has taken its port."""
+    """The base URL is set when the simulated models' server has its port."""
     return (provider(name="simulated"),)

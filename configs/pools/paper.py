@@ -1,9 +1,9 @@
-"""The paper's pool: the six models that its router was trained on and, with `unseen=True`, two that it had never met.
+"""The paper's pool: the six models that its router was trained with and, with `unseen=True`, two unseen models.
 
-Prices are dollars per million output tokens as published (arXiv 2506.09033), which is all that its cost reward counts;
-prices of input tokens and latencies are not published with them, so none stands here: `price_in` is 0 and the cards say
-no latency. Input tokens are then charged with nothing: enter your provider's prices and their date to know what you
-pay. Model ids are Hugging Face names where there are any; set what your provider calls them.
+Prices are the published dollars per million output tokens (arXiv 2506.09033); the paper's cost reward counts nothing
+else. The paper states no prices of input tokens and no latencies. So `price_in` is 0, input tokens are charged with
+nothing, and the cards show no latency. Enter your provider's prices and their date to see what you pay. Model ids are
+Hugging Face names if there are any; replace them with your provider's names.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def _card(name: str, model: str, price_out: float, description: str) -> ConfigDi
 
 
 def models(*, unseen: bool = False) -> tuple[ConfigDict, ...]:
-    """`unseen` adds the two models that the published router had never been trained with."""
+    """`unseen` adds the two models that the published router was not trained with."""
     seen = (
         _card("Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", 0.30, "7B parameters, many languages"),
         _card("LLaMA-3.1-70B-Instruct", "meta-llama/Llama-3.1-70B-Instruct", 0.88, "70B parameters, general"),
@@ -37,5 +37,5 @@ def models(*, unseen: bool = False) -> tuple[ConfigDict, ...]:
 
 
 def providers() -> tuple[ConfigDict, ...]:
-    """One endpoint for all, here on this machine; name your own, and the variable with its key in key_env."""
+    """One endpoint for all models, here on this machine. Enter yours, and in key_env the variable with its key."""
     return (provider(name="openai-compatible", base_url="http://127.0.0.1:8000/v1", key_env=""),)

@@ -1,8 +1,9 @@
 """Five simulated models over the five domains of the synthetic world, and the provider that serves them.
 
-Per domain one model is best by at least 7 points; where that one is the dear Titan, a cheap one is within 10 points;
-every other is below .3. Under the published reward a cheaper model that is right more than 0.4 times as often as a dear
-one would win at alpha 0.6, and exact match would collapse: hence the gap. Prices are dollars per million tokens.
+In each domain one model is best by at least 7 points. If that model is the expensive Titan, a cheap model is within 10
+points. Every other model is below .3. The gap has a reason: under the published reward at alpha 0.6, a cheaper model
+wins as soon as it is right more than 0.4 times as often as an expensive one, and exact match would collapse. Prices are
+dollars per million tokens.
 """
 
 from ml_collections import ConfigDict
@@ -36,5 +37,5 @@ def models() -> tuple[ConfigDict, ...]:
 
 
 def providers() -> tuple[ConfigDict, ...]:
-    """The base URL is filled in when the simulated models' server has taken its port."""
+    """The base URL is set when the simulated models' server has its port."""
     return (provider(name="simulated"),)

@@ -1,11 +1,11 @@
-"""Two simulated models that the demo's router has never met, to be added to its pool when it is evaluated:
+"""Two simulated models that the demo's router was not trained with, to be added to its pool for an evaluation:
 
     python -m router_r1_jax.evaluate --config=configs/demo.py --workdir=runs/demo \
         --change=add=configs/pools/unseen.py
 
-Nova is better in its domains than any model of the pool and cheap, so a router that reads cards should ask it; Echo is
-good at nothing. The demo's tokenizer has never seen their names: `--change=add=configs/pools/unseen.py,rename` deals
-all names anew, so that reading the cards and writing an unknown name are told apart.
+Nova is cheap and better in its domains than any model of the pool, so a router that reads cards should ask it. Echo is
+good at nothing. The demo's tokenizer does not know their names. `--change=add=configs/pools/unseen.py,rename` gives all
+models new names, which separates reading the cards from writing an unknown name.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,9 @@
 """Cost curve of the demo: five weights of the cost in the reward, three seeds each.
 
-python -m router_r1_jax.sweep --config=configs/sweeps/demo_alpha.py --workdir=runs/demo_alpha
+    python -m router_r1_jax.sweep --config=configs/sweeps/demo_alpha.py --workdir=runs/demo_alpha
 
-`--dry_run` prints the fifteen commands instead. Each is what `make demo` does, four to five minutes on a core.
+Hardware: a CPU. Time: fifteen runs of the demo, each four to five minutes on one core. `--dry_run` prints the fifteen
+commands instead. Number to expect: the cost curve in experiments/studies/README.md.
 """
 
 import runpy

@@ -1,10 +1,12 @@
 """The demo with and without the format reward, three seeds each.
 
-python -m router_r1_jax.sweep --config=configs/sweeps/demo_format.py --workdir=runs/demo_format
+    python -m router_r1_jax.sweep --config=configs/sweeps/demo_format.py --workdir=runs/demo_format
 
-Advantages are made of components, so that the format's weight can be 0. The warm start is cut to less than half: that
-of the demo hardly writes a malformed episode, and nothing would be left to learn. The study trains it once for all six
-(`experiments/studies/format_reward.py`).
+The format has an advantage of its own, whose weight can be 0. The warm start has less than half of the demo's updates,
+because the demo's warm start hardly writes a malformed episode and would leave nothing to learn. The study
+`experiments/studies/format_reward.py` trains the warm start once for all six runs.
+Hardware: a CPU. Time: six runs of the demo, each four to five minutes on one core. Number to expect: the study's table
+in experiments/studies/README.md.
 """
 
 import runpy
@@ -22,7 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = runpy.run_path(str(DEMO))["get_config"](arg)
     c.learner.component_weights.outcome = 1.0
     c.warmstart.file = str(DEMO.parents[1] / "runs" / "demo_format_warmstart.safetensors")
-    c.warmstart.steps = 320  # the copying curriculum is its first 250
+    c.warmstart.steps = 320  # the first 250 (synthetic.copy_steps) include copying exercises
     return c
 
 

@@ -1,10 +1,13 @@
-"""The demo, trained without two of its five models, three seeds from one warm start.
+"""The demo trained without two of its five models, with three seeds from one warm start.
 
-`experiments/studies/unseen_models.py` trains these runs and then puts all five models into the prompt. Before, it makes
-the tokenizer, which is the demo's, so that the held out names are words (a router meets them in the copying curriculum
-only). The warm start is a kept one, made in 15 minutes beside other work with
+`experiments/studies/unseen_models.py` first trains the demo's tokenizer, which knows all five names; the router meets
+the two names that are held out in copying exercises only. Then the study trains these runs, and evaluates them with all
+five models in the prompt. This command made the warm start, in 15 minutes on two busy CPU cores:
 
-    python -m router_r1_jax.warmstart --config=configs/sweeps/demo_unseen.py --workdir=runs/demo_unseen_warmstart
+    python -m router_r1_jax.training.warmstart --config=configs/sweeps/demo_unseen.py \
+        --workdir=runs/demo_unseen_warmstart
+
+The numbers to expect stand in experiments/studies/README.md, *Unseen models*.
 """
 
 import runpy

@@ -1,9 +1,9 @@
-"""Cost curve: exact match against dollars per question for five weights of the cost in the reward.
+"""Cost curve: exact match against dollars per question for five values of alpha, the weight of the cost reward.
 
     python experiments/studies/cost_curve.py --runs=runs/demo_alpha [--trained_only]
 
-Each point is the mean over seeds of runs of `configs/sweeps/demo_alpha.py`, beside each model alone and the oracle's
-front: what a policy that knows who knows what reaches at each alpha, computed from the world (`data.reference`).
+Each dot is a run of `configs/sweeps/demo_alpha.py`. Beside them stand each model alone and the oracle's front: what a
+policy reaches at each alpha if it knows which model knows which fact (`router_r1_jax.synthetic.oracle`).
 
 Result and what it shows: experiments/studies/README.md.
 """
@@ -11,32 +11,45 @@ Result and what it shows: experiments/studies/README.md.
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
-from runner import Variant, arguments, figures, markdown, measured, opened, over_seeds, run_config, save, spelt
-from runner import trained_runs as runs_of
+from runner import (
+    Variant,
+    arguments,
+    format_mean,
+    greedy_records,
+    mean_over_seeds,
+    open_checkpoint,
+    run_config,
+    run_metrics,
+    save,
+    trained_runs,
+)
 
-from router_r1_jax.data.reference import always, best_by_domain, cost_range, oracle, policy_value, trees
-from router_r1_jax.data.world import World
 from router_r1_jax.pool.cards import Card
+from router_r1_jax.report.tables import Table
+from router_r1_jax.synthetic.oracle import always, best_by_domain, oracle, policy_value, random_cost_bounds, trees
+from router_r1_jax.synthetic.world import World
 
 COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7")
 FRONT = np.round(np.linspace(0, 0.95, 20), 3)
 
 
-def references(world: World, cards: tuple[Card, ...], ids: set[str]) -> dict:
-    """EM and dollars of what needs no run, on the same questions."""
+def computed_policies(world: World, cards: tuple[Card, ...], ids: set[str]) -> dict:
+    """EM and dollars of policies that need no run, on the same questions."""
     forest = trees(world, [q for q in world.questions("test") if q.id in ids], cards)
-    bounds = cost_range(forest)
+    bounds = random_cost_bounds(forest)
     alone = {card.key: policy_value(forest, always(cards, card.key)) for card in cards}
     fronts = {
         "oracle": [oracle(forest, float(alpha), bounds) for alpha in FRONT],
-        "best by domain": [best_by_domain(forest, cards, float(alpha), bounds)[0] for alpha in FRONT],
+        "best by domain": [best_by_domain(forest, float(alpha), bounds) for alpha in FRONT],
     }
-    points = {name: [v.em, v.dollars] for name, v in alone.items()}
-    return {"alone": points, "fronts": {name: [[v.em, v.dollars] for v in front] for name, front in fronts.items()}}
+    return {
+        "alone": {name: [value.em, value.dollars_per_question] for name, value in alone.items()},
+        "fronts": {name: [[value.em, value.dollars_per_question] for value in front] for name, front in fronts.items()},
+    }
 
 
 def draw(results: dict) -> Figure:
-    """All of it, and larger what lies near the fronts: a dot per run, by alpha."""
+    """All points, and beside them the points near the fronts at a larger scale: a dot per run, by alpha."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     whole, near = figure.subplots(1, 2)
     fronts = results["references"]["fronts"]
@@ -46,10 +59,17 @@ def draw(results: dict) -> Figure:
             axes.plot(dollars, em, style, color="#8a8a8a", markersize=9, label=f"{name}, alpha 0 to .95")
         for i, (alpha, lines) in enumerate(results["each"].items()):
             at = [(p["dollars_per_question"], p["em"]) for p in lines.values()]
-            # Runs of different alphas often end at the very same policy: beside each other, not on top.
+            # Runs of different alphas often end at the same policy. Their dots stand beside each other.
             aside = ScaledTranslation(0.07 * i if axes is near else 0, 0, figure.dpi_scale_trans)
-            axes.plot(*np.array(at).T, "o", color=COLOURS[i], alpha=0.8, markersize=5, label=f"router, alpha {alpha}",
-                      transform=axes.transData + aside)  # fmt: skip
+            axes.plot(
+                *np.array(at).T,
+                "o",
+                color=COLOURS[i],
+                alpha=0.8,
+                markersize=5,
+                label=f"router, alpha {alpha}",
+                transform=axes.transData + aside,
+            )
         axes.set_xlabel("dollars per question")
         axes.grid(color="#e4e4e4")
         axes.spines[["top", "right"]].set_visible(False)
@@ -73,22 +93,28 @@ def main() -> None:
     options = arguments(__doc__, "demo_alpha")
     each: dict[str, dict[int, dict]] = {}
     found = {}
-    for run in runs_of(options):
-        with opened(run_config(options, run), run.folder) as checkpoint:
+    for run in trained_runs(options):
+        with open_checkpoint(run_config(options, run), run.folder) as checkpoint:
             session = checkpoint.session
             questions = session.questions("test")[: options.questions]
-            records = measured(checkpoint, Variant("as trained"), questions, study="routing")
-            line = figures(records, session.cards)
+            records = greedy_records(checkpoint, Variant("as trained"), questions, study="routing")
+            line = run_metrics(records, session.cards)
             each.setdefault(str(run.overrides["reward.alpha"]), {})[run.overrides["seed"]] = line
-            found = found or references(session.world, session.cards, {question.id for question in questions})
-    alphas = {alpha: over_seeds(lines) for alpha, lines in each.items()}
+            ids = {question.id for question in questions}
+            found = found or computed_policies(session.environment.world, session.cards, ids)
+    alphas = {alpha: mean_over_seeds(lines) for alpha, lines in each.items()}
     results = {"alphas": alphas, "references": found, "each": each}
     rows = [
-        [alpha, str(len(a["seeds"])), spelt(a["em"]), spelt(a["dollars_per_question"], ".2e"),
-         spelt(a.get("best_model_share"))]
+        [
+            alpha,
+            str(len(a["seeds"])),
+            format_mean(a["em"]),
+            format_mean(a["dollars_per_question"], ".2e"),
+            format_mean(a.get("best_model_share")),
+        ]
         for alpha, a in alphas.items()
-    ]  # fmt: skip
-    table = markdown(["alpha", "seeds", "EM", "dollars/question", "best model"], rows)
+    ]
+    table = Table(["alpha", "seeds", "EM", "dollars/question", "best model"], rows)
     save("cost_curve", results, table, draw(results))
 
 

@@ -1,14 +1,14 @@
-"""What routing is worth: one trained checkpoint, with its choices or its calls taken away, or made perfect.
+"""What routing is worth: one trained checkpoint, if its calls or its choices of models are removed or made perfect.
 
     python experiments/studies/routing_worth.py --runs=runs/demo_alpha [--trained_only] [--questions=500]
 
-A router can gain by whom it asks, and by splitting questions, copying and carrying on replies, whoever answers. So the
-same parameters answer the same test questions, greedily, where
-- it may make no call;
-- every call goes to one and the same model, or to a random one, whatever it chose (it is not told);
-- the names are dealt anew among the cards, which only a router that reads them survives;
+A router can gain by its choice of models. It can also gain by decomposing questions and by using replies, whichever
+model answers. So the same parameters answer the same test questions greedily under these conditions:
+- the router may make no call;
+- every call goes to the same model, or to a random one, whichever model the router called (the router is not told);
+- the names of the models are permuted among the cards, so that only a router that reads the cards still chooses well;
 - the cards state no scores and no description;
-- every call goes to the cheapest model that knows the fact asked for (the simulated world tells).
+- every call goes to the cheapest model that knows the fact (the synthetic world knows which models do).
 
 Result and what it shows: experiments/studies/README.md.
 """
@@ -21,30 +21,30 @@ from runner import (
     Choose,
     Variant,
     arguments,
-    figures,
-    markdown,
-    measured,
-    opened,
-    over_seeds,
+    format_mean,
+    greedy_records,
+    mean_over_seeds,
+    open_checkpoint,
     run_config,
+    run_metrics,
     save,
-    spelt,
     trained_runs,
 )
 
-from router_r1_jax.data.world import World
 from router_r1_jax.pool.cards import Card
+from router_r1_jax.report.tables import Table
+from router_r1_jax.synthetic.world import World
 
 AS_TRAINED = "as trained"
 
 
 def random_model(query: str, cards: tuple[Card, ...], called: str) -> str:
-    """Uniform, by the query's text, so that it is repeatable."""
+    """A uniform choice by the hash of the query, so that it is repeatable."""
     return sorted(card.name for card in cards)[zlib.crc32(query.encode()) % len(cards)]
 
 
 def knowing_model(world: World) -> Choose:
-    """The cheapest model that knows the fact; the called one where nobody does, or where it is no question of one."""
+    """The cheapest model that knows the fact. The called model if no model does, or if the query asks for no fact."""
 
     def choose(query: str, cards: tuple[Card, ...], called: str) -> str:
         fact = world.lookup(query)
@@ -56,7 +56,7 @@ def knowing_model(world: World) -> Choose:
 
 def variants(cards: tuple[Card, ...], world: World) -> list[Variant]:
     def always(key: str) -> Choose:
-        return lambda query, roster, called: next(card.name for card in roster if card.key == key)
+        return lambda query, candidates, called: next(card.name for card in candidates if card.key == key)
 
     return [
         Variant(AS_TRAINED),
@@ -64,7 +64,7 @@ def variants(cards: tuple[Card, ...], world: World) -> list[Variant]:
         Variant("random model", choose=random_model),
         *(Variant(f"always {card.key}", choose=always(card.key)) for card in cards),
         Variant("names permuted", {"pool.rename": True}),
-        Variant("cards blanked", shown=lambda card: dataclasses.replace(card, performance={}, description="")),
+        Variant("cards blanked", change_card=lambda card: dataclasses.replace(card, performance={}, description="")),
         Variant("oracle choice", choose=knowing_model(world)),
     ]
 
@@ -89,21 +89,26 @@ def draw(results: dict) -> Figure:
 
 
 def write(each: dict[int, dict]) -> None:
-    """Results of the seeds that are there; a study that is cut keeps them."""
+    """Write the results of the seeds so far, so that an interrupted study keeps them."""
     names = next(iter(each.values()))
     results = {
-        "variants": {name: over_seeds({seed: lines[name] for seed, lines in each.items()}) for name in names},
+        "variants": {name: mean_over_seeds({seed: lines[name] for seed, lines in each.items()}) for name in names},
         "each": each,
     }
     head = ["the same checkpoint, where", "EM", "dollars/question", "calls", "malformed"]
-    table = markdown(
+    table = Table(
         head,
         [
-            [name, spelt(v["em"]), spelt(v["dollars_per_question"], ".2e"), spelt(v["calls_per_question"], ".2f"),
-             spelt(v["malformed_share"], ".3f")]
+            [
+                name,
+                format_mean(v["em"]),
+                format_mean(v["dollars_per_question"], ".2e"),
+                format_mean(v["calls_per_question"], ".2f"),
+                format_mean(v["malformed_share"], ".3f"),
+            ]
             for name, v in results["variants"].items()
         ],
-    )  # fmt: skip
+    )
     save("routing_worth", results, table, draw(results))
 
 
@@ -112,13 +117,13 @@ def main() -> None:
     each: dict[int, dict] = {}
     for run in trained_runs(options, lambda overrides: overrides["reward.alpha"] == 0.0):
         config = run_config(options, run)
-        with opened(config, run.folder) as checkpoint:
+        with open_checkpoint(config, run.folder) as checkpoint:
             session, lines = checkpoint.session, {}
             questions = session.questions("test")[: options.questions]
-            for variant in variants(session.cards, session.world):
-                # A model that is asked under another's name still costs its own price and counts as itself.
-                records = measured(checkpoint, variant, questions, study="routing")
-                lines[variant.name] = figures(records, session.cards)
+            for variant in variants(session.cards, session.environment.world):
+                # Price and share of a redirected call are those of the model that answers it.
+                records = greedy_records(checkpoint, variant, questions, study="routing")
+                lines[variant.name] = run_metrics(records, session.cards)
                 print(f"seed {run.overrides['seed']}, {variant.name}: EM {lines[variant.name]['em']:.3f}", flush=True)
             each[run.overrides["seed"]] = lines
         write(each)

@@ -1,8 +1,8 @@
-"""What the studies share: runs that are trained if they are missing, policies measured on them once, and pages.
+"""Shared parts of the studies: train missing runs, measure variants of their policies once, write result files.
 
-A study names the runs of a sweep (`configs/sweeps/`). What is missing is trained and evaluated through the mains, in
-processes of their own; what was measured lies as episodes in the run's folder and is read. So a study that was cut goes
-on with the same command, and several studies share their runs.
+A study names the runs of a sweep (`configs/sweeps/`). The mains train and evaluate missing runs, each in a separate
+process. Measured episodes are kept in the run's folder and are read from there. So an interrupted study goes on with
+the same command, and several studies share their runs.
 """
 
 import argparse
@@ -22,21 +22,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from router_r1_jax.baselines.own import answer_greedily
-from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.config import validate
+from router_r1_jax.config_checks import validate
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.evaluate import records_identity
-from router_r1_jax.evaluation.journal import measured_once
-from router_r1_jax.evaluation.records import Record, summarise
-from router_r1_jax.evaluation.statistics import bootstrap_mean
+from router_r1_jax.evaluation.answering import GREEDY, answer_questions
+from router_r1_jax.evaluation.cache_key import records_key
+from router_r1_jax.evaluation.episode_cache import measured_once
+from router_r1_jax.evaluation.episode_records import Record, summarise
+from router_r1_jax.evaluation.statistics import bootstrap_mean_of_sets
 from router_r1_jax.pool.cards import Card, route_names
 from router_r1_jax.protocol import RouteFault, parse_route
-from router_r1_jax.report.writer import read_metrics, replace_file
+from router_r1_jax.report.tables import Table
+from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.router import Router
-from router_r1_jax.session import Session, open_session
-from router_r1_jax.sweep import Run, finished, plan, run_all, seed_mean
-from router_r1_jax.weights import fingerprint
+from router_r1_jax.setup.policy_weights import fingerprint
+from router_r1_jax.setup.session import Session, open_session
+from router_r1_jax.storage.checkpoint import CheckpointStore
+from router_r1_jax.storage.json_lines import replace_file
+from router_r1_jax.storage.metrics_writer import read_metrics
+from router_r1_jax.sweep import Run, expand_runs, finished, run_all, seed_mean
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -59,41 +62,41 @@ def arguments(description: str, sweep: str) -> argparse.Namespace:
 
 
 def make_warm_start(sweep: str) -> None:
-    """Train once the warm start that all runs of `configs/sweeps/<sweep>.py` read; without it each trains its own."""
+    """Train the warm start that all runs of `configs/sweeps/<sweep>.py` read. Otherwise each run would train one."""
     config_file = ROOT / f"configs/sweeps/{sweep}.py"
     target = Path(runpy.run_path(str(config_file))["get_config"]().warmstart.file)
     if not target.exists():
-        command = [sys.executable, "-m", "router_r1_jax.warmstart", f"--config={config_file}"]
+        command = [sys.executable, "-m", "router_r1_jax.training.warmstart", f"--config={config_file}"]
         subprocess.run([*command, f"--workdir={target.with_suffix('')}"], check=True)
 
 
 def trained_runs(
     options: argparse.Namespace, wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
 ) -> list[Run]:
-    """The sweep's runs of these seeds whose overrides are wanted; what is missing is trained and evaluated first.
+    """The sweep's runs of these seeds with wanted overrides. Missing runs are trained and evaluated first.
 
-    Raises SystemExit where a run fails. With --trained_only the missing runs are named and left out.
+    With --trained_only missing runs are printed and left out. Raises SystemExit if a run fails.
     """
     config_file = f"configs/sweeps/{options.sweep}.py"
     runs = [
         run
-        for run in plan(str(ROOT / config_file), {}, options.runs.absolute())
+        for run in expand_runs(str(ROOT / config_file), {}, options.runs.absolute())
         if run.overrides.get("seed", 0) in options.seeds and wanted(run.overrides)
     ]
     if options.trained_only:
-        there = [run for run in runs if checkpoints(run.folder)]
+        trained = [run for run in runs if is_trained(run.folder)]
         for run in runs:
-            if run not in there:
+            if run not in trained:
                 print(f"not trained, left out: {run.name}")
-        return there
+        return trained
     failed = [end for end in run_all([run for run in runs if not finished(run)], options.workers) if end.error]
     if failed:
         raise SystemExit("\n".join(f"{end.run.name}: {end.error}" for end in failed))
     return runs
 
 
-def checkpoints(folder: Path) -> bool:
-    """Whether a run was trained to its end."""
+def is_trained(folder: Path) -> bool:
+    """Whether the run in this folder was trained to its last step."""
     config = folder / "config.json"
     done = [line["step"] for line in read_metrics(folder) if line.get("phase") != "warmstart"]
     return config.exists() and max(done, default=-1) >= json.loads(config.read_text())["steps"]
@@ -109,35 +112,35 @@ def run_config(options: argparse.Namespace, run: Run, **more: Any) -> ConfigDict
 
 # ---- variants of a policy -------------------------------------------------------------------------------------------
 
-Choose = Callable[[str, Sequence[Card], str], str]  # (query, roster, name that was called) -> name that is asked
+Choose = Callable[[str, Sequence[Card], str], str]  # (query, candidates, called name) -> name of the model to ask
 
 
-def as_called(query: str, roster: Sequence[Card], called: str) -> str:
-    """Whom the router called."""
+def as_called(query: str, candidates: Sequence[Card], called: str) -> str:
+    """The model that the router called."""
     return called
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A checkpoint under changed circumstances.
+    """A checkpoint under changed conditions.
 
     Attributes:
-      name: in tables.
-      overrides: of the configuration's fields, for the router alone.
-      shown: what the cards look like in the prompt, where it is changed; the pool is asked as before.
-      choose: whom a call really goes to.
+      name: name in tables.
+      overrides: fields of the configuration that change for the router; the pool stays as it is.
+      change_card: changes a card in the prompt, or None; the pool is asked as before.
+      choose: chooses the model that a call really goes to.
     """
 
     name: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    shown: Callable[[Card], Card] | None = None
+    change_card: Callable[[Card], Card] | None = None
     choose: Choose = as_called
 
 
 class Redirected:
-    """A pool that asks another model than the one that was called, under the called one's name.
+    """A pool that asks another model than the called one and passes on its reply.
 
-    `choose` can be replaced between rollouts: routers over one pool share their compiled programs.
+    `choose` can be replaced between rollouts, so that variants share a router and its compiled programs.
     """
 
     def __init__(self, pool: Any, choose: Choose = as_called) -> None:
@@ -147,7 +150,7 @@ class Redirected:
         return getattr(self._pool, name)
 
     def respond(self, route_text: str, *, cards: Sequence[Card], **where: Any) -> Future:
-        """As `Pool.respond`; a call that cannot be made goes on as it is."""
+        """Like `Pool.respond`. A malformed call is passed on as it is."""
         route = parse_route(route_text, route_names(cards))
         if not isinstance(route, RouteFault):
             route_text = f"{self.choose(route.query, cards, route.name)}: {route.query}"
@@ -155,7 +158,7 @@ class Redirected:
 
 
 class Checkpoint:
-    """Parameters and session of one checkpoint; variants that change only whom a call reaches share a router."""
+    """Parameters and session of one checkpoint. Variants that differ in `choose` alone share a router."""
 
     def __init__(self, session: Session, params: Any) -> None:
         self.session, self.params = session, params
@@ -163,99 +166,102 @@ class Checkpoint:
         self._routers: dict[tuple, Router] = {}
 
     def router(self, variant: Variant) -> Router:
-        """Ready to answer as the variant says."""
+        """A router that answers under the conditions of the variant."""
         self._pool.choose = variant.choose
-        key = (tuple(variant.overrides.items()), variant.shown)
+        key = (tuple(variant.overrides.items()), variant.change_card)
         if key not in self._routers:
-            session, (config, cards) = self.session, self.circumstances(variant)
+            session, (config, cards) = self.session, self.conditions(variant)
             self._routers[key] = Router(config, session.model, session.tokenizer, cards, self._pool, session.mesh)
-            self._routers[key].push(self.params)
+            self._routers[key].sync_weights(self.params)
         return self._routers[key]
 
-    def circumstances(self, variant: Variant) -> tuple[ConfigDict, tuple[Card, ...]]:
-        """Configuration and cards of a variant."""
+    def conditions(self, variant: Variant) -> tuple[ConfigDict, tuple[Card, ...]]:
+        """The configuration and the cards of a variant."""
         session, config = self.session, self.session.config.copy_and_resolve_references()
         config.update_from_flattened_dict(dict(variant.overrides))
-        return config, tuple(map(variant.shown, session.cards)) if variant.shown else session.cards
+        return config, tuple(map(variant.change_card, session.cards)) if variant.change_card else session.cards
 
 
 @contextmanager
-def opened(config: ConfigDict, workdir: Path, checkpoint: str = "best") -> Iterator[Checkpoint]:
-    """A checkpoint of a run, with the run's session."""
+def open_checkpoint(config: ConfigDict, workdir: Path) -> Iterator[Checkpoint]:
+    """The best checkpoint of a run, with an open session."""
     with (
         CheckpointStore(workdir / "checkpoints", keep=None) as store,
         open_session(config, workdir, load_source=False) as session,
     ):
-        yield Checkpoint(session, store.restore_params(store.resolve(checkpoint), session.abstract_params))
+        yield Checkpoint(session, store.restore_params(store.resolve("best"), session.abstract_params))
 
 
-def measured(
+def greedy_records(
     checkpoint: Checkpoint, variant: Variant, questions: Sequence[QuestionRecord], *, study: str
 ) -> list[Record]:
-    """Greedy records of a variant; read where they were measured on these very questions, weights and circumstances."""
-    session, (config, cards) = checkpoint.session, checkpoint.circumstances(variant)
-    made_with = records_identity(config, cards, questions, fingerprint(checkpoint.params))
+    """Greedy records of a variant. They are kept, and read if questions, weights and conditions are the same."""
+    session, (config, cards) = checkpoint.session, checkpoint.conditions(variant)
+    key = records_key(config, cards, questions, fingerprint(checkpoint.params))
 
     def measure() -> list[Record]:
-        router, split = checkpoint.router(variant), config.evaluation.split
-        return answer_greedily(config, router, questions, policy=variant.name, split=split)
+        return answer_questions(
+            config,
+            checkpoint.router(variant),
+            questions,
+            seed_of_batch=lambda start: (config.seed, 0, GREEDY.stream, start),
+            step=0,
+            split=config.evaluation.split,
+            policy=variant.name,
+            normalizer=CostNormalizer(config.reward.window),
+        )
 
     name, ids = f"{study}_{variant.name}".replace(" ", "_"), [question.id for question in questions]
-    return measured_once(session.workdir / "studies", name, made_with, ids, measure)
+    return measured_once(session.workdir / "studies", name, key, ids, measure)
 
 
-# ---- results and pages ----------------------------------------------------------------------------------------------
+# ---- results --------------------------------------------------------------------------------------------------------
 
-FIGURES = ("em", "f1", "dollars_per_question", "calls_per_question", "best_model_share", "malformed_share")
+METRICS = ("em", "f1", "dollars_per_question", "calls_per_question", "best_model_share", "malformed_share")
 
 
-def figures(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any]:
-    """What one run's records say: FIGURES, a bootstrap interval of EM over questions, and the share of each model."""
+def run_metrics(records: Sequence[Record], cards: Sequence[Card]) -> dict[str, Any]:
+    """Metrics of one run's records: METRICS, a bootstrap interval of EM over questions, and the share of each model."""
     summary = summarise(records, cards)
-    em = bootstrap_mean([record["exact_match"] for record in records], resamples=10_000, seed=0)
-    chosen = {key: summary[key] for key in FIGURES if key in summary}
+    em = bootstrap_mean_of_sets([[record["exact_match"] for record in records]], resamples=10_000, seed=0)
+    chosen = {key: summary[key] for key in METRICS if key in summary}
     return chosen | {"em_ci": [em.low, em.high], "calls_share": summary["calls/share"], "questions": len(records)}
 
 
-def over_seeds(each: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Per figure its mean over seeds, with Student's 95 % interval where there are two or more.
+def mean_over_seeds(each: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of each metric over seeds, with Student's 95 % interval if there are two seeds or more.
 
-    For a single seed EM has the bootstrap interval over its questions; "em_ci_over" says which it is.
+    If there is a single seed, EM has the bootstrap interval over its questions. "em_ci_over" says which interval it is.
     """
-    keys = [key for key in FIGURES if all(key in line for line in each.values())]
+    keys = [key for key in METRICS if all(key in line for line in each.values())]
     means = {key: seed_mean([line[key] for line in each.values()]) for key in keys}
     if len(each) == 1 and "em_ci" in (only := next(iter(each.values()))):
         means["em"]["ci"] = only["em_ci"]
     return means | {"seeds": sorted(each), "em_ci_over": "seeds" if len(each) > 1 else "questions"}
 
 
-def spelt(figure: Mapping[str, Any] | None, digits: str = ".3f") -> str:
-    """ "0.912 [0.90 .. 0.93]", or without the interval for one seed."""
-    if figure is None:
+def format_mean(mean: Mapping[str, Any] | None, digits: str = ".3f") -> str:
+    """ "0.912 [0.900 .. 0.930]", or without the interval if there is one seed."""
+    if mean is None:
         return ""
-    text = f"{figure['mean']:{digits}}"
-    return text if figure["ci"] is None else f"{text} [{figure['ci'][0]:{digits}} .. {figure['ci'][1]:{digits}}]"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
+    text = f"{mean['mean']:{digits}}"
+    return text if mean["ci"] is None else f"{text} [{mean['ci'][0]:{digits}} .. {mean['ci'][1]:{digits}}]"
 
 
 def last_result(name: str) -> dict[str, Any]:
-    """What `save` wrote last; {} where there is nothing."""
+    """What `save` wrote last, or {}."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def save(name: str, results: Mapping[str, Any], table: str, figure: Figure | None) -> None:
-    """results/NAME.json, .md (the table) and .png; prints the table and one JSON line."""
+def save(name: str, results: Mapping[str, Any], table: Table, figure: Figure, note: str = "") -> None:
+    """Write results/NAME.json, .md (the table behind the note) and .png. Print the table and one JSON line."""
     RESULTS.mkdir(exist_ok=True)
+    text = note + table.markdown() + "\n"
     dated = {"study": name, "date": datetime.date.today().isoformat()} | dict(results)
     replace_file(RESULTS / f"{name}.json", (json.dumps(dated, indent=1) + "\n").encode())
-    replace_file(RESULTS / f"{name}.md", table.encode())
-    if figure is not None:
-        FigureCanvasAgg(figure)
-        figure.savefig(RESULTS / f"{name}.png", dpi=110)
-    print(table)
+    replace_file(RESULTS / f"{name}.md", text.encode())
+    FigureCanvasAgg(figure)
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    print(text)
     print(json.dumps({key: value for key, value in dated.items() if key != "each"}))

@@ -1,14 +1,14 @@
-"""Unseen models: three routers meet models that they were not trained with, and the share of calls these receive.
+"""Unseen models: three routers meet models that they were not trained with; the share of calls that these models get.
 
     python experiments/studies/unseen_models.py --runs=runs
 
-The routers: one trained with three of the demo's five models; one with all five, which is what retraining gives; and
-one with 240 others, five at a time under names dealt anew (`configs/sweeps/demo_cards.py`), which has met none of the
-five. Their names are among those that were dealt, to other models: a small router cannot say a word that it never met.
-Each answers the test questions with the three models in prompt and pool, with all five, and with all five under one
-another's names, the third one also with models of its own pool. A gain that comes with no call to a new model is no
-generalisation, so the share of calls stands beside it. A router whose runs are not there keeps, with --trained_only,
-the figures of the last time.
+The first router was trained with three of the demo's five models. The second was trained with all five, which is what
+retraining gives. The third was trained with 240 other models, five at a time under sampled names
+(`configs/sweeps/demo_cards.py`), and with none of the five. The names of the five are among the sampled names, because
+a small router cannot say a word that it never met. Each router answers the test questions with the three models in
+prompt and pool, with all five, and with all five under permuted names. The third one also answers with models of its
+training pool. A gain without a call to a new model is no generalisation, so the share of calls stands beside the gain.
+With --trained_only a router without runs keeps its metrics of the last results.
 
 Result and what it shows: experiments/studies/README.md.
 """
@@ -29,25 +29,25 @@ from runner import (
     ROOT,
     Variant,
     arguments,
-    figures,
+    format_mean,
+    greedy_records,
     last_result,
-    markdown,
-    measured,
-    opened,
-    over_seeds,
+    mean_over_seeds,
+    open_checkpoint,
     run_config,
+    run_metrics,
     save,
-    spelt,
     trained_runs,
 )
 
 from router_r1_jax import prompts
-from router_r1_jax.data.tokenizer import corpus, train_tokenizer
-from router_r1_jax.data.world import World
-from router_r1_jax.evaluation.records import Record
+from router_r1_jax.evaluation.episode_records import Record
 from router_r1_jax.pool.cards import Card, all_in_prompts, cards_from_config
 from router_r1_jax.prompts import score_text
+from router_r1_jax.report.tables import Table
 from router_r1_jax.sweep import seed_mean
+from router_r1_jax.synthetic.tokenizer import corpus, train_tokenizer
+from router_r1_jax.synthetic.world import World
 
 SWEEP = runpy.run_path(str(ROOT / "configs/sweeps/demo_unseen.py"))
 DEMO = runpy.run_path(SWEEP["DEMO"])["get_config"]()
@@ -60,12 +60,12 @@ ROUTERS = {  # name -> its sweep
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What the prompt shows and the pool answers with."""
+    """The models in the prompt and in the pool."""
 
     name: str
     held_out: bool
     rename: bool = False
-    own: bool = False  # models drawn from the router's own pool, as in its training
+    training_pool: bool = False  # models sampled from the router's training pool, as in its training
 
     def models(self) -> tuple[ConfigDict, ...]:
         """The demo's models, with or without the two that one router has not met."""
@@ -76,54 +76,54 @@ CASES = (
     Case("three models", False),
     Case("all five", True),
     Case("all five, names dealt anew", True, rename=True),
-    Case("five of its own", False, own=True),
+    Case("five of its own", False, training_pool=True),
 )
 LOOKS = ("#7f7f7f", "#0072B2", "#D55E00", "#009E73"), "so^D"  # colours and marks of the cases
 
 
 def make_tokenizer(folder: Path, config: ConfigDict) -> None:
-    """One to which the demo's five names are words, where the runs of `config` look for it."""
+    """Make the tokenizer of the runs of `config`, unless it exists. The demo's five names are words of it."""
     if not folder.exists():
         pools = (config.pool, DEMO.pool)
         cards = tuple(card for pool in pools for card in all_in_prompts(cards_from_config(pool), pool))
         template = prompts.load_template(config.prompt.template)
-        train_tokenizer(corpus(World(DEMO.data.world), cards, template, DEMO.rollout.max_calls), folder)
+        train_tokenizer(corpus(World(DEMO.synthetic.world), cards, template, DEMO.rollout.max_calls), folder)
 
 
 def measure(options: argparse.Namespace, router: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """Case -> seed -> figures of one router's runs; {} where none is trained."""
+    """Case -> seed -> metrics of one router's runs; {} if none is trained."""
     options.sweep, options.runs = ROUTERS[router], options.folder / ROUTERS[router]
     lines: dict[str, dict[int, dict[str, Any]]] = {}
     for run in trained_runs(options, lambda overrides: overrides.get("reward.alpha", 0.0) == 0.0):
         for case in CASES:
             config = run_config(options, run)
-            if case.own and not config.pool.shown:
+            if case.training_pool and not config.pool.candidates:
                 continue
-            if not case.own:
-                config.pool.update(dict(models=case.models(), names=(), shown=0, rename=case.rename))
-            with opened(config, run.folder) as checkpoint:
+            if not case.training_pool:
+                config.pool.update(dict(models=case.models(), names=(), candidates=0, rename=case.rename))
+            with open_checkpoint(config, run.folder) as checkpoint:
                 session = checkpoint.session
                 questions = session.questions("test")[: options.questions]
-                records = measured(checkpoint, Variant(case.name), questions, study="unseen")
-                line = figures(records, session.cards) | {"stated_share": stated_share(records, session.cards)}
-            share = 0.0 if case.own else sum(line["calls_share"].get(key, 0.0) for key in SWEEP["UNSEEN"])
+                records = greedy_records(checkpoint, Variant(case.name), questions, study="unseen")
+                line = run_metrics(records, session.cards) | {"stated_share": stated_share(records, session.cards)}
+            share = 0.0 if case.training_pool else sum(line["calls_share"].get(key, 0.0) for key in SWEEP["UNSEEN"])
             lines.setdefault(case.name, {})[run.overrides["seed"]] = line | {"unseen_share": share}
             print(f"{router}, {case.name}, seed {run.overrides['seed']}: EM {line['em']:.3f}, share {share:.2f}")
     return lines
 
 
 def stated_share(records: Sequence[Record], cards: Sequence[Card]) -> float:
-    """Of the scores that think segments name before a call, those that some card shown states for that domain."""
+    """Share of the scores in think segments before a call that a card in the prompt states for the domain."""
     skills, found = {card.key: card.performance for card in cards}, []
     for record in records:
         for domain, score in re.findall(r" : (\w+) (\d+)(?: :)? [^<]* </think>\s*<search>", record["response"]):
-            shown = [skills[key].get(domain) for key in record["shown"]]
-            found.append(score in [score_text(skill) for skill in shown if skill is not None])
+            stated = [skills[key].get(domain) for key in record["candidates"]]
+            found.append(score in [score_text(skill) for skill in stated if skill is not None])
     return float(np.mean(found)) if found else 0.0
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
-    """EM, and the share of calls that the two held out models receive: a dot per seed."""
+    """EM, and the share of calls to the two held out models: a dot per seed."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     labels = {"em": "exact match", "unseen_share": "share of calls to the two held out models"}
     names = list(results["each"])
@@ -155,27 +155,45 @@ def main() -> None:
     for name in ROUTERS:
         if lines := measure(options, name):
             each[name], measured_on[name] = lines, datetime.date.today().isoformat()
-        elif name in before.get("each", {}):  # its runs are not here any more
+        elif name in before.get("each", {}):  # its runs are missing
             each[name], measured_on[name] = before["each"][name], before["measured_on"][name]
     shares = ("unseen_share", "stated_share")
     cases = {
         router: {
-            name: over_seeds(lines)
+            name: mean_over_seeds(lines)
             | {key: seed_mean([line[key] for line in lines.values()]) for key in shares if key in lines[min(lines)]}
             for name, lines in of_router.items()
         }
         for router, of_router in each.items()
     }
     rows = [
-        [router, name, str(len(c["seeds"])), spelt(c["em"]), spelt(c["best_model_share"]), spelt(c["unseen_share"]),
-         spelt(c.get("stated_share")), spelt(c["malformed_share"]), spelt(c["dollars_per_question"], ".2e")]
+        [
+            router,
+            name,
+            str(len(c["seeds"])),
+            format_mean(c["em"]),
+            format_mean(c["best_model_share"]),
+            format_mean(c["unseen_share"]),
+            format_mean(c.get("stated_share")),
+            format_mean(c["malformed_share"]),
+            format_mean(c["dollars_per_question"], ".2e"),
+        ]
         for router, of_router in cases.items()
         for name, c in of_router.items()
-    ]  # fmt: skip
-    head = ["router", "prompt and pool", "seeds", "EM", "calls to the best model", "calls to the two held out",
-            "scores named that a card states", "malformed", "dollars/question"]  # fmt: skip
+    ]
+    head = [
+        "router",
+        "prompt and pool",
+        "seeds",
+        "EM",
+        "calls to the best model",
+        "calls to the two held out",
+        "scores named that a card states",
+        "malformed",
+        "dollars/question",
+    ]
     results = {"measured_on": measured_on, "cases": cases, "each": each}
-    save("unseen_models", results, markdown(head, rows), draw(results))
+    save("unseen_models", results, Table(head, rows), draw(results))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A FrugalGPT-style cascade: ask a cheap model, judge its reply, and ask a dearer one where it does not pass.
+"""FrugalGPT cascade: ask a cheap model, score its reply, and ask a more expensive model if the score is too low.
 
-As in arXiv 2305.05176 a scorer reads question and reply, and the list of models and their thresholds are searched for
-on train questions. Here the scorer is one logistic regression per model over the words of both, cross-fitted so that
-the thresholds are not chosen on scores of questions that it has seen.
+As in arXiv 2305.05176, a scorer reads question and reply, and the list of models and their thresholds are searched on
+train questions. Here the scorer is one logistic regression per model over the words of question and reply. It is
+cross-fitted, so that thresholds are not chosen on scores of questions that the scorer has seen.
 """
 
 import itertools
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router_r1_jax.baselines.features import scikit_learn
-from router_r1_jax.baselines.interface import Baseline, TrainRecord, cheapness, cost_bounds, known_keys
+from router_r1_jax.baselines.base import Baseline, Example, exact_matches, raw_costs, tried_models
+from router_r1_jax.baselines.features import require_scikit_learn
 from router_r1_jax.pool.cards import Card
+from router_r1_jax.reward import cost_bounds, normalize_costs
 
 LONGEST = 3  # models in a list, as published
 THRESHOLDS = np.linspace(0.0, 1.0, 11)
@@ -20,71 +21,70 @@ FOLDS = 5
 
 
 class Cascade(Baseline):
-    """The baseline. `alpha` weighs cost as the published reward does; of lists worth the same, the cheaper is taken."""
+    """The cascade. `alpha` weighs cost as in the published reward; of equally good lists the cheaper is taken."""
 
     def __init__(self, cards: Sequence[Card], alpha: float) -> None:
         self._prices, self._alpha = {card.key: card.price_out for card in cards}, alpha
 
-    def fit(self, records: Sequence[TrainRecord]) -> None:
-        """Fit the scorers, then search for the list and its thresholds."""
-        scikit_learn()
-        keys = sorted((key for key in known_keys(records) if key in self._prices), key=self._prices.__getitem__)
-        em = np.array([[record.trials[key].exact_match for key in keys] for record in records])
-        raw = np.array([[record.trials[key].reply.raw_cost for key in keys] for record in records])
-        fitted = [_fit_scorer(_texts(records, key), em[:, i]) for i, key in enumerate(keys)]
-        self._scorers = {key: scorer for key, (scorer, _) in zip(keys, fitted, strict=True)}
-        scores = np.stack([scores for _, scores in fitted], axis=1)
-        best = search(em, raw, scores, self._alpha)
-        self._list = [(keys[i], threshold) for i, threshold in best]
+    def fit(self, examples: Sequence[Example]) -> None:
+        """Fit the scorers, then search the list and its thresholds."""
+        require_scikit_learn()
+        keys = sorted((key for key in tried_models(examples) if key in self._prices), key=self._prices.__getitem__)
+        em, costs = exact_matches(examples, keys), raw_costs(examples, keys)
+        self._scorers, scores = {}, np.empty(em.shape)
+        for i, key in enumerate(keys):
+            texts = [_text(example.question, example.trials[key].reply.text) for example in examples]
+            self._scorers[key], scores[:, i] = _fit_scorer(texts, em[:, i])
+        self._thresholds = {keys[i]: threshold for i, threshold in search(em, costs, scores, self._alpha)}
 
     def choose(self, question: str, cards: Sequence[Card]) -> str:
-        """The first model of the list among `cards`; the cheapest card where they hold none."""
+        """The first model of the list that is among `cards`; if there is none, the cheapest card."""
         left = {card.key for card in cards}
         cheapest = min(cards, key=lambda card: card.price_out)
-        return next((key for key, _ in self._list if key in left), cheapest.key)
+        return next((key for key in self._thresholds if key in left), cheapest.key)
 
     def accept(self, question: str, key: str, reply: str) -> bool:
-        """Whether the reply's score passes the model's threshold; the last model's, and one outside the list, does."""
-        threshold = dict(self._list).get(key, 0.0)
-        return threshold == 0.0 or _score(self._scorers[key], [_text(question, reply)])[0] >= threshold
+        """Whether the reply's score reaches the model's threshold; it is 0 for the last model and outside the list."""
+        threshold = self._thresholds.get(key, 0.0)
+        return threshold == 0.0 or _score(self._scorers[key], _text(question, reply)) >= threshold
 
 
-def search(em: np.ndarray, raw: np.ndarray, scores: np.ndarray, alpha: float) -> list[tuple[int, float]]:
-    """The list of models and thresholds of the greatest mean reward on n questions, cheaper models first.
+def search(em: np.ndarray, costs: np.ndarray, scores: np.ndarray, alpha: float) -> list[tuple[int, float]]:
+    """The list of models and thresholds with the greatest mean reward on n questions, cheaper models first.
 
     Args:
         em: [n, M] exact match, models in order of price.
-        raw: [n, M] raw cost of each answer.
-        scores: [n, M] the scorer's opinion of each answer.
+        costs: [n, M] raw cost of each answer.
+        scores: [n, M] the scorer's score of each answer.
         alpha: weight of cost in the published reward.
 
     Returns:
         (index of the model, its threshold), in the order of asking; the last threshold is 0.
     """
-    bounds = cost_bounds(raw)
-    best, value = [], -np.inf
+    bounds = cost_bounds(costs)
+    best, best_value = [], -np.inf
     for length in range(1, min(LONGEST, em.shape[1]) + 1):
         for models in itertools.combinations(range(em.shape[1]), length):
             for thresholds in itertools.product(THRESHOLDS[1:], repeat=length - 1):
-                cut = (*thresholds, 0.0)
-                right, cost = _follow(em, raw, scores, models, cut)
-                cheap = cheapness(cost, bounds)
-                reward = float(np.mean(right * (1 - alpha + alpha * cheap))) - 1e-6 * float(np.mean(cost))
-                if reward > value:
-                    best, value = list(zip(models, cut, strict=True)), reward
+                cascade = list(zip(models, (*thresholds, 0.0), strict=True))
+                right, cost = _run(em, costs, scores, cascade)
+                reward = right * (1 - alpha + alpha * normalize_costs(cost, *bounds))
+                value = float(np.mean(reward)) - 1e-6 * float(np.mean(cost))
+                if value > best_value:
+                    best, best_value = cascade, value
     return best
 
 
-def _follow(
-    em: np.ndarray, raw: np.ndarray, scores: np.ndarray, models: Sequence[int], thresholds: Sequence[float]
+def _run(
+    em: np.ndarray, costs: np.ndarray, scores: np.ndarray, cascade: Sequence[tuple[int, float]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact match and summed raw cost [n] of a cascade on n questions."""
-    right, cost, open_ = np.zeros(len(em)), np.zeros(len(em)), np.ones(len(em), dtype=bool)
-    for model, threshold in zip(models, thresholds, strict=True):
-        cost += open_ * raw[:, model]
-        taken = open_ & (scores[:, model] >= threshold)
-        right[taken] = em[taken, model]
-        open_ &= ~taken
+    right, cost, unanswered = np.zeros(len(em)), np.zeros(len(em)), np.ones(len(em), dtype=bool)
+    for model, threshold in cascade:
+        cost += unanswered * costs[:, model]
+        accepted = unanswered & (scores[:, model] >= threshold)
+        right[accepted] = em[accepted, model]
+        unanswered &= ~accepted
     return right, cost
 
 
@@ -92,14 +92,10 @@ def _text(question: str, reply: str) -> str:
     return f"{question} {reply}"
 
 
-def _texts(records: Sequence[TrainRecord], key: str) -> list[str]:
-    return [_text(record.question, record.trials[key].reply.text) for record in records]
-
-
 def _fit_scorer(texts: Sequence[str], right: np.ndarray) -> tuple[object, np.ndarray]:
-    """A scorer fitted on all texts, and the scores [n] that scorers fitted without a text's fold give it.
+    """A scorer fitted on all texts, and a score [n] of each text by a scorer that was fitted without its fold.
 
-    Where a fold would lack right or wrong answers there is nothing to tell apart: the scorer is their share.
+    If a fold would lack right or wrong answers, there is nothing to learn: the scorer is the share of right answers.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -113,5 +109,5 @@ def _fit_scorer(texts: Sequence[str], right: np.ndarray) -> tuple[object, np.nda
     return scorer.fit(texts, right), scores
 
 
-def _score(scorer: object, texts: Sequence[str]) -> np.ndarray:
-    return np.full(len(texts), scorer) if isinstance(scorer, float) else scorer.predict_proba(texts)[:, 1]
+def _score(scorer: object, text: str) -> float:
+    return scorer if isinstance(scorer, float) else scorer.predict_proba([text])[0, 1]

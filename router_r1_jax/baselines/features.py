@@ -1,4 +1,4 @@
-"""What baselines see of a question: its words, or the router's own embedding. Nothing of the world behind it."""
+"""Question features for baselines: TF-IDF of the words, or the router's embedding of the text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,15 +9,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from router_r1_jax.model import ModelConfig, Params, RouterLM
-from router_r1_jax.report.writer import MissingExtraError
+from router_r1_jax.storage.metrics_writer import MissingExtraError
 
 Features = Callable[[Sequence[str]], np.ndarray]  # n texts -> float32 [n, F]
 
-LENGTH_BUCKET = 32  # questions are padded to a multiple of it: few compilations
+LENGTH_BUCKET = 32  # questions are padded to a multiple of this length, so that few shapes are compiled
 
 
-def scikit_learn() -> None:
-    """Raise MissingExtraError where scikit-learn is not installed."""
+def require_scikit_learn() -> None:
+    """Raise MissingExtraError if scikit-learn is not installed."""
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -27,18 +27,13 @@ def scikit_learn() -> None:
 
 
 class WordFeatures:
-    """TF-IDF of a question's words, over the words of the texts that it is fitted on."""
+    """TF-IDF of a text's words; vocabulary and frequencies come from `texts`."""
 
-    def __init__(self) -> None:
-        scikit_learn()
+    def __init__(self, texts: Sequence[str]) -> None:
+        require_scikit_learn()
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self._vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
-
-    def fit(self, texts: Sequence[str]) -> "WordFeatures":
-        """Take vocabulary and frequencies from `texts`; returns itself."""
-        self._vectorizer.fit(texts)
-        return self
+        self._vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32).fit(texts)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors [n, F]; a text without a known word is all zero."""
@@ -46,21 +41,22 @@ class WordFeatures:
 
 
 class RouterFeatures:
-    """Mean over a text's tokens of the router's last hidden states: what a BERT-style encoder is elsewhere."""
+    """Mean over a text's tokens of the router's last hidden states. It replaces the BERT encoders of other routers."""
 
     def __init__(self, config: ModelConfig, params: Params, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`params` are stacked, as checkpoints hold them."""
+        """`params` are stacked, as in checkpoints."""
         self._params, self._tokenizer = params, tokenizer
 
         def embed(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-            hidden, _ = RouterLM(config).apply({"params": params}, tokens, method="hidden")  # causal: padding is behind
+            # Attention is causal, so the padding behind a text does not change its hidden states.
+            hidden, _ = RouterLM(config).apply({"params": params}, tokens, method="hidden")
             total = jnp.sum(hidden.astype(jnp.float32) * mask[..., None], axis=1)
             return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1.0)
 
         self._embed: Any = jax.jit(embed)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, D] float32."""
+        """Embeddings [n, D] float32."""
         ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         T = -(-max(map(len, ids)) // LENGTH_BUCKET) * LENGTH_BUCKET
         B = -(-len(ids) // LENGTH_BUCKET) * LENGTH_BUCKET if len(ids) > 1 else 1

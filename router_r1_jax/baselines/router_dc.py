@@ -1,12 +1,12 @@
-"""RouterDC: a query encoder and an embedding per model, learnt by two contrastive losses (arXiv 2409.19886).
+"""RouterDC: a query encoder and one embedding per model, learned by two contrastive losses (arXiv 2409.19886).
 
-Cosine of query and model embedding is the score. The sample-model loss draws a query to the models that answered it
-best and away from those that failed; the sample-sample loss draws queries of one cluster together, which keeps the
-encoder's training stable. Here the encoder is a two-layer net over TF-IDF vectors in place of a pre-trained one.
+The score of a model is the cosine of query and model embedding. The sample-model loss pulls a query to the models that
+answered it best and pushes it away from those that failed. The sample-sample loss pulls queries of one cluster
+together, which keeps the encoder's training stable. Here the encoder is a two-layer net over TF-IDF vectors instead of
+a pre-trained language model.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from router_r1_jax.baselines.features import WordFeatures, scikit_learn
-from router_r1_jax.baselines.interface import ScoringBaseline, TrainRecord, instructive, known_keys, utilities
+from router_r1_jax.baselines.base import Example, UtilityBaseline, informative, tried_models, utilities
+from router_r1_jax.baselines.features import WordFeatures
+from router_r1_jax.baselines.optimize import minimize
 
 TEMPERATURE = 0.1  # of the cosines in both losses
-TOP = 3  # models drawn to a query, where as many answered it
+TOP = 3  # at most so many models attract a query
 STEPS, BATCH = 300, 64
+CLUSTERS, CLUSTER_WEIGHT = 8, 0.3  # of the sample-sample loss
 
 
 class QueryEncoder(nn.Module):
@@ -35,14 +37,14 @@ class QueryEncoder(nn.Module):
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
-def sample_model_loss(cosines: jax.Array, worth: jax.Array) -> jax.Array:
-    """Mean over queries and their best models of -log p(model | model and all that failed). cosines, worth: [B, M]."""
+def sample_model_loss(cosines: jax.Array, utility: jax.Array) -> jax.Array:
+    """Mean over queries and their best models of -log p(model | model and all that failed). Both arrays are [B, M]."""
     logits = cosines / TEMPERATURE
-    best = jax.lax.top_k(worth, min(TOP, worth.shape[1]))[0][:, -1:]
-    good = (worth >= best) & (worth > 0)
-    failed = jnp.sum(jnp.where(worth > 0, 0.0, jnp.exp(logits)), axis=1, keepdims=True)
+    best = jax.lax.top_k(utility, min(TOP, utility.shape[1]))[0][:, -1:]
+    good = (utility >= best) & (utility > 0)
+    failed = jnp.sum(jnp.where(utility > 0, 0.0, jnp.exp(logits)), axis=1, keepdims=True)
     losses = jnp.log(jnp.exp(logits) + failed) - logits
-    return jnp.sum(jnp.where(good, losses * worth, 0.0)) / jnp.maximum(jnp.sum(good * worth), 1e-6)
+    return jnp.sum(jnp.where(good, losses * utility, 0.0)) / jnp.maximum(jnp.sum(good * utility), 1e-6)
 
 
 def sample_sample_loss(queries: jax.Array, cluster: jax.Array) -> jax.Array:
@@ -58,53 +60,40 @@ def sample_sample_loss(queries: jax.Array, cluster: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(pairs, losses, 0.0)) / jnp.maximum(jnp.sum(pairs), 1)
 
 
-class RouterDC(ScoringBaseline):
-    """The baseline. `alpha` weighs cost in a model's worth; `clustering` weighs the sample-sample loss."""
+class RouterDC(UtilityBaseline):
+    """The baseline. `alpha` weighs cost in a model's utility."""
 
-    def __init__(self, alpha: float, seed: int, *, clustering: float = 0.3, clusters: int = 8) -> None:
-        self._alpha, self._seed, self._clustering, self._clusters = alpha, seed, clustering, clusters
+    def __init__(self, alpha: float, seed: int) -> None:
+        self._alpha, self._seed = alpha, seed
 
-    def fit(self, records: Sequence[TrainRecord]) -> None:
+    def fit(self, examples: Sequence[Example]) -> None:
         """STEPS Adam updates on random batches."""
-        scikit_learn()
+        examples = informative(examples)
+        self._keys = tried_models(examples)
+        texts = [example.question for example in examples]
+        self._features = WordFeatures(texts)
         from sklearn.cluster import KMeans
 
-        records = instructive(records)
-        self._keys = known_keys(records)
-        texts = [record.question for record in records]
-        self._features = WordFeatures().fit(texts)
-        x, worth = self._features(texts), utilities(records, self._keys, self._alpha).astype(np.float32)
-        cluster = KMeans(min(self._clusters, len(texts)), n_init=1, random_state=self._seed).fit_predict(x)
-        self._params = self._learn(x, worth, cluster)
+        x, utility = self._features(texts), utilities(examples, self._keys, self._alpha).astype(np.float32)
+        cluster = KMeans(min(CLUSTERS, len(texts)), n_init=1, random_state=self._seed).fit_predict(x)
+        self._params = self._learn(jnp.asarray(x), jnp.asarray(utility), jnp.asarray(cluster))
         self._score = jax.jit(_cosines)
 
-    def _learn(self, x: np.ndarray, worth: np.ndarray, cluster: np.ndarray) -> Any:
-        start, draws = jax.random.split(jax.random.key(self._seed))
-        one, two = jax.random.split(start)
+    def _learn(self, x: jax.Array, utility: jax.Array, cluster: jax.Array) -> Any:
+        init_key, update_key = jax.random.split(jax.random.key(self._seed))
+        encoder_key, models_key = jax.random.split(init_key)
         encoder = QueryEncoder()
         params = {
-            "encoder": encoder.init(one, x[:1]),
-            "models": jax.random.normal(two, (worth.shape[1], encoder.width)),
+            "encoder": encoder.init(encoder_key, x[:1]),
+            "models": jax.random.normal(models_key, (utility.shape[1], encoder.width)),
         }
-        optimizer = optax.adam(3e-3)
-        x, worth, cluster = jnp.asarray(x), jnp.asarray(worth), jnp.asarray(cluster)
 
-        def loss(params: Any, rows: jax.Array) -> jax.Array:
-            queries = encoder.apply(params["encoder"], x[rows])
-            pull = sample_sample_loss(queries, cluster[rows])
-            return sample_model_loss(_cosines(params, x[rows]), worth[rows]) + self._clustering * pull
-
-        def update(carry: Any, key: jax.Array) -> tuple[Any, None]:
-            params, state = carry
+        def loss(params: Any, key: jax.Array) -> jax.Array:
             rows = jax.random.randint(key, (BATCH,), 0, len(x))
-            updates, state = optimizer.update(jax.grad(loss)(params, rows), state)
-            return (optax.apply_updates(params, updates), state), None
+            clustering = sample_sample_loss(encoder.apply(params["encoder"], x[rows]), cluster[rows])
+            return sample_model_loss(_cosines(params, x[rows]), utility[rows]) + CLUSTER_WEIGHT * clustering
 
-        @partial(jax.jit, donate_argnums=0)
-        def learn(carry: Any) -> Any:
-            return jax.lax.scan(update, carry, jax.random.split(draws, STEPS))[0]
-
-        return learn((params, optimizer.init(params)))[0]
+        return minimize(loss, params, optax.adam(3e-3), update_key, STEPS)
 
     def _predict(self, question: str) -> np.ndarray:
         return np.asarray(self._score(self._params, self._features([question])))[0]

@@ -1,1 +1,1 @@
-"""Questions with gold answers: the synthetic world, TFDS builders, the question iterator and scripted episodes."""
+"""Question data sets: download, FlashRAG JSONL, TFDS builder, splits, decontamination and the question iterator."""

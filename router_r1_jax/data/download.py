@@ -1,8 +1,7 @@
-"""Files from a base URL: resumed where they were cut, whole or not there, and the same ones each time."""
+"""Resumable downloads over HTTP with SHA-256 checksums: a file is either complete and verified, or not there."""
 
 import hashlib
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -10,28 +9,29 @@ import requests
 from tqdm import tqdm
 
 from router_r1_jax.data.questions import DataError
+from router_r1_jax.storage.json_lines import replace_file
 
-SUMS_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
-ATTEMPTS = 5  # in a row that bring nothing new
-PAUSE = 1.0  # seconds before the second attempt; doubles
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
-PIECE = 1 << 16  # bytes written at a time; of a cut download the last, unfinished one is lost
+CHECKSUM_FILE = "SHA256SUMS"  # in the format of sha256sum
+ATTEMPTS = 5  # consecutive attempts that bring nothing new
+BACKOFF = 1.0  # seconds before the second attempt; doubles
+TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
+CHUNK_BYTES = 1 << 16  # an interrupted download loses at most the unfinished last chunk
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is to be downloaded; else it is a folder."""
+    """Whether a source is downloaded. Any other source is a folder."""
     return source.startswith(("http://", "https://"))
 
 
 def check_url(source: str) -> None:
-    """Refuse what is no URL, and one with a user, a password or a query.
+    """Raise DataError for a malformed URL, and for one with a user, a password or a query.
 
-    A URL is written into the set's metadata, where no key belongs; nor does the message show one.
+    The URL is written into the data set's metadata, so it must hold no key. The message does not repeat one either.
     """
     try:
         parts = urlsplit(source)
         host, _ = parts.hostname, parts.port
-    except ValueError:  # a bracket without the other, a port that is no number
+    except ValueError:  # for example an unmatched bracket or a port that is not a number
         host = None
     if not host:
         raise DataError("--source begins like a URL, and its host or port cannot be read; write https://host/folder")
@@ -42,19 +42,19 @@ def check_url(source: str) -> None:
         )
 
 
-def read_sums(path: Path) -> dict[str, str]:
-    """File name -> SHA-256 in hex, from lines such as sha256sum prints; empty where there is no file.
+def read_checksums(path: Path) -> dict[str, str]:
+    """File name -> SHA-256 in hex, read from the output of sha256sum; empty if the file does not exist.
 
-    Raises DataError for a line that is none.
+    Raises DataError for a line that is no checksum.
     """
-    sums = {}
+    checksums = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
-        sum_, _, name = line.strip().partition(" ")
+        checksum, _, name = line.strip().partition(" ")
         name = name.strip().removeprefix("*").removeprefix("./")
-        if not name or len(sum_) != 64 or set(sum_.lower()) - set("0123456789abcdef"):
+        if not name or len(checksum) != 64 or set(checksum.lower()) - set("0123456789abcdef"):
             raise DataError(f"{path}:{number}: {line!r} is no checksum; write the 64 digits, two spaces and the file")
-        sums[name] = sum_.lower()
-    return sums
+        checksums[name] = checksum.lower()
+    return checksums
 
 
 def sha256(path: Path) -> str:
@@ -63,41 +63,46 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sum(path: Path, name: str, expected: Mapping[str, str], where: str) -> str:
-    """The file's SHA-256. Raises DataError where `expected`, which stands in the file `where`, says another."""
-    found = sha256(path)
-    if name in expected and found != expected[name]:
+def verify_checksum(path: Path, name: str, found: str, checksum_file: Path) -> None:
+    """Raise DataError unless `found` is the SHA-256 that `checksum_file` has for the file `name`.
+
+    `path` is the file itself, or the data set that was built from it.
+    """
+    expected = read_checksums(checksum_file).get(name)
+    if expected is None:
+        raise DataError(f"{checksum_file} has no line for {name}; add one, or leave --checksums out")
+    if found != expected:
         raise DataError(
-            f"{path} has the SHA-256 {found}, and {where} says {expected[name]} for {name}; it was damaged or is "
-            f"another version: remove it, and correct {where} if the new one is meant"
+            f"{path}: {name} has the SHA-256 {found}, and {checksum_file} says {expected}; it was damaged or is "
+            f"another version: remove {path}, and correct {checksum_file} if the new one is meant"
         )
-    return found
 
 
-def fetch_all(base: str, names: list[str], folder: Path) -> None:
-    """Download `base`/name to `folder`/name for each name that is not there yet, and note its sum in SUMS_FILE there.
+def download_all(base: str, names: list[str], folder: Path) -> None:
+    """Download `base`/name to `folder`/name for each name, unless that file exists.
 
-    Sums that were noted before are verified, of files that lie there and of those that come anew. Raises DataError.
+    CHECKSUM_FILE in `folder` records the checksum of each new file. A file whose checksum was recorded before is
+    verified, whether it existed or is downloaded again. Raises DataError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    noted = folder / SUMS_FILE
+    recorded = folder / CHECKSUM_FILE
     for name in names:
-        path, sums = folder / name, read_sums(noted)
+        path, checksums = folder / name, read_checksums(recorded)
         if not path.exists():
-            fetch(f"{base.rstrip('/')}/{quote(name)}", path)
-        found = check_sum(path, name, sums, str(noted))
-        if name not in sums:
-            fresh = noted.with_name(noted.name + ".new")  # replaced as a whole: a torn line would be no checksum
-            fresh.write_text("".join(f"{sum_}  {n}\n" for n, sum_ in {**sums, name: found}.items()), encoding="utf-8")
-            fresh.replace(noted)
+            download(f"{base.rstrip('/')}/{quote(name)}", path)
+        if name in checksums:
+            verify_checksum(path, name, sha256(path), recorded)
+            continue
+        lines = [f"{checksum}  {other}\n" for other, checksum in {**checksums, name: sha256(path)}.items()]
+        replace_file(recorded, "".join(lines).encode())
 
 
-def fetch(url: str, path: Path) -> None:
-    """Download to `path`, which is whole once it exists; what has come so far lies beside it, as *.part.
+def download(url: str, path: Path) -> None:
+    """Download to `path`, which exists only once it is complete. Until then the bytes are in `path`.part.
 
-    A cut download goes on where it was, also in a later run, if the server offers that and still has the same version
-    (ETag or date); else it begins anew. Raises DataError where the server refuses, or fails ATTEMPTS times in a row
-    without sending anything new.
+    An interrupted download resumes, in this run or a later one, if the server supports ranges and still has the same
+    version (ETag or date). Otherwise it starts anew. Raises DataError if the server refuses the file, or if ATTEMPTS
+    consecutive requests fail without sending anything new.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".tag")
@@ -105,7 +110,7 @@ def fetch(url: str, path: Path) -> None:
     while True:
         before = _size(part)
         try:
-            _fetch_rest(url, part, tag)
+            _download_rest(url, part, tag)
             break
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 0
@@ -113,12 +118,12 @@ def fetch(url: str, path: Path) -> None:
                 raise DataError(f"{url} answers HTTP {status}; correct --source, or give a folder") from error
             failures = 1 if _size(part) > before else failures + 1
             if failures == ATTEMPTS:
-                said = str(error).partition(" (Caused")[0]
+                reason = str(error).partition(" (Caused")[0]
                 raise DataError(
-                    f"{url} failed {ATTEMPTS} times in a row ({said}); the same command goes on from there, or give a "
-                    "folder with the files"
+                    f"{url} failed {ATTEMPTS} times in a row ({reason}); the same command goes on from there, or give "
+                    "a folder with the files"
                 ) from error
-            time.sleep(PAUSE * 2 ** (failures - 1))
+            time.sleep(BACKOFF * 2 ** (failures - 1))
     part.replace(path)
     tag.unlink(missing_ok=True)
 
@@ -127,40 +132,33 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _fetch_rest(url: str, part: Path, tag: Path) -> None:
-    """One request for what `part` lacks of the file; `tag` says of which version it is.
+def _download_rest(url: str, part: Path, tag: Path) -> None:
+    """Request the bytes that `part` still lacks. `tag` holds the file's version, or nothing if the server names none.
 
-    Raises requests.RequestException, also where fewer bytes come than the server has announced.
+    Raises requests.RequestException, also if fewer bytes arrive than the server has announced.
     """
-    have = _size(part) if tag.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # lengths and ranges are then those of the file
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="utf-8")}
+    version = tag.read_text(encoding="utf-8") if tag.exists() else ""
+    start = _size(part) if version else 0
+    headers = {"Accept-Encoding": "identity"}  # else lengths and ranges would count compressed bytes
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": version}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # there is no rest: nothing tells a whole file from one of another version
+        if response.status_code == 416:  # no bytes are left, but whether they are of this version cannot be known
             tag.unlink()
         response.raise_for_status()
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0
-            _note_version(response, tag)
-        total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            start, etag = 0, response.headers.get("ETag", "")
+            # If-Range takes no weak ETag, which begins with W/.
+            version = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+            tag.write_text(version, encoding="utf-8")
+        total = start + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
         name = part.name.removesuffix(".part")
         with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(initial=have, total=total, desc=name, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
+            open(part, "ab" if start else "wb") as file,
+            tqdm(initial=start, total=total, desc=name, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
         ):
-            for piece in response.iter_content(PIECE):
-                file.write(piece)
-                bar.update(len(piece))
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
     if total is not None and _size(part) != total:
         raise requests.ConnectionError(f"{_size(part)} of {total} bytes came")
-
-
-def _note_version(response: requests.Response, tag: Path) -> None:
-    """Keep what If-Range takes; without it a cut download cannot go on."""
-    etag = response.headers.get("ETag", "")
-    version = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-    if version:
-        tag.write_text(version, encoding="utf-8")
-    else:
-        tag.unlink(missing_ok=True)

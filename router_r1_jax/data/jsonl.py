@@ -1,7 +1,7 @@
-"""Questions from JSONL files in FlashRAG's form (`id`, `question`, `golden_answers`, `metadata`), one line at a time.
+"""FlashRAG JSONL (`id`, `question`, `golden_answers`, `metadata`): questions are parsed and checked line by line.
 
-What cannot be used is said with file, line number and reason, never passed over. The files may be anything: a line is
-read up to a bound, and of what has been read only 16 bytes per question's text and id are kept.
+A line that cannot be used is reported with its file, number and reason; it is never skipped silently. The files may
+hold anything, so the length of a line is bounded, and memory holds only 16 bytes for each question's text and id.
 """
 
 import dataclasses
@@ -9,23 +9,22 @@ import json
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from router_r1_jax.data.overlap import as_keys, digest, text_key
+from router_r1_jax.data.decontamination import hash_text, key_array, question_key
 from router_r1_jax.data.questions import DataError, is_blank
 
-MAX_LINE = 4 << 20  # bytes; a question with twenty paragraphs of context takes some 20 KB
-MAX_BAD_LINES = 10_000  # however long the file: a report that long is no report
-SHOWN = 10  # bad lines in an error's message
+MAX_LINE = 4 << 20  # bytes; a question with twenty paragraphs of context takes about 20 KB
+MAX_BAD_LINES = 10_000  # a longer report helps nobody
+SHOWN_BAD_LINES = 10  # in an error message
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass(frozen=True)
 class RawQuestion:
-    """A usable line. `golds` are its answers that are not blank, `blank_golds` the number of the others."""
+    """The question of one line. `golds` are the gold answers with text; `blank_golds` counts those without."""
 
     id: str
     question: str
@@ -34,44 +33,46 @@ class RawQuestion:
 
 
 @dataclasses.dataclass(frozen=True)
-class BadLine:
-    """A line that cannot be used, and why."""
-
-    file: str
-    number: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.number}: {self.reason}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Survey:
-    """What a file holds.
+class FileScan:
+    """The content of a file.
 
     Attributes:
-      lines: all, blank ones too.
-      blank: lines of white space only; they are no questions, and no fault.
-      blank_golds: answers of white space only, left out of their questions.
-      bad: the lines that cannot be used.
+      counts: lines (all of them), questions (usable lines), bad_lines, blank_lines (white space only, which is no
+        error) and blank_answers (left out of their questions).
+      bad_lines: "file:number: reason" for each line that cannot be used.
       numbers: [N] int64, numbers of the usable lines.
-      texts: [N] 16 bytes each, `text_key` of their questions.
+      keys: [N] 16 bytes each, `question_key` of their questions.
     """
 
-    lines: int
-    blank: int
-    blank_golds: int
-    bad: tuple[BadLine, ...]
+    counts: dict[str, int]
+    bad_lines: list[str]
     numbers: np.ndarray
-    texts: np.ndarray
+    keys: np.ndarray
 
 
 class _LineError(ValueError):
-    """What is wrong with a line."""
+    """The reason why a line cannot be used."""
+
+
+def read_questions(path: Path, name: str) -> Iterator[tuple[int, RawQuestion | str | None]]:
+    """For each line of a file its number from 1, and its question, its error as text, or None if the line is blank.
+
+    Errors and the progress bar call the file `name`.
+    """
+    for number, line in tqdm(_read_lines(path), desc=name, unit=" lines", leave=False, disable=None):
+        if line is None:
+            yield number, f"{name}:{number}: is longer than {MAX_LINE >> 20} MiB"
+        elif not line.strip():
+            yield number, None
+        else:
+            try:
+                yield number, _parse_line(line)
+            except _LineError as error:
+                yield number, f"{name}:{number}: {error}"
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, line) for each line, None for one that is longer than MAX_LINE and was skipped."""
+    """(number from 1, bytes) of each line, or None in place of the bytes if the line is longer than MAX_LINE."""
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_LINE):
@@ -86,10 +87,39 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             yield number, None
 
 
-def _text(value: object, name: str) -> str:
-    """The stripped text of a field that must be one."""
+def _parse_line(line: bytes) -> RawQuestion:
+    """Raises _LineError."""
+    try:
+        entry = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _LineError(f"is not UTF-8 at byte {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise _LineError(f"is not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or very deep brackets
+        raise _LineError(f"is not JSON that can be read ({str(error).partition(';')[0]})") from error
+    if not isinstance(entry, dict):
+        raise _LineError(f"is {_shorten(entry)}; it must be an object with id, question and golden_answers")
+    for name in ("id", "question", "golden_answers"):
+        if name not in entry:
+            raise _LineError(f"{name} is missing")
+    texts = {name: _parse_text(entry[name], name) for name in ("id", "question")}
+    for name, text in texts.items():
+        if is_blank(text):
+            raise _LineError(f"{name} is empty")
+    answers = entry["golden_answers"]
+    if not isinstance(answers, list):
+        raise _LineError(f"golden_answers is {_shorten(answers)}; it must be a list of texts")
+    golds = [_parse_text(answer, f"golden_answers[{i}]") for i, answer in enumerate(answers)]
+    kept = tuple(gold for gold in golds if not is_blank(gold))
+    if not kept:
+        raise _LineError("golden_answers holds no answer")
+    return RawQuestion(**texts, golds=kept, blank_golds=len(golds) - len(kept))
+
+
+def _parse_text(value: object, name: str) -> str:
+    """The text of the field `name`, stripped."""
     if not isinstance(value, str):
-        raise _LineError(f"{name} is {_shown(value)}; it must be text")
+        raise _LineError(f"{name} is {_shorten(value)}; it must be text")
     if "\0" in value:
         raise _LineError(f"{name} holds a NUL character")
     try:
@@ -99,97 +129,48 @@ def _text(value: object, name: str) -> str:
     return value.strip()
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _parse(line: bytes) -> RawQuestion:
-    """The question of a line. Raises _LineError."""
-    try:
-        entry = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise _LineError(f"is not UTF-8 at byte {error.start + 1}") from error
-    except json.JSONDecodeError as error:
-        raise _LineError(f"is not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
-        raise _LineError(f"is not JSON that can be read ({str(error).partition(';')[0]})") from error
-    if not isinstance(entry, dict):
-        raise _LineError(f"is {_shown(entry)}; it must be an object with id, question and golden_answers")
-    return _question(entry)
+def scan_file(path: Path, name: str, *, max_bad: float) -> FileScan:
+    """Read a whole file; errors call it `name`. If lines have the same id, all but the first of them are bad.
 
-
-def _question(entry: dict[str, Any]) -> RawQuestion:
-    for name in ("id", "question", "golden_answers"):
-        if name not in entry:
-            raise _LineError(f"{name} is missing")
-    texts = {name: _text(entry[name], name) for name in ("id", "question")}
-    for name, text in texts.items():
-        if is_blank(text):
-            raise _LineError(f"{name} is empty")
-    answers = entry["golden_answers"]
-    if not isinstance(answers, list):
-        raise _LineError(f"golden_answers is {_shown(answers)}; it must be a list of texts")
-    golds = [_text(answer, f"golden_answers[{i}]") for i, answer in enumerate(answers)]
-    kept = tuple(gold for gold in golds if not is_blank(gold))
-    if not kept:
-        raise _LineError("golden_answers holds no answer")
-    return RawQuestion(**texts, golds=kept, blank_golds=len(golds) - len(kept))
-
-
-def read_questions(path: Path, name: str) -> Iterator[tuple[int, RawQuestion | BadLine | None]]:
-    """(number, question, fault or None for a blank line) for each line of a file, which faults call `name`."""
-    for number, line in _read_lines(path):
-        if line is None:
-            yield number, BadLine(name, number, f"is longer than {MAX_LINE >> 20} MiB")
-        elif not line.strip():
-            yield number, None
-        else:
-            try:
-                yield number, _parse(line)
-            except _LineError as error:
-                yield number, BadLine(name, number, str(error))
-
-
-def survey(path: Path, name: str, *, max_bad: float) -> Survey:
-    """Read a whole file, which faults call `name`. Of lines with the same id all but the first are bad.
-
-    Raises DataError where more than the share `max_bad` of the lines cannot be used, or none can.
+    Raises DataError if more than the share `max_bad` of the lines is bad, or if no line is usable.
     """
-    numbers, ids, texts, bad = array("q"), bytearray(), bytearray(), []
-    lines = blank = blank_golds = 0
-    for number, found in tqdm(read_questions(path, name), desc=name, unit=" lines", leave=False, disable=None):
-        lines = number
+    numbers, ids, keys, bad = array("q"), bytearray(), bytearray(), {}
+    counts = dict.fromkeys(("lines", "questions", "bad_lines", "blank_lines", "blank_answers"), 0)
+    for number, found in read_questions(path, name):
+        counts["lines"] = number
         if isinstance(found, RawQuestion):
             numbers.append(number)
-            ids += digest(found.id)
-            texts += text_key(found.question)
-            blank_golds += found.blank_golds
+            ids += hash_text(found.id)
+            keys += question_key(found.question)
+            counts["blank_answers"] += found.blank_golds
         elif found is None:
-            blank += 1
+            counts["blank_lines"] += 1
         else:
-            bad.append(found)
+            bad[number] = found
             if len(bad) > MAX_BAD_LINES:
                 _refuse(name, bad, f"more than {MAX_BAD_LINES}", "the most that is reported")
-    at, keys = np.frombuffer(numbers, np.int64), as_keys(texts)
-    repeats, first = _find_repeats(as_keys(ids))
-    bad += [BadLine(name, int(at[i]), f"id is that of line {at[j]}") for i, j in zip(repeats, first, strict=True)]
-    bad.sort(key=lambda line: line.number)
-    if len(bad) > max_bad * (lines - blank):
-        _refuse(name, bad, f"{len(bad)} of {lines - blank}", f"more than the share --max_bad={max_bad:g}")
-    if not len(at):
+    usable = np.frombuffer(numbers, np.int64)
+    _, first, inverse = np.unique(key_array(ids), return_index=True, return_inverse=True)
+    first = first[inverse]  # index of the first question with the same id
+    repeats = np.flatnonzero(first != np.arange(len(usable)))
+    for number, same in zip(usable[repeats], usable[first[repeats]], strict=True):
+        bad[number] = f"{name}:{number}: id is that of line {same}"
+    filled = counts["lines"] - counts["blank_lines"]
+    if len(bad) > max_bad * filled:
+        _refuse(name, bad, f"{len(bad)} of {filled}", f"more than the share --max_bad={max_bad:g}")
+    if not len(usable):
         raise DataError(f"{name} holds no question; name a source whose {name} is JSONL with one question a line")
-    return Survey(lines, blank, blank_golds, tuple(bad), np.delete(at, repeats), np.delete(keys, repeats))
+    counts |= {"bad_lines": len(bad), "questions": len(usable) - len(repeats)}
+    bad_lines = [bad[number] for number in sorted(bad)]
+    return FileScan(counts, bad_lines, np.delete(usable, repeats), np.delete(key_array(keys), repeats))
 
 
-def _find_repeats(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the keys that an earlier one equals, and the position of the first such one for each."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    first_of = first[inverse]  # np.unique gives first occurrences
-    repeats = np.flatnonzero(first_of != np.arange(len(keys)))
-    return repeats, first_of[repeats]
-
-
-def _refuse(name: str, bad: list[BadLine], count: str, rule: str) -> None:
-    shown = "".join(f"\n  {line}" for line in bad[:SHOWN]) + ("\n  ..." if len(bad) > SHOWN else "")
+def _refuse(name: str, bad: dict[int, str], count: str, rule: str) -> None:
+    lines = [bad[number] for number in sorted(bad)][:SHOWN_BAD_LINES] + ["..."] * (len(bad) > SHOWN_BAD_LINES)
+    shown = "".join(f"\n  {line}" for line in lines)
     raise DataError(f"{name}: {count} lines cannot be used, {rule}; correct them or the source:{shown}")

@@ -1,4 +1,4 @@
-"""Questions as the mains see them: records read from a prepared data set, and an iterator that resumes exactly."""
+"""QuestionRecord, prepared data sets read from disk, and the resumable question iterator."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from router_r1_jax.errors import UserError
 from router_r1_jax.protocol import neutralize
 
-OPEN_QA = "open_qa"  # the TFDS builder of the sets that are read from JSONL; each is a configuration of it
+OPEN_QA = "open_qa"  # name of `tfds_builder.OpenQA`; each data set from JSONL is one of its configurations
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set that cannot be used. The message names the folder, the question and the fix."""
 
 
@@ -22,12 +23,12 @@ class DataError(ValueError):
 class QuestionRecord:
     """One question.
 
-    `suite` is the set that it comes from and `id` is unique among all sets. `hops` (0: not known), `domains` and
-    `relations` say what to ask at each hop; they are empty where a set does not tell.
+    `id` is unique among all data sets, and `dataset` names the question's own. `hops` (0: unknown), `domains` and
+    `relations` describe the steps of a synthetic question; other data sets leave them empty.
     """
 
     id: str
-    suite: str
+    dataset: str
     question: str
     golds: tuple[str, ...]
     hops: int
@@ -36,33 +37,32 @@ class QuestionRecord:
 
 
 @contextmanager
-def refusing_damage(folder: str | Path) -> Iterator[None]:
-    """Turn whatever fails where a prepared set is read into a DataError."""
+def damage_as_data_error(folder: str | Path) -> Iterator[None]:
+    """Turn every exception that occurs while a prepared data set is read into a DataError."""
     try:
         yield
     except Exception as error:  # TFDS, array_record and protobuf each raise their own
-        message = f"{folder} cannot be read ({error}); remove the folder and prepare the data again"
-        raise DataError(message) from error
+        raise DataError(f"{folder} cannot be read ({error}); remove the folder and prepare the data again") from error
 
 
 class StoredQuestions(Sequence[QuestionRecord]):
-    """One split of a prepared set, in the order of its files. Read from disk question by question, none are kept.
+    """One split of a prepared data set, in the order of its files. Each access reads one question from disk.
 
-    Raises DataError for a folder without a readable data set, an unknown split, and, where it is read, a question
+    Raises DataError if the folder holds no readable data set, or not this split. Access raises DataError for a question
     without text or gold answer.
     """
 
-    def __init__(self, data_dir: str | Path, split: str) -> None:
-        if not (Path(data_dir) / "dataset_info.json").is_file():
-            raise DataError(f"{data_dir} holds no prepared data set; remove the folder and prepare the data again")
-        self._folder = data_dir
-        with refusing_damage(data_dir):
-            builder = tfds.builder_from_directory(str(data_dir))
+    def __init__(self, folder: str | Path, split: str) -> None:
+        if not (Path(folder) / "dataset_info.json").is_file():
+            raise DataError(f"{folder} holds no prepared data set; remove the folder and prepare the data again")
+        self._folder = folder
+        with damage_as_data_error(folder):
+            builder = tfds.builder_from_directory(str(folder))
             source = builder.as_data_source(split) if split in builder.info.splits else None
         if source is None:
-            raise DataError(f"{data_dir} has no split {split!r}; choose one of {', '.join(builder.info.splits)}")
+            raise DataError(f"{folder} has no split {split!r}; choose one of {', '.join(builder.info.splits)}")
         self._source, self._length = source, builder.info.splits[split].num_examples
-        self.suite = builder.info.config_name if builder.info.name == OPEN_QA else builder.info.name
+        self.dataset = builder.info.config_name if builder.info.name == OPEN_QA else builder.info.name
 
     def __len__(self) -> int:
         return self._length
@@ -70,44 +70,43 @@ class StoredQuestions(Sequence[QuestionRecord]):
     def __getitem__(self, index: int) -> QuestionRecord:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        with refusing_damage(self._folder):
-            example = self._source[index]
-        return _record(example, self.suite, self._folder)
+        with damage_as_data_error(self._folder):
+            record = _to_record(self._source[index], self.dataset)
+        what = f"question {record.id!r} in {self._folder}"
+        if is_blank(record.question):
+            raise DataError(f"{what} is empty; correct or remove it and prepare the data again")
+        if all(map(is_blank, record.golds)):
+            raise DataError(f"{what} has no gold answer; add one and prepare the data again")
+        return record
 
 
-def _record(example: Mapping[str, Any], suite: str, data_dir: str | Path) -> QuestionRecord:
-    """A TFDS example, whose text is bytes, as a record."""
-    record = QuestionRecord(
+def _to_record(example: Mapping[str, Any], dataset: str) -> QuestionRecord:
+    """A TFDS example, whose texts are bytes, as a record."""
+    return QuestionRecord(
         id=example["id"].decode(),
-        suite=suite,
+        dataset=dataset,
         question=example["question"].decode(),
         golds=tuple(gold.decode() for gold in example["golden_answers"]),
         hops=int(example.get("hops", 0)),
         domains=tuple(domain.decode() for domain in example.get("domains", ())),
         relations=tuple(relation.decode() for relation in example.get("relations", ())),
     )
-    if is_blank(record.question):
-        raise DataError(
-            f"question {record.id!r} in {data_dir} is empty; correct or remove it and prepare the data again"
-        )
-    if all(map(is_blank, record.golds)):
-        raise DataError(f"question {record.id!r} in {data_dir} has no gold answer; add one and prepare the data again")
-    return record
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text would reach a prompt: white space and invisible characters only."""
+    """Whether a text has only white space and invisible characters, so that nothing of it would reach a prompt."""
     return not neutralize(text).strip()
 
 
 class QuestionIterator:
-    """Endless batches of questions, in an order that follows from the seed and the epoch alone.
+    """Resumable iterator: endless batches of questions, whose order depends only on the seed and the epoch.
 
-    A batch never holds a question twice: the last questions of an epoch that do not fill a batch are left for a later
-    epoch, whose order is another. `state` and `restore` carry the place over a restart.
+    A batch never holds a question twice. If the last questions of an epoch do not fill a batch, they are skipped; the
+    next epoch has another order. `state` and `restore` carry the position over a restart.
     """
 
-    def __init__(self, records: Sequence[QuestionRecord], *, seed: int, batch: int):
+    def __init__(self, records: Sequence[QuestionRecord], *, seed: int, batch: int) -> None:
+        """`batch` is the number of questions per batch. Raises DataError if there are fewer records."""
         if not 0 < batch <= len(records):
             raise DataError(f"batch is {batch}; it must lie between 1 and the {len(records)} questions of the split")
         self._records, self._seed, self._batch = records, seed, batch
@@ -127,10 +126,10 @@ class QuestionIterator:
         return [self._records[i] for i in chosen]
 
     def state(self) -> dict[str, int]:
-        """The place of the next batch, as plain JSON; the records, seed and batch are not part of it."""
+        """Position of the next batch, as plain JSON. Records, seed and batch are not part of it."""
         return {"epoch": self._epoch, "position": self._position}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from a `state` of an iterator with the same records, seed and batch."""
+        """Continue from the `state` of an iterator with the same records, seed and batch."""
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffle()

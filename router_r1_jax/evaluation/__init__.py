@@ -1,1 +1,1 @@
-"""Evaluation: statistics of scores over questions, and what policies are compared with."""
+"""Evaluation of policies: answering questions, records of episodes, metrics with intervals, comparisons."""

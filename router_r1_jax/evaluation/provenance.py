@@ -1,4 +1,4 @@
-"""What a result was made with: the commit and the versions of the packages that its numbers depend on."""
+"""Provenance of a result: the commit of the source code and the versions of the packages that numbers depend on."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 
 def commit() -> str:
-    """The commit of the source tree, with "+" where it has changes; "" outside a checkout."""
+    """The commit of the source tree, with "+" if files were changed since; "" outside a checkout."""
     source = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -24,5 +24,5 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of PACKAGES."""
+    """The versions of Python and of PACKAGES."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -1,12 +1,13 @@
-"""Bootstrap intervals of a mean over questions, and the sign test of differences."""
+"""Statistics over questions: the bootstrap confidence interval of a mean, and the sign test for paired differences."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
-_CHUNK = 4_000_000  # drawn indices held at a time: 32 MB, whatever the number of questions and resamples
+LEVEL = 0.95  # share of the resampled means that an interval holds
+_CHUNK = 4_000_000  # resampled indices held at a time: 32 MB, for any number of questions and resamples
 
 
 class Interval(NamedTuple):
@@ -17,42 +18,32 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, *, resamples: int, seed: int, level: float = 0.95) -> Interval:
-    """Percentile bootstrap (Efron 1979) of the mean of `values`, one number per question.
+def bootstrap_mean_of_sets(sets: Sequence[Sequence[float] | np.ndarray], *, resamples: int, seed: int) -> Interval:
+    """95 % percentile bootstrap (Efron 1979) of the mean of the data sets' means.
+
+    Each data set has the same weight: 125 questions weigh as much as 500. `scipy.stats.bootstrap` is not used, because
+    with several sets its result depends on how many resamples it holds in memory at a time.
 
     Args:
-        values: n numbers; each question is drawn with replacement, n at a time.
-        resamples: how many such draws; 10,000 leave about 0.5 % noise in the interval's ends.
+        sets: one sequence of numbers per data set, one number per question. Questions are resampled with replacement,
+            each within its own set.
+        resamples: number of resampled means; 10,000 leave about 0.5 % noise in the ends of the interval.
         seed: of NumPy's PCG64; the same seed gives the same interval.
-        level: share of the resampled means that the interval holds.
 
     Raises:
-        ValueError: for no values, a value that is not finite, no resamples, or a level outside (0, 1).
-    """
-    sample = _checked("values", values)
-    _check(resamples, level)
-    return _interval(sample.mean(), _resampled_means(sample, resamples, np.random.default_rng(seed)), level)
-
-
-def bootstrap_mean_of_sets(
-    sets: Sequence[Sequence[float] | np.ndarray], *, resamples: int, seed: int, level: float = 0.95
-) -> Interval:
-    """Interval of the mean of the sets' means: a set of 125 questions weighs as much as one of 500.
-
-    `sets` holds one sequence of numbers per data set; questions are resampled within their own set. Other arguments and
-    errors as for `bootstrap_mean`, which gives the same for a single set.
+        ValueError: there is no set, a set is empty, or a value is not finite.
     """
     samples = [_checked(f"sets[{i}]", values) for i, values in enumerate(sets)]
-    _check(resamples, level)
     if not samples:
         raise ValueError("sets is empty; give one sequence of numbers per data set")
     rng = np.random.default_rng(seed)
     means = np.mean([_resampled_means(sample, resamples, rng) for sample in samples], axis=0)
-    return _interval(np.mean([sample.mean() for sample in samples]), means, level)
+    low, high = np.quantile(means, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
+    return Interval(float(np.mean([sample.mean() for sample in samples])), float(low), float(high))
 
 
 class SignTest(NamedTuple):
-    """On how many questions a policy was better, worse and equal, and how likely so uneven a split is by chance."""
+    """On how many questions a policy was better, worse and equal, and the p-value of so uneven a split."""
 
     better: int
     worse: int
@@ -61,27 +52,19 @@ class SignTest(NamedTuple):
 
 
 def sign_test(differences: Sequence[float] | np.ndarray) -> SignTest:
-    """Exact two-sided sign test: ties are left out, and each other question is a fair coin under the null hypothesis.
+    """Exact two-sided sign test of one difference per question.
 
-    Where scores are 0 or 1 this is McNemar's exact test. `differences` holds one number per question; errors as for
-    `bootstrap_mean`.
+    Ties are left out. Under the null hypothesis every other question is a fair coin. For scores of 0 and 1 this is
+    McNemar's exact test. Raises ValueError if there is no difference, or one that is not finite.
     """
     sample = _checked("differences", differences)
     better, worse = int(np.sum(sample > 0)), int(np.sum(sample < 0))
-    decided = better + worse
-    tail = sum(math.comb(decided, k) for k in range(min(better, worse) + 1))  # whole numbers: nothing underflows
-    return SignTest(better, worse, len(sample) - decided, min(1.0, 2 * tail / 2**decided))
-
-
-def _check(resamples: int, level: float) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; it must be at least 1 (10000 is usual)")
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level is {level}; it lies between 0 and 1 (0.95 is usual)")
+    p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return SignTest(better, worse, len(sample) - better - worse, p)
 
 
 def _resampled_means(sample: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """[resamples] means of as many draws with replacement."""
+    """[resamples] means of as many samples with replacement."""
     n = len(sample)
     means = np.empty(resamples)
     rows = max(1, _CHUNK // n)
@@ -91,17 +74,10 @@ def _resampled_means(sample: np.ndarray, resamples: int, rng: np.random.Generato
     return means
 
 
-def _interval(mean: float, means: np.ndarray, level: float) -> Interval:
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Interval(float(mean), float(low), float(high))
-
-
 def _checked(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name} has shape {array.shape}; give one number per question, at least one")
-    wrong = np.flatnonzero(~np.isfinite(array))
-    if len(wrong):
-        value = "NaN" if math.isnan(array[wrong[0]]) else "infinite"
-        raise ValueError(f"{name}[{wrong[0]}] is {value}; leave that question out or give it a score")
+    for i in np.flatnonzero(~np.isfinite(array)):
+        raise ValueError(f"{name}[{i}] is {array[i]}; leave that question out or give it a score")
     return array

@@ -1,12 +1,15 @@
-"""Advantages, in NumPy: each episode against the others that answered the same question, or tokens against a critic."""
+"""Advantages in NumPy: GRPO, Dr. GRPO, RLOO and REINFORCE within groups, GAE with a critic, whitening.
+
+A group holds the episodes of one question.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-# A group whose rewards spread less than this carries no signal; dividing by its spread would only blow up rounding.
-SAME = 1e-8
+# A smaller spread is rounding. It carries no signal, and dividing by it would only amplify the rounding.
+MIN_SPREAD = 1e-8
 
 GroupKind = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
 
@@ -24,33 +27,32 @@ def group_advantages(
     Args:
       rewards: [B] float.
       groups: [B] int, equal for episodes of the same question.
-      weights: [B] in [0, 1], factors of the advantages; an episode of weight 0 (its provider failed) also leaves the
-        group's mean and standard deviation.
+      weights: [B] in [0, 1], factors of the advantages. An episode of weight 0 (its provider failed) is also left out
+        of the group's mean and standard deviation.
 
     Returns:
-      advantages [B] float32, and the number of groups without a spread, whose advantages are 0 but for "reinforce".
+      advantages [B] float32, and the number of groups whose rewards have no spread. The advantages of such groups are
+      0, except with "reinforce".
     """
     weights = np.ones(len(rewards)) if weights is None else np.asarray(weights, float)
     advantages = np.zeros(len(rewards), np.float32)
-    without_spread = 0
-    for group in np.unique(groups):
+    with_spread = groups_with_spread(rewards, groups, weights)
+    for group in with_spread:
         members = np.flatnonzero((groups == group) & (weights > 0))
-        spread = rewards[members].std() if len(members) else 0.0
-        if spread < SAME:
-            without_spread += 1
-            continue
-        apart = rewards[members] - rewards[members].mean()
-        scale = {"grpo": 1 / spread, "dr_grpo": 1.0, "rloo": len(members) / (len(members) - 1), "reinforce": 0.0}[kind]
-        advantages[members] = weights[members] * apart * scale
+        centred, n = rewards[members] - rewards[members].mean(), len(members)
+        scale = {"grpo": 1 / rewards[members].std(), "rloo": n / (n - 1)}.get(kind, 1.0)
+        advantages[members] = weights[members] * centred * scale
     if kind == "reinforce" and weights.any():
         advantages = (weights * (rewards - rewards[weights > 0].mean())).astype(np.float32)
-    return advantages, without_spread
+    return advantages, len(np.unique(groups)) - len(with_spread)
 
 
 def groups_with_spread(rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The groups, ascending, whose rewards [B] differ among episodes of a weight above 0."""
+    """The groups, ascending, whose rewards [B] differ among episodes with a weight above 0."""
     counted = {group: rewards[(groups == group) & (weights > 0)] for group in np.unique(groups)}
-    return np.array([group for group, own in counted.items() if len(own) and np.ptp(own) >= SAME], int)
+    return np.array(
+        [group for group, members in counted.items() if len(members) and np.ptp(members) >= MIN_SPREAD], int
+    )
 
 
 def component_advantages(
@@ -61,26 +63,28 @@ def component_advantages(
     *,
     kind: GroupKind = "grpo",
 ) -> tuple[np.ndarray, int]:
-    """Advantages of several rewards, each compared within its group by itself, then added with their shares.
+    """Sum of the advantages of several rewards, each normalised within its group by itself and times its share.
 
-    A component with few and small differences, such as a cost among right answers, would vanish beside another in the
-    standard deviation of their sum.
+    If the rewards were added first, a component with small differences, such as the cost among right answers, would
+    vanish in the standard deviation of the sum.
 
     Args:
       components: name -> rewards [B].
-      shares: name -> factor of its advantages; components without one are left out.
-      groups, weights, kind: as for `group_advantages`.
+      shares: name -> factor of its advantages. Components without a share are ignored.
+      groups: [B] int, equal for episodes of the same question.
+      weights: [B] factors, as for `group_advantages`.
+      kind: as for `group_advantages`.
 
     Returns:
       advantages [B] float32, and the number of groups without a spread in any component that has a share.
     """
     total = np.zeros(len(groups), np.float32)
-    alive: set[int] = set()
+    with_signal: set[int] = set()
     for name, share in shares.items():
         advantages, _ = group_advantages(components[name], groups, weights, kind=kind)
         total += np.float32(share) * advantages
-        alive |= set(np.unique(groups[advantages != 0]).tolist()) if share else set()
-    return total, len(np.unique(groups)) - len(alive)
+        with_signal |= set(np.unique(groups[advantages != 0]).tolist()) if share else set()
+    return total, len(np.unique(groups)) - len(with_signal)
 
 
 def gae(
@@ -88,33 +92,32 @@ def gae(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generalised advantage estimation over one episode's sampled tokens (Schulman et al. 2016, equation 16).
 
-    Injected tokens are no actions and no states: the state that follows a sampled token is the one before the next
-    sampled token, whatever was injected in between.
+    Injected tokens are neither actions nor states: the state after a sampled token is the one before the next sampled
+    token, whatever was injected between them.
 
     Args:
-      rewards: [T] given for each token; only those of sampled ones count.
+      rewards: [T] of the tokens; only those of sampled tokens count.
       values: [T] the critic's values of the states before the tokens.
-      mask: [T] bool, sampled.
+      mask: [T] bool, True for sampled tokens.
       discount: gamma, per sampled token.
       gae_lambda: lambda.
 
     Returns:
       advantages [T] and the critic's targets (advantage + value) [T], both 0 on injected tokens.
     """
-    at = np.flatnonzero(mask)
-    advantages, running, following = np.zeros(len(mask)), 0.0, 0.0
-    for t in at[::-1]:
-        running = rewards[t] + discount * following - values[t] + discount * gae_lambda * running
-        advantages[t], following = running, values[t]
+    advantages, running, next_value = np.zeros(len(mask)), 0.0, 0.0
+    for t in np.flatnonzero(mask)[::-1]:
+        running = rewards[t] + discount * next_value - values[t] + discount * gae_lambda * running
+        advantages[t], next_value = running, values[t]
     return advantages, np.where(mask, advantages + values, 0.0)
 
 
 def whiten(advantages: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Advantages of several episodes with mean 0 and standard deviation 1 over all their sampled tokens, 0 elsewhere.
+    """Advantages of several episodes with mean 0 and standard deviation 1 over all sampled tokens, 0 elsewhere.
 
-    Without a spread they are all 0.
+    Without a spread all of them become 0.
     """
     sampled = np.concatenate([a[np.asarray(m, bool)] for a, m in zip(advantages, masks, strict=True)])
-    if not len(sampled) or sampled.std() < SAME:
+    if not len(sampled) or sampled.std() < MIN_SPREAD:
         return [np.zeros(len(a)) for a in advantages]
     return [np.where(m, (a - sampled.mean()) / sampled.std(), 0.0) for a, m in zip(advantages, masks, strict=True)]

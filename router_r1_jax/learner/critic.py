@@ -1,7 +1,7 @@
-"""The critic of PPO: a linear head on the router's last hidden states, with an optimizer of its own.
+"""The critic of PPO: a linear value head on the router's last hidden states, with its own optimizer state.
 
 The published system trains a second model of the router's size as critic. A head shares the router's body instead: its
-gradient also reaches the body, times the loss' `value_coef`.
+gradient also reaches the body, multiplied by the `value_coef` of the loss.
 """
 
 from typing import Any
@@ -9,38 +9,39 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from router_r1_jax.mesh import place, replicated
+from router_r1_jax.distributed.mesh import replicated
 
 CriticParams = dict[str, jax.Array]  # kernel [D] and bias [], float32
 
 
 @flax.struct.dataclass
 class Critic:
-    """The head and its optimizer's state, on every device whole."""
+    """The head and the state of its optimizer, complete on every device."""
 
     params: CriticParams
     opt_state: Any
 
 
 def init_critic(optimizer: optax.GradientTransformation, width: int, mesh: Mesh) -> Critic:
-    """A head that says 0 of every state."""
-    params = {"kernel": np.zeros(width, np.float32), "bias": np.zeros((), np.float32)}
-    critic = jax.device_get(Critic(params, optimizer.init(params)))
-    return place(critic, jax.tree.map(lambda _: replicated(mesh), critic))
+    """A critic whose value of every state is 0."""
+    return jax.jit(lambda: _zero_critic(optimizer, width), out_shardings=replicated(mesh))()
 
 
 def abstract_critic(optimizer: optax.GradientTransformation, width: int, mesh: Mesh) -> Critic:
     """A Critic of `jax.ShapeDtypeStruct`s with shardings, for restoring."""
-    params = {"kernel": jax.ShapeDtypeStruct((width,), jnp.float32), "bias": jax.ShapeDtypeStruct((), jnp.float32)}
-    shapes = Critic(params, jax.eval_shape(optimizer.init, params))
+    shapes = jax.eval_shape(lambda: _zero_critic(optimizer, width))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
 
 
-def values_of(params: CriticParams, hidden: jax.Array) -> jax.Array:
-    """Expected sum of later rewards [B, T], float32 at least, of hidden states [B, T, D]."""
+def _zero_critic(optimizer: optax.GradientTransformation, width: int) -> Critic:
+    params = {"kernel": jnp.zeros(width, jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+    return Critic(params, optimizer.init(params))
+
+
+def critic_values(params: CriticParams, hidden: jax.Array) -> jax.Array:
+    """Values [B, T] of hidden states [B, T, D], that is the expected sum of later rewards; float32 at least."""
     kernel = params["kernel"]
     return jnp.einsum("BTD,D->BT", hidden.astype(kernel.dtype), kernel) + params["bias"]

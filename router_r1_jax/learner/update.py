@@ -1,17 +1,18 @@
-"""The update: gradients over micro-batches with the shared prefix read once, then one optimizer step, sharded.
+"""The update: gradient accumulation over micro-batches, the shared prefix read once, and one optimizer step, sharded.
 
-The prefix (instructions and cards) is the same for all rows. Its keys and values are computed once per mini-batch;
-each micro-batch yields a cotangent for them; the sum goes back through the prefix once:
+The prefix (instructions and cards) is the same for all rows. Its keys and values are computed once per mini-batch. Each
+micro-batch adds to their gradient, and the sum goes back through the prefix once:
 
     kv, back = vjp(prefix_kv, params)
     for each micro-batch:  g_params += dL/dparams,  g_kv += dL/dkv
     g_params += back(g_kv)
 
-That is the exact gradient of the whole batch at the price of one prefix instead of one per row. The loop over a
-bucket's micro-batches runs as often as there are some with rows, so that one program serves every batch of a run.
+That is the exact gradient of the whole batch, at the price of one prefix instead of one per row. The loop over the
+micro-batches of a bucket runs as often as there are micro-batches with rows, so that one compiled program serves every
+batch of a run.
 
-With LoRA (`model.lora`) gradients and optimizer state exist for the adapters only. Parameters of half precision are
-trained on float32 copies, which are part of the optimizer's state; gradients are summed in float32.
+With LoRA (`model.lora`), only the adapters have gradients and optimizer state. If the parameters have half precision,
+the optimizer's state holds float32 copies on which they are trained. Gradients are summed in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,17 +26,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from router_r1_jax.learner.batch import Batch, Bucket, Layout, Row, Rows, make_batch, unpack
+from router_r1_jax.distributed.mesh import RULES, place, replicated, rows_sharding
 from router_r1_jax.learner.critic import Critic, CriticParams
-from router_r1_jax.learner.logprobs import prefix_kv, read_rows
-from router_r1_jax.learner.loss import Figures, Loss, Reading
-from router_r1_jax.mesh import RULES, place, replicated, rows_sharding
+from router_r1_jax.learner.logprobs import prefix_kv, score_rows
+from router_r1_jax.learner.loss import Loss, Metrics, TokenScores
+from router_r1_jax.learner.micro_batches import Batch, Bucket, Layout, Row, Rows, make_batch, unpack
 from router_r1_jax.model import ModelConfig, Params, Prefix, join, split_trainable
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All parameters, the optimizer state of those that are trained, the number of updates made, and PPO's critic."""
+    """All parameters, the optimizer state of the trainable ones, the number of updates, and the critic of PPO."""
 
     params: Params
     opt_state: Any
@@ -46,7 +47,7 @@ class TrainState:
 def make_optimizer(
     *, learning_rate: float, warmup: int, total: int, decay: bool, weight_decay: float, max_grad_norm: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a global-norm clip; linear warm-up, then constant or cosine to a tenth; and the schedule itself."""
+    """AdamW behind a global-norm clip, and its schedule: linear warm-up, then constant or cosine decay to a tenth."""
     if decay:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, warmup, max(total, warmup + 1), learning_rate / 10
@@ -59,72 +60,69 @@ def make_optimizer(
     return optimizer, schedule
 
 
-class Copies(NamedTuple):
-    """Optimizer state of half-precision parameters: their float32 copies, and the state around these."""
+class Float32Copies(NamedTuple):
+    """Optimizer state of half-precision parameters: their float32 copies, and the optimizer state of the copies."""
 
     params: Params
     inner: Any
 
 
-def on_copies(optimizer: optax.GradientTransformation, abstract: Params) -> optax.GradientTransformation:
-    """The optimizer on float32 copies where parameters that are trained are of half precision; else itself.
+def with_float32_copies(optimizer: optax.GradientTransformation, abstract: Params) -> optax.GradientTransformation:
+    """The optimizer on float32 copies if trainable parameters have half precision; otherwise the optimizer itself.
 
-    Around a weight of 0.02 the values of bfloat16 lie 1e-4 apart: a step of 1e-6, added to the parameter itself, would
-    be rounded away, however often it is made. Here it adds up in the copy, which the parameter rounds.
+    Around a weight of 0.02 the values of bfloat16 are 1e-4 apart. A step of 1e-6 that is added to the parameter itself
+    is rounded away, however often it is made. In the copy the steps add up, and the parameter is the rounded copy.
     """
     if all(jnp.dtype(x.dtype).itemsize >= 4 for x in jax.tree.leaves(split_trainable(abstract)[0])):
         return optimizer
 
-    def init(params: Params) -> Copies:
+    def init(params: Params) -> Float32Copies:
         copies = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        return Copies(copies, optimizer.init(copies))
+        return Float32Copies(copies, optimizer.init(copies))
 
-    def update(grads: Params, state: Copies, params: Params) -> tuple[Params, Copies]:
+    def update(grads: Params, state: Float32Copies, params: Params) -> tuple[Params, Float32Copies]:
         updates, inner = optimizer.update(grads, state.inner, state.params)
         copies = optax.apply_updates(state.params, updates)
         rounded = jax.tree.map(lambda copy, p: copy.astype(p.dtype).astype(copy.dtype) - p, copies, params)
-        return rounded, Copies(copies, inner)
+        return rounded, Float32Copies(copies, inner)
 
     return optax.GradientTransformation(init, update)
-
-
-def state_shardings(optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh) -> TrainState:
-    """Where a TrainState lives: optimizer moments beside their parameters, counters on every device."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    opt = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, split_trainable(abstract)[0]),
-        split_trainable(shardings)[0],
-        transform_non_params=lambda _: replicated(mesh),
-    )
-    return TrainState(shardings, opt, replicated(mesh))
-
-
-def init_state(
-    optimizer: optax.GradientTransformation, params: Params, abstract: Params, mesh: Mesh, critic: Critic | None = None
-) -> TrainState:
-    """A fresh TrainState around parameters that are already on the mesh."""
-    optimizer = on_copies(optimizer, abstract)
-    shardings = state_shardings(optimizer, abstract, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(split_trainable(params)[0])
-    return TrainState(params, opt_state, place(np.int32(0), replicated(mesh)), critic)
 
 
 def abstract_state(
     optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh, critic: Critic | None = None
 ) -> TrainState:
-    """A TrainState of `jax.ShapeDtypeStruct`s with shardings, for restoring; `critic` is one of them, or None."""
-    optimizer = on_copies(optimizer, abstract)
-    shardings = state_shardings(optimizer, abstract, mesh)
-    opt = jax.eval_shape(optimizer.init, split_trainable(abstract)[0])
-    shapes = TrainState(abstract, opt, jax.ShapeDtypeStruct((), jnp.int32))
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return state.replace(critic=critic)
+    """A TrainState of `jax.ShapeDtypeStruct`s, for restoring. `abstract` and `critic` are such structs too.
+
+    The moments of the optimizer are sharded like their parameters; counters are on every device.
+    """
+
+    def struct(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    optimizer, trainable = with_float32_copies(optimizer, abstract), split_trainable(abstract)[0]
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, param: struct(moment, param.sharding),
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda x: struct(x, replicated(mesh)),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(abstract, opt_state, step, critic)
 
 
-def over_rows(batch: Batch, function: Callable[[Any, Rows], Any], carry: Any) -> Any:
-    """`carry` after function(carry, micro-batch) for all micro-batches in use."""
+def init_state(
+    optimizer: optax.GradientTransformation, params: Params, abstract: Params, mesh: Mesh, critic: Critic | None = None
+) -> TrainState:
+    """A new TrainState around parameters that are already on the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, abstract, mesh).opt_state)
+    init = jax.jit(with_float32_copies(optimizer, abstract).init, out_shardings=shardings)
+    return TrainState(params, init(split_trainable(params)[0]), place(np.int32(0), replicated(mesh)), critic)
+
+
+def fold_micro_batches(batch: Batch, function: Callable[[Any, Rows], Any], carry: Any) -> Any:
+    """The `carry` after carry = function(carry, micro-batch) for all micro-batches in use."""
     for bucket in batch.buckets:
 
         def body(i: jax.Array, carry: Any, bucket: Bucket = bucket) -> Any:
@@ -135,10 +133,11 @@ def over_rows(batch: Batch, function: Callable[[Any, Rows], Any], carry: Any) ->
 
 
 def micro_batch(bucket: Bucket, i: jax.Array) -> Rows:
-    """The bucket's micro-batch number `i` (int32 scalar).
+    """Micro-batch number `i` (int32 scalar) of the bucket.
 
-    The barrier ties rows to `i`. Of a bucket with room for a single one XLA would see that `i` chooses nothing, and
-    would move the whole of forward and backward before the loop, which computes it also where no row is in the bucket.
+    The barrier ties the rows to `i`. If a bucket has room for one micro-batch only, XLA sees that `i` selects nothing.
+    Without the barrier it would move the whole forward and backward pass out of the loop, and so compute it even if the
+    bucket is empty.
     """
     rows, i = jax.lax.optimization_barrier((bucket.rows, i))
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
@@ -153,10 +152,10 @@ def batch_gradients(
     chunk: int,
     temperature: float,
     critic: CriticParams | None = None,
-) -> tuple[tuple[Params, CriticParams | None], Figures]:
+) -> tuple[tuple[Params, CriticParams | None], Metrics]:
     """Gradients of the loss, and its metrics: "loss", and means and maxima over the masked tokens (module docstring).
 
-    The gradients have the trees of what is trained: the first of `split_trainable(params)`, and the critic's.
+    The gradients have the trees of the trainable parameters (`split_trainable`) and of the critic's parameters.
     """
     masks = [bucket.rows.mask for bucket in batch.buckets]
     tokens = sum(jnp.sum(mask) for mask in masks)
@@ -164,37 +163,35 @@ def batch_gradients(
     trainable, frozen = split_trainable(params)
     kv, back = jax.vjp(lambda part: prefix_kv(config, join(part, frozen), batch.prefix), trainable)
 
-    def micro_loss(trained: Any, kv: Any, rows: Rows) -> tuple[jax.Array, tuple[Figures, Figures]]:
+    def micro_loss(trained: Any, kv: Any, rows: Rows) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
         trainable, critic = trained
         params, prefix = join(trainable, frozen), Prefix(kv, batch.prefix_length)
-        now = read_rows(config, params, prefix, rows.tokens, chunk=chunk, temperature=temperature, critic=critic)
-        sums = loss(now, rows)
+        scores = score_rows(config, params, prefix, rows.tokens, chunk=chunk, temperature=temperature, critic=critic)
+        sums = loss(scores, rows)
         mean = sums.loss / divisor
         totals = {name: x / jnp.maximum(tokens, 1.0) for name, x in sums.totals.items()}
-        return mean, ({"loss": mean} | totals, sums.peaks)
+        return mean, ({"loss": mean} | totals, sums.maxima)
 
-    def gradients(rows: Rows) -> tuple[Any, tuple[Figures, Figures]]:
+    def gradients(rows: Rows) -> tuple[Any, tuple[Metrics, Metrics]]:
         return jax.grad(micro_loss, argnums=(0, 1), has_aux=True)((trainable, critic), kv, rows)
 
     def accumulate(carry: Any, rows: Rows) -> Any:
-        grads, (totals, peaks) = gradients(rows)
-        new = (jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], totals))
-        return *new, jax.tree.map(jnp.maximum, carry[2], peaks)
-
-    shapes = jax.eval_shape(lambda bucket: gradients(micro_batch(bucket, bucket.count)), batch.buckets[0])
-    figures = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+        grads, (totals, maxima) = gradients(rows)
+        sums = jax.tree.map(jnp.add, carry[0], grads), jax.tree.map(jnp.add, carry[1], totals)
+        return *sums, jax.tree.map(jnp.maximum, carry[2], maxima)
 
     def zero(x: jax.Array) -> jax.Array:
         return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
-    zeros = jax.tree.map(zero, ((trainable, critic), kv))
-    ((grads, critic_grads), kv_grads), totals, peaks = over_rows(batch, accumulate, (zeros, *figures))
+    shapes = jax.eval_shape(lambda bucket: gradients(micro_batch(bucket, bucket.count)), batch.buckets[0])
+    start = jax.tree.map(zero, ((trainable, critic), kv)), *jax.tree.map(zero, shapes[1])
+    ((grads, critic_grads), kv_grads), totals, maxima = fold_micro_batches(batch, accumulate, start)
     (through_prefix,) = back(jax.tree.map(lambda g, x: g.astype(x.dtype), kv_grads, kv))
-    return (jax.tree.map(jnp.add, grads, through_prefix), critic_grads), totals | peaks
+    return (jax.tree.map(jnp.add, grads, through_prefix), critic_grads), totals | maxima
 
 
 class Learner:
-    """Compiled update and reading of rows for one model, one mesh and one loss."""
+    """Compiled update and scoring of rows for one model, one mesh and one loss."""
 
     def __init__(
         self,
@@ -209,49 +206,40 @@ class Learner:
         temperature: float = 1.0,
         critic_optimizer: optax.GradientTransformation | None = None,
     ) -> None:
-        """`abstract` gives the parameters' shapes and shardings; nothing is compiled before the first call.
-
-        Raises ValueError if a micro-batch does not divide over the devices that share its rows.
-        """
-        shares = mesh.shape["data"] * mesh.shape["fsdp"]
-        if any(rows % shares for rows in layout.rows):
-            raise ValueError(
-                f"micro-batches have {layout.rows} rows; each must be a multiple of mesh.data x mesh.fsdp ({shares}), "
-                "so that each device takes as many rows"
-            )
-        optimizer = on_copies(optimizer, abstract)
-        self._config, self._optimizer, self._loss, self._mesh = config, optimizer, loss, mesh
-        self._layout, self._reading = layout, {"chunk": chunk, "temperature": temperature}
-        self._critic_optimizer = critic_optimizer
-        self._compiled: set[tuple[int, ...]] = set()  # shapes of the batches updated with so far
-        self._whole = replicated(mesh)
-        self._cut_rows = rows_sharding(mesh, axis=1)
-        shardings = state_shardings(optimizer, abstract, mesh).replace(critic=self._whole)
-        self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(shardings, self._whole))
-        self._read = jax.jit(self._read_fn, static_argnames="base", out_shardings=self._whole)
+        """`abstract` gives the shapes and shardings of the parameters; nothing is compiled before the first call."""
+        self._config, self._loss, self._mesh, self._layout = config, loss, mesh, layout
+        self._optimizer, self._critic_optimizer = with_float32_copies(optimizer, abstract), critic_optimizer
+        self._scoring = {"chunk": chunk, "temperature": temperature}
+        self._batch_shapes: set[tuple[int, ...]] = set()  # of all updates so far: one compiled program each
+        self._replicated = replicated(mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, abstract, mesh))
+        shardings = shardings.replace(critic=self._replicated)
+        self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(shardings, self._replicated))
+        self._score = jax.jit(self._score_fn, static_argnames="base", out_shardings=self._replicated)
 
     def place(self, prefix: Sequence[int], rows: Sequence[Row]) -> Batch:
-        """Rows behind their prefix on the mesh, each micro-batch's rows split over data and fsdp."""
-        batch = make_batch(prefix, rows, self._layout)
-        cut = tuple(Bucket(jax.tree.map(lambda _: self._cut_rows, b.rows), self._whole) for b in batch.buckets)
-        return place(batch, Batch(self._whole, self._whole, cut))
+        """Rows behind their prefix on the mesh; the rows of each micro-batch are split over data and fsdp."""
+        batch, split = make_batch(prefix, rows, self._layout), rows_sharding(self._mesh, axis=1)
+        buckets = tuple(Bucket(jax.tree.map(lambda _: split, b.rows), self._replicated) for b in batch.buckets)
+        return place(batch, Batch(self._replicated, self._replicated, buckets))
 
     def update(
         self, state: TrainState, prefix: Sequence[int], rows: Sequence[Row]
     ) -> tuple[TrainState, dict[str, float]]:
-        """One optimizer step; `state` is donated. A loss or gradient that is not finite leaves it as it was.
+        """One optimizer step; `state` is donated. If loss or gradient are not finite, the state is returned unchanged.
 
-        Metrics are means (logp_diff_max: the maximum) over masked tokens, `grad_norm`, `skipped`, 1 where no step was
-        made, and `programs`, how many were compiled so far: one for each number of rows and padded length of prefix.
+        Metrics are those of the loss (means over masked tokens; logp_diff_max is the maximum), `grad_norm`,
+        `skipped_updates` (1 if no step was made), and `compiled_programs`, the number of programs compiled so far: one
+        for each number of rows and padded length of the prefix.
         """
         batch = self.place(prefix, rows)
-        self._compiled.add((len(batch.prefix), len(rows)))
+        self._batch_shapes.add((len(batch.prefix), len(rows)))
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
             state, metrics = self._update(state, batch)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        return state, metrics | {"programs": float(len(self._compiled))}
+        return state, metrics | {"compiled_programs": float(len(self._batch_shapes))}
 
-    def read(
+    def score(
         self,
         params: Params,
         prefix: Sequence[int],
@@ -259,17 +247,17 @@ class Learner:
         *,
         base: bool = False,
         critic: CriticParams | None = None,
-    ) -> list[Reading]:
-        """What `params` say of each row's tokens, NumPy [len(row.tokens)]; with `base` without their adapters."""
+    ) -> list[TokenScores]:
+        """The scores of each row's tokens by `params`, NumPy [len(row.tokens)]; with `base`, without the adapters."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
-            found = jax.device_get(self._read(params, critic, self.place(prefix, rows), base=base))
-        fields = (unpack(field, rows, self._layout) for field in found if field is not None)
-        return [Reading(*of_row) for of_row in zip(*fields, strict=True)]
+            scores = jax.device_get(self._score(params, critic, self.place(prefix, rows), base=base))
+        fields = (unpack(field, rows, self._layout) for field in zip(*scores, strict=True) if field[0] is not None)
+        return [TokenScores(*of_row) for of_row in zip(*fields, strict=True)]
 
-    def _update_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, Figures]:
+    def _update_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         critic = state.critic and state.critic.params
         (grads, critic_grads), metrics = batch_gradients(
-            self._config, self._loss, state.params, batch, critic=critic, **self._reading
+            self._config, self._loss, state.params, batch, critic=critic, **self._scoring
         )
         trainable, frozen = split_trainable(state.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, trainable)
@@ -278,23 +266,24 @@ class Learner:
         if state.critic:
             updates, opt_state = self._critic_optimizer.update(critic_grads, state.critic.opt_state, critic)
             new = new.replace(critic=Critic(optax.apply_updates(critic, updates), opt_state))
-        whole = jnp.isfinite(metrics["loss"] + optax.global_norm((grads, critic_grads)))
-        state = jax.tree.map(lambda new, old: jnp.where(whole, new, old), new, state)
-        return state, metrics | {"grad_norm": optax.global_norm(grads), "skipped": 1.0 - whole}
+        finite = jnp.isfinite(metrics["loss"] + optax.global_norm((grads, critic_grads)))
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return state, metrics | {"grad_norm": optax.global_norm(grads), "skipped_updates": 1.0 - finite}
 
-    def _read_fn(self, params: Params, critic: CriticParams | None, batch: Batch, *, base: bool) -> Sequence[Any]:
-        """Fields of a Reading, each a list of [n, m, T] per bucket."""
+    def _score_fn(self, params: Params, critic: CriticParams | None, batch: Batch, *, base: bool) -> list[TokenScores]:
+        """Scores [n, m, T] of each bucket."""
         config = self._config.base if base else self._config
         prefix = Prefix(prefix_kv(config, params, batch.prefix), batch.prefix_length)
 
-        def of_bucket(bucket: Bucket) -> Reading:
-            def body(i: jax.Array, found: Reading) -> Reading:
+        def score_bucket(bucket: Bucket) -> TokenScores:
+            def body(i: jax.Array, scores: TokenScores) -> TokenScores:
                 tokens = micro_batch(bucket, i).tokens
-                now = read_rows(config, params, prefix, tokens, critic=critic, **self._reading)
-                return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), found, now)
+                new = score_rows(config, params, prefix, tokens, critic=critic, **self._scoring)
+                return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), scores, new)
 
             empty = jnp.zeros(bucket.rows.tokens.shape, jnp.float32)
-            return jax.lax.fori_loop(0, bucket.count, body, Reading(empty, empty, None if critic is None else empty))
+            return jax.lax.fori_loop(
+                0, bucket.count, body, TokenScores(empty, empty, None if critic is None else empty)
+            )
 
-        found = [of_bucket(bucket) for bucket in batch.buckets]
-        return [None if fields[0] is None else list(fields) for fields in zip(*found, strict=True)]
+        return [score_bucket(bucket) for bucket in batch.buckets]

@@ -1,21 +1,22 @@
-"""The shape of a router model. One frozen dataclass covers the families; they differ by a few switches."""
+"""Model configuration (ModelConfig), LoRA settings and RoPE scaling, for the families Qwen2, Qwen3 and Llama."""
 
 import dataclasses
 import math
 from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
 
 Family = Literal["qwen2", "qwen3", "llama"]
 AttentionName = Literal["einsum", "xla", "cudnn"]
 Remat = Literal["none", "dots", "full"]
 Projected = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
-
-STILL_FREQUENCY = 0.012  # radians per token: rotary pairs below it match over distance, for induction heads
+MATCH_FREQUENCY = 0.012  # radians per token; rotary pairs below it can match tokens far apart, for induction heads
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the low RoPE frequencies (`rope_type` "llama3" in a Hugging Face config)."""
+    """Llama 3's scaling of the low RoPE frequencies (`rope_type` "llama3" in a Hugging Face config)."""
 
     factor: float
     low_freq_factor: float
@@ -25,10 +26,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters (Hu et al. 2021, section 4.1): a target's kernel W acts as W + alpha / rank * A B.
+    """Low-rank adapters (Hu et al. 2021, section 4.1): the kernel W of a target becomes W + alpha / rank * A B.
 
-    The base is frozen and A B is 0 at first, so that the base is the policy training started from. `targets` are
-    projections, of every layer.
+    The base is frozen, and A B starts at 0, so that the base stays the policy from which training started. `targets`
+    are projections of every layer.
     """
 
     rank: int
@@ -47,19 +48,23 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What A B is multiplied with."""
+        """The factor of A B."""
         return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """A decoder-only transformer: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-    `dtype` is that of parameters and activations ("float32", "bfloat16"); norms, softmax and log-probs are computed in
-    float32 at least. `attention` says who computes it: "einsum" our own einsums, "xla" and "cudnn" the implementations
-    of `jax.nn.dot_product_attention`; cudnn is fused, needs a GPU and a half-precision dtype. `remat` says what
-    training keeps of a block for its backward pass: "none" recomputes nothing, "dots" keeps the results of the
-    projections, "full" only the block's input. With `lora`, parameters also hold adapters, in float32 at least.
+    The families differ in two switches, `qkv_bias` and `qk_norm`.
+
+    dtype: of parameters and activations ("float32", "bfloat16"). Norms, softmax and log-probs are computed in float32
+      at least.
+    attention: "einsum" uses the einsums of `attention.py`, "xla" and "cudnn" use `jax.nn.dot_product_attention`. The
+      fused kernel of cuDNN needs a GPU and half precision.
+    remat: what a block keeps for its backward pass. "none" keeps everything, "dots" the results of projections and
+      attention, "full" only the block's input.
+    lora: the parameters also hold these adapters, in float32 at least.
     """
 
     vocab_size: int
@@ -74,13 +79,13 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     rms_eps: float = 1e-6
     tie_embeddings: bool = True
-    max_positions: int = 32_768  # the longest context it was made for: goes into exports, nothing is cut at it here
+    max_positions: int = 32_768  # longest context of the model; written into exports, otherwise unused
     dtype: str = "float32"
     attention: AttentionName = "einsum"
     remat: Remat = "full"
     initializer_range: float = 0.02  # standard deviation of random kernels
     embedding_range: float = 0.02  # that of random embeddings and of an untied head
-    induction_heads: int = 0  # random start: kv heads of the first layer that carry the token before to the second
+    induction_heads: int = 0  # random start: KV heads of the first layer that begin as `init_params` describes
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
@@ -90,8 +95,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
-        if self.attention not in get_args(AttentionName):
-            raise ValueError(f"attention is {self.attention!r}; choose one of {', '.join(get_args(AttentionName))}")
+        for field, names in (("attention", get_args(AttentionName)), ("remat", get_args(Remat))):
+            if getattr(self, field) not in names:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(names)}")
         if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
             raise ValueError(
                 f"attention is 'cudnn' with dtype {self.dtype!r}; cuDNN has bfloat16 and float16 only: "
@@ -111,19 +117,22 @@ class ModelConfig:
             raise ValueError(f"induction_heads is {self.induction_heads}; there are {self.num_kv_heads} (num_kv_heads)")
         if self.induction_heads and self.num_layers < 2:
             raise ValueError(f"induction_heads is {self.induction_heads} with num_layers=1; they take two layers")
-        if self.induction_heads and self.rope_theta ** (2 / self.head_dim - 1) >= STILL_FREQUENCY:
+        if self.induction_heads and self.rope_theta ** (2 / self.head_dim - 1) >= MATCH_FREQUENCY:
             raise ValueError(
                 f"induction_heads is {self.induction_heads} with rope_theta={self.rope_theta:g} and "
-                f"head_dim={self.head_dim}; no rotary pair turns less than {STILL_FREQUENCY} radians per token, so "
+                f"head_dim={self.head_dim}; no rotary pair turns less than {MATCH_FREQUENCY} radians per token, so "
                 "none finds a token far back: raise rope_theta"
             )
-        if self.remat not in get_args(Remat):
-            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
 
     @property
     def base(self) -> "ModelConfig":
-        """This model without its adapters. It reads the same parameters and passes the adapters by."""
+        """This model without its adapters. It takes the same parameters and ignores the adapters."""
         return dataclasses.replace(self, lora=None)
+
+    @property
+    def adapter_dtype(self) -> jnp.dtype:
+        """The dtype of LoRA's parameters: half precision would round their small updates away."""
+        return jnp.promote_types(self.dtype, jnp.float32)
 
     @property
     def qkv_bias(self) -> bool:
@@ -132,7 +141,7 @@ class ModelConfig:
 
     @property
     def qk_norm(self) -> bool:
-        """Qwen3 normalises each query and key head before the rotary positions."""
+        """Qwen3 normalises each query and key head before the rotary embedding."""
         return self.family == "qwen3"
 
 
@@ -144,7 +153,7 @@ def lora_from(block: Any) -> LoRA | None:
 def from_arch(arch: Any, vocab_size: int, *, dtype: str, remat: Remat) -> ModelConfig:
     """The ModelConfig of a `config.model.arch` block for a tokenizer of `vocab_size` ids.
 
-    A block that names a vocabulary itself (`preset_arch`) keeps it. Raises ValueError where the tokenizer has more ids.
+    A block that names its vocabulary size (`preset_arch`) keeps it. Raises ValueError if the tokenizer has more ids.
     """
     fields = {"vocab_size": vocab_size} | dict(arch)
     if vocab_size > fields["vocab_size"]:

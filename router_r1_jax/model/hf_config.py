@@ -1,6 +1,6 @@
-"""config.json of a Hugging Face checkpoint: read into a ModelConfig or refused with the reason, and written.
+"""Hugging Face checkpoints: config.json, read into a ModelConfig or refused with the reason, and written.
 
-Both generations are read: `rope_theta` and `rope_scaling` side by side (transformers 4) and `rope_parameters` (5).
+Both generations are read: `rope_theta` with `rope_scaling` (transformers 4), and `rope_parameters` (transformers 5).
 """
 
 import functools
@@ -10,14 +10,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from router_r1_jax.errors import UserError
 from router_r1_jax.model.config import ModelConfig, RopeScaling
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _DEFAULT_THETA = 10_000.0  # of all three families in transformers
 _ORIGINAL = "original_max_position_embeddings"
-_QWEN3_HEAD_DIM = 128  # what transformers' Qwen3Config has where the field is absent
+_QWEN3_HEAD_DIM = 128  # transformers' default for Qwen3
 
-# Settings that change the computation, and the only value that this model computes; absent means that value.
+# Field of a ModelConfig -> field of config.json.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "mlp": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings",
+}
+# Settings that change the computation, and the only value that this model supports. Absent fields have that value.
 _REQUIRED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -27,20 +39,20 @@ _REQUIRED_VALUES = {
 }
 
 
-class WeightsError(ValueError):
-    """A checkpoint that cannot be read or written. The message names the file or field, what it holds and the fix."""
+class WeightsError(UserError, ValueError):
+    """A checkpoint cannot be read or written. The message names the file or field, its content and the fix."""
 
 
 def config_from_hf(fields: dict[str, Any], *, source: str | os.PathLike[str]) -> ModelConfig:
-    """The ModelConfig of a config.json, but for its dtype, which is that of the weights themselves.
+    """The ModelConfig of a config.json. Its dtype is not read, because the weights have it.
 
     Args:
       fields: the parsed file.
       source: the file, for messages.
 
     Raises:
-      WeightsError: another family, or a setting that RouterLM does not compute (rope types other than default and
-        llama3, sliding windows, extra biases, quantised weights).
+      WeightsError: the family is not supported, or a setting is not (rope types other than default and llama3, sliding
+        windows, extra biases, quantised weights).
     """
     family = fields.get("model_type")
     if not isinstance(family, str) or family not in _ARCHITECTURES:
@@ -51,29 +63,22 @@ def config_from_hf(fields: dict[str, Any], *, source: str | os.PathLike[str]) ->
                 f"{source}: {field} is {_short(fields[field])}; only {value!r} is supported, take another checkpoint"
             )
     count = functools.partial(_positive, fields, kind=int, where=f"{source}: ")
-    width, num_layers, num_heads = count("hidden_size"), count("num_hidden_layers"), count("num_attention_heads")
-    _refuse_sliding_window(fields, num_layers, source)
+    num_heads = count("num_attention_heads")
+    defaults = {
+        "num_key_value_heads": num_heads,
+        "head_dim": _QWEN3_HEAD_DIM if family == "qwen3" else count("hidden_size") // num_heads,
+        "max_position_embeddings": ModelConfig.max_positions,
+    }
+    sizes = {ours: count(theirs, default=defaults.get(theirs)) for ours, theirs in _SIZES.items()}
+    _refuse_sliding_window(fields, sizes["num_layers"], source)
     theta, scaling = _read_rope(fields, source)
     tied = False if fields.get("tie_word_embeddings") is None else fields["tie_word_embeddings"]
     if not isinstance(tied, bool):
         raise WeightsError(f"{source}: tie_word_embeddings is {_short(tied)}; write true or false, without quotes")
-    settings = dict(
-        vocab_size=count("vocab_size"),
-        num_layers=num_layers,
-        width=width,
-        mlp=count("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=count("num_key_value_heads", default=num_heads),
-        head_dim=count("head_dim", default=_QWEN3_HEAD_DIM if family == "qwen3" else width // num_heads),
-        family=family,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_eps=_positive(fields, "rms_norm_eps", kind=float, where=f"{source}: ", default=1e-6),
-        tie_embeddings=tied,
-        max_positions=count("max_position_embeddings", default=ModelConfig.max_positions),
-    )
+    eps = _positive(fields, "rms_norm_eps", kind=float, where=f"{source}: ", default=1e-6)
+    settings = dict(family=family, rope_theta=theta, rope_scaling=scaling, rms_eps=eps, tie_embeddings=tied)
     try:
-        return ModelConfig(**settings)
+        return ModelConfig(**sizes, **settings)
     except ValueError as error:  # numbers that do not fit together
         raise WeightsError(f"{source}: {error}") from error
 
@@ -92,24 +97,17 @@ def config_to_hf(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
     return {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_positions,
-        "attention_bias": False,  # Qwen2's query, key and value biases are not what this field means
+        "attention_bias": False,  # Qwen2's biases of query, key and value do not count here
         "rope_parameters": rope,
-        # transformers 4 does not know rope_parameters and would fall back to 10,000 without a word.
+        # transformers 4 does not know rope_parameters and would silently fall back to 10,000.
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling is None else rope,
         "dtype": config.dtype,
-        # Written also where unknown: the families' own defaults are ids of other vocabularies.
+        # Unknown ids are written as null, because the families' defaults are ids of other vocabularies.
         **{name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
 
@@ -117,7 +115,7 @@ def config_to_hf(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None 
 def _positive(
     fields: dict[str, Any], name: str, *, kind: type[int] | type[float], where: str, default: float | None = None
 ) -> Any:
-    """The field as a positive number of this kind; `default` where it is absent or null."""
+    """The field as a positive number of this kind; `default` if it is absent or null."""
     value = default if fields.get(name) is None else fields[name]
     kinds = int if kind is int else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -127,7 +125,7 @@ def _positive(
 
 
 def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[float, RopeScaling | None]:
-    """Base wavelength and scaling. Of both generations' fields the older one counts, as in transformers."""
+    """Theta and scaling. If a file has the fields of both generations, the older one counts, as in transformers."""
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = fields.get(name) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -147,7 +145,7 @@ def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[
             f"{source}: {name}.rope_type is {kind!r}; supported are 'default' and 'llama3'. If the scaling only serves "
             f"longer contexts than you need, remove it"
         )
-    # A length beside the rotary settings counts first, the whole model's last.
+    # The first of these lengths that is present counts, as in transformers.
     lengths = fields.get(_ORIGINAL), rope.get(_ORIGINAL), fields.get("max_position_embeddings")
     original = {_ORIGINAL: next((length for length in lengths if length is not None), None)}
     low, high = number("low_freq_factor"), number("high_freq_factor")
@@ -162,7 +160,7 @@ def _read_rope(fields: dict[str, Any], source: str | os.PathLike[str]) -> tuple[
 
 
 def _refuse_sliding_window(fields: dict[str, Any], num_layers: int, source: str | os.PathLike[str]) -> None:
-    """Qwen's files name a window also where it is switched off, or where no layer is above `max_window_layers`."""
+    """Raise WeightsError if a window is in use. Qwen's files also name one that is off, or that no layer uses."""
     if not fields.get("use_sliding_window") or fields.get("sliding_window") is None:
         return
     first = fields.get("max_window_layers", 28)  # transformers' default

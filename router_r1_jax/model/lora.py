@@ -1,7 +1,7 @@
-"""LoRA's adapters among the parameters: told apart from the frozen base, added to it, merged into it.
+"""LoRA: split adapters from the frozen base, add fresh adapters, and merge them into the base (LoRA merge).
 
-Adapters lie beside the kernel they adapt, as leaves `lora_a` and `lora_b` (`transformer.Projection`), so that layouts,
-shardings and checkpoints treat them as any other parameter.
+Adapters are leaves `lora_a` and `lora_b` beside the kernel that they adapt (`transformer.Projection`), so that layouts,
+shardings and checkpoints treat them like any other parameter.
 """
 
 import jax
@@ -9,14 +9,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from router_r1_jax.model.config import ModelConfig
-from router_r1_jax.model.init import abstract_params, random_params
-from router_r1_jax.model.transformer import Params, adapter_dtype
+from router_r1_jax.model.init_params import abstract_params, random_params
+from router_r1_jax.model.transformer import Params
 
 _ADAPTER = ("lora_a", "lora_b")
 
 
 def split_trainable(params: Params) -> tuple[Params, Params]:
-    """(what training changes, what it leaves alone): adapters and base, or without adapters everything and nothing."""
+    """(trainable, frozen) parameters: adapters and base, or without adapters all parameters and {}."""
     flat = flatten_dict(params)
     adapters = {path: leaf for path, leaf in flat.items() if path[-1] in _ADAPTER}
     if not adapters:
@@ -26,12 +26,12 @@ def split_trainable(params: Params) -> tuple[Params, Params]:
 
 
 def join(trainable: Params, frozen: Params) -> Params:
-    """The tree that `split_trainable` took apart."""
+    """The inverse of `split_trainable`."""
     return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen))
 
 
 def add_adapters(config: ModelConfig, base: Params, mesh: Mesh, seed: int) -> Params:
-    """Stacked base parameters with fresh adapters of `config.lora` beside them; `base` itself where that is None."""
+    """Stacked base parameters with fresh adapters of `config.lora` beside them; `base` itself if it has none."""
     if config.lora is None:
         return base
     shardings = jax.tree.map(lambda x: x.sharding, split_trainable(abstract_params(config, mesh))[0])
@@ -42,12 +42,11 @@ def add_adapters(config: ModelConfig, base: Params, mesh: Mesh, seed: int) -> Pa
 def merge_adapters(config: ModelConfig, params: Params) -> Params:
     """Parameters of `config.base` with the same logits up to rounding: each kernel W becomes W + alpha / rank A B.
 
-    The sum is formed in the adapters' dtype and rounded once. For stacked parameters, and under `jax.jit`.
+    The sum is computed in the adapters' dtype and rounded once. The parameters are stacked; `jax.jit` is possible.
     """
     if config.lora is None:
         return params
     adapters, base = (flatten_dict(part) for part in split_trainable(params))
-    dtype = adapter_dtype(config)
     for *path, name in adapters:
         if name != "lora_a":
             continue
@@ -55,6 +54,6 @@ def merge_adapters(config: ModelConfig, params: Params) -> Params:
         a, b = adapters[(*path, "lora_a")], adapters[(*path, "lora_b")]
         layers, rank = a.shape[0], a.shape[-1]
         product = a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
-        merged = kernel.astype(dtype) + config.lora.scale * product.reshape(kernel.shape)
+        merged = kernel.astype(config.adapter_dtype) + config.lora.scale * product.reshape(kernel.shape)
         base[(*path, "kernel")] = merged.astype(kernel.dtype)
     return unflatten_dict(base)

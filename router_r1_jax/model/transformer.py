@@ -1,44 +1,31 @@
-"""RouterLM: the router as a pure-functional Flax Linen module, without hidden state.
+"""RouterLM, the decoder-only transformer: RMSNorm, projections with LoRA, attention, SwiGLU, rematerialisation.
 
-Parameters are plain nested dicts; the KV cache is an argument and a result. Two layouts of the same parameters:
+The Flax Linen modules have no hidden state: parameters are plain nested dicts, and the KV cache is an argument and a
+result. The parameters have two layouts:
 
-- *stacked* (training): one `lax.scan` over layers, rematerialised (`config.remat`); leaves under "layers" lead with L.
-- *unrolled* (rollout): one entry per layer, so that a decode step copies no weight and no cache. `unroll` goes from one
-  to the other, once at each weight push.
+- *stacked* (training): one `lax.scan` over layers, rematerialised (`config.remat`). Leaves under "layers" have a
+  leading axis L.
+- *unrolled* (rollout): one entry per layer, so that a decode step copies no weight and no cache. `unroll` turns the
+  stacked layout into this one after each update.
 """
 
 import math
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from router_r1_jax.model.attention import KV, Cache, apply_rope, attend, read_cache, write_cache
+from router_r1_jax.model.attention import attend
 from router_r1_jax.model.config import LoRA, ModelConfig
+from router_r1_jax.model.kv_cache import KV, Cache, Prefix
+from router_r1_jax.model.rotary_embedding import apply_rope
 
 Params = dict[str, Any]
 
-# What a rematerialised block keeps beside its input.
+# The results that a block keeps for its backward pass, beside its input.
 _REMAT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("projection", "attention")}
-
-
-@flax.struct.dataclass
-class Prefix:
-    """Keys and values of the tokens that all rows share, and how many of the P positions are real (int32 scalar).
-
-    `kv` is one KV with leading L (stacked) or a tuple of L (unrolled): KVs, or for decoding Caches.
-    """
-
-    kv: Any
-    length: jax.Array
-
-
-def adapter_dtype(config: ModelConfig) -> jnp.dtype:
-    """Of LoRA's parameters: at least float32."""
-    return jnp.promote_types(config.dtype, jnp.float32)
 
 
 def _init(deviation: float, *axes: str | None) -> nn.initializers.Initializer:
@@ -47,7 +34,7 @@ def _init(deviation: float, *axes: str | None) -> nn.initializers.Initializer:
 
 @jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [M, I] @ w [I, O] -> [M, O], with a gradient of w that XLA's CPU compiler computes fast."""
+    """x [M, I] @ w [I, O] -> [M, O]; the gradient of w is `weight_gradient`."""
     return x @ w
 
 
@@ -64,20 +51,20 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x [M, I], g [M, O] -> x.T @ g [I, O].
+    """x [M, I], g [M, O] -> x.T @ g [I, O], in a form that XLA's CPU compiler computes fast.
 
-    The product contracts M, the long axis, along which one operand must be laid out. XLA's CPU compiler takes x as it
-    lies or copies it, whatever its size; here the narrower one of the two is copied. It also folds a transposition of
-    the result into the product, which then takes 1.6 times as long: hence the outer barrier.
+    The product contracts the long axis M, so one operand must be copied into another layout. By itself the compiler
+    does not choose the smaller operand; here the narrower one is copied. The outer barrier keeps the compiler from
+    folding a transposition of the result into the product, which is slower.
     """
     barrier = jax.lax.optimization_barrier
 
-    def laid_out_anew(x: jax.Array, g: jax.Array) -> jax.Array:
+    def copy_the_narrower(x: jax.Array, g: jax.Array) -> jax.Array:
         if x.shape[1] <= g.shape[1]:
             return barrier(x.T) @ g
         return barrier(barrier(g.T) @ x).T
 
-    return jax.lax.platform_dependent(x, g, cpu=laid_out_anew, default=lambda x, g: x.T @ g)
+    return jax.lax.platform_dependent(x, g, cpu=copy_the_narrower, default=lambda x, g: x.T @ g)
 
 
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -106,9 +93,9 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map between named axes; `kernel` carries their logical names for sharding.
+    """A linear map between named axes. The names are the kernel's logical axes for sharding.
 
-    Where `config.lora` targets it, an adapter `lora_a` [inputs, r] and `lora_b` [r, outputs] adds its product.
+    If `config.lora` targets it, the product with an adapter `lora_a` [inputs, r] and `lora_b` [r, outputs] is added.
     """
 
     config: ModelConfig
@@ -119,32 +106,32 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Contract the last len(inputs) axes of x with the kernel's first."""
+        """Contract the last len(inputs) axes of x with the first axes of the kernel."""
         dtype, init = self.config.dtype, _init(self.config.initializer_range, *self.axes)
         kernel = self.param("kernel", init, self.inputs + self.outputs, dtype)
-        # As a product of two matrices: XLA's CPU compiler copies the operands of the kernel's gradient where they have
-        # more axes, and fuses into each copy whatever made them (the whole update took 1.2 times as long).
+        # A product of two matrices: if they had more axes, XLA's CPU compiler would copy the operands of the kernel's
+        # gradient, and recompute in each copy whatever made them.
         lead = x.shape[: x.ndim - len(self.inputs)]
         x = x.reshape(math.prod(lead), -1)
         y = matmul(x, kernel.reshape(x.shape[-1], -1))
         lora = self.config.lora
         if lora is not None and self.name in lora.targets:
-            y += self._adapted(x, lora).astype(y.dtype)
+            y += self._adapter_product(x, lora).astype(y.dtype)
         y = y.reshape(*lead, *self.outputs)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :])
             y += self.param("bias", zeros, self.outputs, dtype)
         return checkpoint_name(y, "projection")
 
-    def _adapted(self, x: jax.Array, lora: LoRA) -> jax.Array:
-        """[M, inputs] -> [M, outputs]. Adapters move by steps that half precision would round away, the rest does not.
+    def _adapter_product(self, x: jax.Array, lora: LoRA) -> jax.Array:
+        """[M, inputs] -> [M, outputs]. Adapters start as in the `peft` library: B is 0, and A is uniform.
 
-        The start is that of the `peft` library: A uniform, so that A x has a third of the variance of x, and B zero.
+        A x then has a third of the variance of x.
         """
-        dtype, cut = adapter_dtype(self.config), len(self.inputs)
-        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", range(cut), cut)
-        a = nn.with_logical_partitioning(uniform, (*self.axes[:cut], "rank"))
-        b = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("rank", *self.axes[cut:]))
+        dtype, split = self.config.adapter_dtype, len(self.inputs)
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", range(split), split)
+        a = nn.with_logical_partitioning(uniform, (*self.axes[:split], "rank"))
+        b = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("rank", *self.axes[split:]))
         a = self.param("lora_a", a, (*self.inputs, lora.rank), dtype).astype(x.dtype)
         b = self.param("lora_b", b, (lora.rank, *self.outputs), dtype).astype(x.dtype)
         return (x @ a.reshape(x.shape[-1], -1)) @ b.reshape(lora.rank, -1) * lora.scale
@@ -165,7 +152,7 @@ class Attention(nn.Module):
         cache: Cache | None,
         rows: jax.Array | None,
     ) -> tuple[jax.Array, KV | Cache]:
-        """x [B, T, D] -> ([B, T, D], the cache after writing, or without a cache this call's own KV [B, T, K, H])."""
+        """x [B, T, D] -> ([B, T, D], the updated cache, or without a cache the KV [B, T, K, H] of x)."""
         c = self.config
         D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
         q = Projection(c, (D,), (N, H), ("embed", "heads", None), c.qkv_bias, name="q")(x)
@@ -176,19 +163,16 @@ class Attention(nn.Module):
         in_order = positions is None
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if in_order else positions
         absolute = positions + prefix_length
-        q, own = apply_rope(q, absolute, c), KV(apply_rope(k, absolute, c), v)
+        q, kv = apply_rope(q, absolute, c), KV(apply_rope(k, absolute, c), v)
         if cache is None:
-            # Keys lie where the tokens do: with positions that do not start at 0, a slot number would not be causal.
-            out = attend(
-                q, own, positions, positions, prefix, prefix_length, causal=in_order, implementation=c.attention
-            )
-            seen = own
+            keys, key_positions = kv, positions
         else:
-            seen = write_cache(cache, own, positions, rows)
-            slots = jnp.arange(cache.length)[None]
-            keys = read_cache(seen, rows)
-            out = attend(q, keys, positions, slots, prefix, prefix_length, causal=False, implementation=c.attention)
-        return Projection(c, (N, H), (D,), ("heads", None, "embed"), name="o")(out), seen
+            kv = cache.write(kv, positions, rows)
+            in_order, key_positions, keys = False, jnp.arange(cache.length)[None], kv.read(rows)
+        out = attend(
+            q, keys, positions, key_positions, prefix, prefix_length, causal=in_order, implementation=c.attention
+        )
+        return Projection(c, (N, H), (D,), ("heads", None, "embed"), name="o")(out), kv
 
 
 class MLP(nn.Module):
@@ -206,7 +190,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the stream."""
+    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
 
     config: ModelConfig
 
@@ -220,7 +204,7 @@ class Block(nn.Module):
         prefix_length: jax.Array,
         rows: jax.Array | None,
     ) -> tuple[jax.Array, KV | Cache]:
-        """x [B, T, D] -> ([B, T, D], as Attention); argument order suits `nn.scan` (scanned ones first)."""
+        """x [B, T, D] -> ([B, T, D], as Attention). `nn.scan` needs the scanned arguments first."""
         c = self.config
         normed = RMSNorm(c, name="attention_norm")(x)
         out, kv = Attention(c, name="attention")(normed, positions, prefix, prefix_length, cache, rows)
@@ -230,13 +214,13 @@ class Block(nn.Module):
 
 
 class RouterLM(nn.Module):
-    """The router language model. `unrolled` chooses the parameter layout (see the module docstring)."""
+    """The router's language model. `unrolled` chooses the parameter layout (see the module docstring)."""
 
     config: ModelConfig
     unrolled: bool = False
 
     def setup(self) -> None:
-        """Embedding, layers, final norm and, where untied, the head."""
+        """Create embedding, layers, final norm and, if it is untied, the head."""
         c = self.config
         self.embed = self.param("embed", _init(c.embedding_range, "vocab", "embed"), (c.vocab_size, c.width), c.dtype)
         if self.unrolled:
@@ -269,14 +253,17 @@ class RouterLM(nn.Module):
 
         Args:
           tokens: [B, T] int32.
-          positions: [B, T] int32 own positions, counted from the end of the prefix; 0 .. T-1 by default.
-          prefix: what all rows see before their own position 0.
-          cache: one Cache per layer (unrolled layout only); written at `positions`, then attended to.
-          rows: [R] rows of the cache that `tokens` [R, T] belong to; all of them by default.
+          positions: [B, T] int32, counted behind the prefix; 0 .. T-1 by default.
+          prefix: tokens that all rows see before their position 0.
+          cache: one Cache per layer (unrolled layout only). It is written at `positions`, then attended to.
+          rows: [R] rows of the cache to which `tokens` [R, T] belong; all rows by default.
 
         Returns:
-          [B, T, D] hidden states after the final norm, and the updated cache, or without one this call's own KV of
-          every layer (stacked or tuple, as the layout has it), from which a `Prefix` is made.
+          [B, T, D] hidden states after the final norm, and the updated cache. Without a cache the second result is the
+          KV of `tokens` in every layer (stacked or a tuple, as the parameters are), from which a `Prefix` is made.
+
+        Raises:
+          ValueError: a cache is given to the stacked layout.
         """
         if cache is not None and not self.unrolled:
             raise ValueError("a cache needs RouterLM(config, unrolled=True): a scan over layers would copy it")
@@ -301,22 +288,13 @@ class RouterLM(nn.Module):
         return head_logits(hidden, self.embed if self.config.tie_embeddings else self.head)
 
     def __call__(self, tokens: jax.Array, **kwargs: Any) -> Any:
-        """Logits [B, T, V] of tokens [B, T]; with `cache=` in kwargs (see `hidden`) also the updated cache."""
+        """Logits [B, T, V] of tokens [B, T]; with `cache` in kwargs (see `hidden`) also the updated cache."""
         hidden, kv = self.hidden(tokens, **kwargs)
         return self.logits(hidden) if kwargs.get("cache") is None else (self.logits(hidden), kv)
 
 
 def unroll(params: Params, num_layers: int) -> Params:
-    """Stacked parameters -> unrolled layout (`layer_0`, `layer_1`, ...)."""
+    """Stacked parameters in the unrolled layout (`layer_0`, `layer_1`, ...)."""
     rest = {name: value for name, value in params.items() if name != "layers"}
     layers = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}
     return rest | layers
-
-
-def empty_cache(config: ModelConfig, rows: int, length: int) -> tuple[Cache, ...]:
-    """Zeroed caches of B rows and S positions, one per layer."""
-    B, S, K, H = rows, length, config.num_kv_heads, config.head_dim
-    return tuple(
-        Cache(jnp.zeros((B, K, H, S), config.dtype), jnp.zeros((B, K, S, H), config.dtype))
-        for _ in range(config.num_layers)
-    )

@@ -1,5 +1,5 @@
-"""The pool: the external models that the router may ask. Cards, HTTP client, tape, ledger and simulated models.
+"""The pool of external models that the router can call: model cards, HTTP client, rate limits, call cache and ledger.
 
-`pool.Pool` answers route calls with `outcomes.Reply`; everything else here serves it. Nothing imports JAX, and this
-file imports nothing, so that the simulated models' server process starts fast.
+`pool.Pool` answers route calls with `outcomes.Reply`; every other file here serves it. No file of this package imports
+JAX, and this file imports nothing, so that the simulated models' server process starts fast.
 """

@@ -1,85 +1,56 @@
-"""Ask every model of a pool one question and print what came back, before a run relies on it.
+"""Pool check: call every model once and print latency, tokens and dollars, before a run relies on the pool.
 
     python -m router_r1_jax.pool.check --config=configs/demo.py
 
-The table says of each model whether it answers, the seconds, tokens and dollars of the call, and the name under which
-the server reports it: a provider may serve another model than was asked for. Exit status 1 where one does not answer.
-Keys are read from the environment and never printed.
+The table shows for each model whether it answers, the seconds, tokens and dollars of the call, and the name under which
+the provider reports it: a provider may serve another model than the one that was asked for. The exit status is 1 if a
+model does not answer. Keys are read from the environment and never printed.
 """
 
-import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from router_r1_jax.config import ConfigError, validate
+from router_r1_jax.launcher import launch
 from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.client import Client
-from router_r1_jax.pool.outcomes import Completion, PoolError, provider_fault
+from router_r1_jax.pool.outcomes import Completion, provider_fault
 from router_r1_jax.pool.providers import providers_from_config
-from router_r1_jax.pool.server import simulated_providers, start_server
+from router_r1_jax.report.tables import Table
+from router_r1_jax.setup.environment import open_environment
 
 QUESTION = "Which city is the capital of France? Answer with one word."
-_HEADER = ("model", "reachable", "seconds", "tokens in", "tokens out", "dollars", "served as")
+HEADS = ("model", "reachable", "seconds", "tokens in", "tokens out", "dollars", "served as")
 
 
-def ask_all(pool_config: ConfigDict, cards: Sequence[Card], question: str) -> list[Completion]:
-    """One completion per card, all asked at once. Raises ConfigError for a provider without its key."""
-    providers = providers_from_config(pool_config)
-    client = Client(pool_config, {card.provider: providers[card.provider] for card in cards})
-    try:
-        with ThreadPoolExecutor(len(cards)) as threads:
-            return list(threads.map(lambda card: client.complete(card, question), cards))
-    finally:
-        client.close()
+def table_row(card: Card, completion: Completion) -> tuple[str, ...]:
+    """The model's row of the table; the last column shows an error."""
+    error = f"{completion.outcome}: {completion.error}" if completion.error else ""
+    return (
+        card.name,
+        "no" if provider_fault(completion.outcome) else "yes",
+        f"{completion.latency:.2f}",
+        str(completion.prompt_tokens),
+        str(completion.completion_tokens),
+        f"{card.dollars(completion.prompt_tokens, completion.completion_tokens):.2e}",
+        error or completion.served or "(not told)",
+    )
 
 
-def table(cards: Sequence[Card], completions: Sequence[Completion]) -> str:
-    """A line per model, in columns; what went wrong stands in the last one."""
-    rows = [_HEADER]
-    for card, got in zip(cards, completions, strict=True):
-        dollars = (got.prompt_tokens * card.price_in + got.completion_tokens * card.price_out) / 1e6
-        rows.append(
-            (
-                card.name, "no" if provider_fault(got.outcome) else "yes", f"{got.latency:.2f}",
-                str(got.prompt_tokens), str(got.completion_tokens), f"{dollars:.2e}",
-                f"{got.outcome}: {got.error}" if got.error else got.served or "(not told)",
-            )
-        )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def check(config: ConfigDict) -> bool:
-    """Print the table; returns whether every model answers."""
-    validate(config)
+def main(config: ConfigDict) -> int:
+    """Call all models at once and print the table; the exit status is 0 if every model answers."""
     cards = cards_from_config(config.pool)
-    with ExitStack() as stack:
-        pool_config = config.pool
-        if pool_config.simulate:
-            server = stack.enter_context(start_server(config.data.world, cards))
-            pool_config = simulated_providers(pool_config, server.base_url)
-        completions = ask_all(pool_config, cards, QUESTION)
-    print(table(cards, completions), flush=True)
-    return not any(provider_fault(got.outcome) for got in completions)
-
-
-def main() -> None:
-    """Parse --config and its overrides, and check."""
-    config = config_flags.DEFINE_config_file("config", help_string="Configuration file, such as configs/demo.py.")
-    flags.mark_flag_as_required("config")
-
-    def run(argv: list[str]) -> None:
-        try:
-            sys.exit(0 if check(config.value) else 1)
-        except (ConfigError, PoolError) as error:
-            sys.exit(f"error: {error}")
-
-    app.run(run)
+    environment = open_environment(config, cards)
+    with environment.serve(config.pool) if environment else nullcontext(config.pool) as pool_config:
+        providers = providers_from_config(pool_config)
+        client = Client(pool_config, {card.provider: providers[card.provider] for card in cards})
+        with ThreadPoolExecutor(len(cards)) as threads:
+            completions = list(threads.map(lambda card: client.complete(card, QUESTION), cards))
+        client.close()
+    print(Table(HEADS, list(map(table_row, cards, completions))).text(), flush=True)
+    return int(any(provider_fault(completion.outcome) for completion in completions))
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, workdir=False)

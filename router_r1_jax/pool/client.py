@@ -1,4 +1,4 @@
-"""The client: one query to one model, asked again after faults that may pass, within deadline and limits."""
+"""HTTP client: one query to one model with retry, exponential backoff, deadline, rate limit and circuit breaker."""
 
 import json
 import logging
@@ -6,73 +6,56 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import replace
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
 from router_r1_jax.pool.cards import Card
-from router_r1_jax.pool.limits import Breaker, Latencies, RateLimits
+from router_r1_jax.pool.http import Attempt, Transport
 from router_r1_jax.pool.outcomes import Completion, Outcome, provider_fault
 from router_r1_jax.pool.providers import Provider
-from router_r1_jax.pool.transport import Attempt, Transport
+from router_r1_jax.pool.rate_limits import CircuitBreaker, RateLimits
 
 _log = logging.getLogger(__name__)
 
 
-class _Model:
-    """What is known of a model's health."""
-
-    def __init__(self, breaker: ConfigDict) -> None:
-        self.breaker = Breaker(breaker.failures, breaker.pause, breaker.pause_max)
-        self.latencies = Latencies()
-        self.trouble = ""  # what its last fault said
-
-
 class Client:
-    """Asks models over HTTP. Safe to use from many threads at once."""
+    """Asks models over HTTP. Thread-safe."""
 
     def __init__(self, pool_config: ConfigDict, providers: Mapping[str, Provider]) -> None:
-        """Reads the keys of `providers`; raises ConfigError where one is missing."""
-        self._deadline = pool_config.deadline
-        self._backoff = pool_config.backoff
-        self._backoff_max = pool_config.backoff_max
+        """Reads the keys of `providers`; raises ConfigError if one is missing."""
+        self._config = pool_config
         self._providers = dict(providers)
         self._transports = {name: Transport(provider) for name, provider in providers.items()}
-        self._limits = {
-            name: RateLimits(provider.requests_per_minute, provider.tokens_per_minute)
-            for name, provider in providers.items()
-        }
-        self._models: defaultdict[str, _Model] = defaultdict(lambda: _Model(pool_config.breaker))
-        most = 2 * sum(provider.concurrency for provider in providers.values())
-        self._spare = ThreadPoolExecutor(most, thread_name_prefix="pool-hedge") if pool_config.hedge else None
+        self._limits = {name: RateLimits(p.requests_per_minute, p.tokens_per_minute) for name, p in providers.items()}
+        # Card.key -> circuit breaker
+        self._breakers = defaultdict(lambda: CircuitBreaker(**pool_config.circuit_breaker))
         self._closed = threading.Event()
         self._warned: set[tuple[str, Outcome]] = set()
 
     def complete(self, card: Card, query: str) -> Completion:
-        """Ask the card's model, again after faults that may pass, for `pool.deadline` seconds in all.
+        """Ask the card's model, and retry after faults that may pass, until `pool.deadline` seconds have passed.
 
-        Only a connection that is taken and then stays silent can overrun that, by at most one request timeout.
+        Only a connection that is accepted and then stays silent can overrun the deadline, by at most one request
+        timeout.
         """
         started = time.monotonic()
-        give_up = started + self._deadline
-        attempts, wasted = 0, [0, 0]
+        deadline = started + self._config.deadline
+        body = json.dumps(self._providers[card.provider].body(card.model, query)).encode()
+        attempts = wasted_prompt_tokens = wasted_completion_tokens = 0
         while True:
-            attempt = self._try(card, query, give_up)
-            attempts += attempt.sent
-            wasted[0] += attempt.wasted_prompt_tokens
-            wasted[1] += attempt.wasted_completion_tokens
+            attempt, sent = self._attempt(card, query, body, deadline)
+            attempts += sent
             failed = provider_fault(attempt.outcome)
             if failed:
-                wasted[0] += attempt.prompt_tokens
-                wasted[1] += attempt.completion_tokens
-            if not attempt.again:
+                wasted_prompt_tokens += attempt.prompt_tokens
+                wasted_completion_tokens += attempt.completion_tokens
+            if not attempt.retryable:
                 break
-            # Half of the pause is random, so that calls which failed together do not come back together.
-            pause = min(self._backoff * 2.0 ** min(attempts - 1, 30), self._backoff_max) * random.uniform(0.5, 1.0)
-            pause = max(pause, attempt.pause)
-            if time.monotonic() + pause >= give_up or self._closed.wait(pause):
+            # Half of the pause is random, so that calls that failed together do not retry together.
+            pause = min(self._config.backoff * 2.0 ** min(attempts - 1, 30), self._config.backoff_max)
+            pause = max(pause * random.uniform(0.5, 1.0), attempt.retry_after)
+            if time.monotonic() + pause >= deadline or self._closed.wait(pause):
                 break
         self._warn_once(card, attempt, attempts)
         return Completion(
@@ -84,96 +67,54 @@ class Client:
             attempts=attempts,
             error=attempt.error,
             cached_tokens=attempt.cached_tokens,
-            wasted_prompt_tokens=wasted[0],
-            wasted_completion_tokens=wasted[1],
+            wasted_prompt_tokens=wasted_prompt_tokens,
+            wasted_completion_tokens=wasted_completion_tokens,
             served=attempt.served,
         )
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise PoolError for the first of these providers that does not answer or refuses the key."""
-        for name in names:
-            self._transports[name].check()
+    def check(self) -> None:
+        """Raise PoolError for the first provider that does not answer or refuses the key."""
+        for transport in self._transports.values():
+            transport.check()
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called: faults are then ours."""
+        """Whether `close` was called. A call that fails after that was ended by the client itself."""
         return self._closed.is_set()
 
     def close(self) -> None:
-        """End pauses between retries, so that running calls finish with what they have, and drop the connections."""
+        """Drop the connections, and end pauses between retries, so that running calls end with their last attempt."""
         self._closed.set()
         for transport in self._transports.values():
             transport.close()
-        if self._spare is not None:
-            self._spare.shutdown(wait=False, cancel_futures=False)
 
-    def _try(self, card: Card, query: str, give_up: float) -> Attempt:
-        """One request, sent when the model's breaker and the provider's limits let it through."""
-        provider, model = self._providers[card.provider], self._models[card.key]
-        breaker = model.breaker
+    def _attempt(self, card: Card, query: str, body: bytes, deadline: float) -> tuple[Attempt, bool]:
+        """Send one request when circuit breaker and rate limits permit it; returns also whether it was sent."""
+        provider, breaker = self._providers[card.provider], self._breakers[card.key]
         while delay := breaker.delay(now := time.monotonic()):
-            if now + delay >= give_up or self._closed.wait(min(delay, self._backoff)):
-                return _unsent(Outcome.UNAVAILABLE, f"the model failed too often (pool.breaker): {model.trouble}")
+            if now + delay >= deadline or self._closed.wait(min(delay, self._config.backoff)):
+                why = f"not sent: the model failed too often (pool.circuit_breaker): {breaker.last_error}"
+                return Attempt(Outcome.UNAVAILABLE, error=why), False
         limits, tokens = self._limits[provider.name], provider.tokens_at_most(query)
         pause = limits.take(tokens, now)
-        if pause and (now + pause >= give_up or self._closed.wait(pause)):
+        if pause and (now + pause >= deadline or self._closed.wait(pause)):
             limits.cancel(tokens)
-            return _unsent(Outcome.RATE_LIMITED, f"{provider.field} lets no request through before the deadline")
-        body = json.dumps(provider.body(card.model, query)).encode()
-        attempt = self._hedged(card, body, tokens, give_up) if self._spare else self._send(card, body, tokens, give_up)
-        if attempt.outcome in (Outcome.TIMEOUT, Outcome.UNAVAILABLE):
-            model.trouble = attempt.error
-            breaker.failed(time.monotonic())
-        else:
-            breaker.succeeded()
-        return attempt
-
-    def _send(self, card: Card, body: bytes, tokens: float, give_up: float) -> Attempt:
-        """One request now, for which `tokens` were taken from the provider's limits."""
-        started = time.monotonic()
-        until = min(started + self._providers[card.provider].request_timeout, give_up)
-        attempt = self._transports[card.provider].post(body, until)
+            why = f"not sent: {provider.field} lets no request through before the deadline"
+            return Attempt(Outcome.RATE_LIMITED, error=why), False
+        attempt = self._transports[provider.name].post(body, min(time.monotonic() + provider.request_timeout, deadline))
         if used := attempt.prompt_tokens + attempt.completion_tokens:
-            self._limits[card.provider].settle(tokens, used)
-        if not provider_fault(attempt.outcome):
-            self._models[card.key].latencies.add(time.monotonic() - started)
-        return attempt
-
-    def _hedged(self, card: Card, body: bytes, tokens: float, give_up: float) -> Attempt:
-        """As `_send`, and once more where the first answer is later than 95 of 100; the sooner good one counts.
-
-        The other one is paid too. Where it is still under way, its tokens are taken to be those of the answer: it is
-        the same model's to the same question.
-        """
-        first = self._spare.submit(self._send, card, body, tokens, give_up)
-        usual, limits = self._models[card.key].latencies.p95(), self._limits[card.provider]
-        if usual is None or wait([first], timeout=usual).done:
-            return first.result()
-        if limits.take(tokens, time.monotonic()):
-            limits.cancel(tokens)
-            return first.result()
-        requests = {first, self._spare.submit(self._send, card, body, tokens, give_up)}
-        done, pending = wait(requests, return_when=FIRST_COMPLETED)
-        if pending and all(future.result().again for future in done):
-            done, pending = wait(requests)
-        best = min((future.result() for future in done), key=lambda attempt: attempt.again)
-        others = [future.result() for future in done if future.result() is not best] + [best] * len(pending)
-        return replace(
-            best,
-            sent=2,
-            wasted_prompt_tokens=sum(other.prompt_tokens for other in others),
-            wasted_completion_tokens=sum(other.completion_tokens for other in others),
-        )
+            limits.settle(tokens, used)
+        if attempt.outcome in (Outcome.TIMEOUT, Outcome.UNAVAILABLE):
+            breaker.record_failure(attempt.error, time.monotonic())
+        else:
+            breaker.record_success()
+        return attempt, True
 
     def _warn_once(self, card: Card, attempt: Attempt, attempts: int) -> None:
-        """Log the first fault of each kind per model: a wrong key should not wait until someone reads the ledger."""
+        """Log the first fault of each kind per model, so that a wrong key is seen before someone reads the ledger."""
         if provider_fault(attempt.outcome) and (card.key, attempt.outcome) not in self._warned:
             self._warned.add((card.key, attempt.outcome))
             _log.warning(
-                "model %r (%s): %s after %d attempts: %s; further ones only in the ledger",
-                card.key, card.provider, attempt.outcome, attempts, attempt.error,
-            )  # fmt: skip
-
-
-def _unsent(outcome: Outcome, why: str) -> Attempt:
-    return Attempt(outcome, error=f"not sent: {why}", sent=0)
+                f"model {card.key!r} ({card.provider}): {attempt.outcome} after {attempts} attempts: {attempt.error}; "
+                "further ones only in the ledger"
+            )

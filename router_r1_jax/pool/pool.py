@@ -1,64 +1,66 @@
-"""The pool: takes what the router wrote into a route tag and answers with a reply, from the tape or over HTTP.
+"""The pool: answers the policy's route calls with replies, from the call cache or over HTTP, within a dollar budget.
 
-It runs beside the rollout: `respond` returns at once with a future, and threads make the calls. Every call
-ends in exactly one outcome and one ledger line.
+It runs beside the rollout: `respond` returns a future at once, and threads make the calls. Every call ends with exactly
+one outcome and one line in the ledger. Equal requests at the same moment are made once (single flight).
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from ml_collections import ConfigDict
 
+from router_r1_jax.pool.call_cache import CallCache, Request
 from router_r1_jax.pool.cards import Card, route_names
 from router_r1_jax.pool.client import Client
 from router_r1_jax.pool.ledger import Ledger
 from router_r1_jax.pool.outcomes import FAULT_TEXT, Completion, Outcome, PoolError, Reply, provider_fault
 from router_r1_jax.pool.providers import providers_from_config
-from router_r1_jax.pool.tape import Request, Tape
 from router_r1_jax.protocol import RouteFault, neutralize, parse_route
 
-_PATIENCE = 1.0  # seconds in which running calls may end after Ctrl-C; what comes later is paid and lost
-_LONGEST = 100_000  # characters of a reply that are read on; no budget has room for more, and a tokenizer takes seconds
+_PATIENCE = 1.0  # seconds in which running calls may end after Ctrl-C; later ones are paid and lost
+_LONGEST = 100_000  # characters of a reply that are used; no token budget needs more, and tokenizing more takes seconds
 
 
 class Pool:
-    """The external models of `config.pool`, ready to be asked. A context manager.
+    """The external models of `config.pool`, ready to be called. A context manager.
 
-    Raises ConfigError for a provider that cannot be meant or a key that is missing, PoolError for a ledger or tape that
-    cannot be used. In tape mode strict nothing but the tape is asked and no key is needed.
+    `ledger` is the cost ledger, and `paid_elsewhere` holds the dollars that the run's other processes have reported.
+
+    Raises ConfigError for an invalid provider or a missing key, and PoolError for a ledger or a call cache that cannot
+    be used. In the strict mode of the call cache, no request is sent and no key is needed.
     """
 
     def __init__(
-        self, pool_config: ConfigDict, cards: Sequence[Card], *, ledger_path: str | Path, tape_path: str | Path
+        self, pool_config: ConfigDict, cards: Sequence[Card], *, ledger_path: str | Path, cache_path: str | Path
     ) -> None:
         providers = providers_from_config(pool_config)
-        self._providers = {card.provider: providers[card.provider] for card in cards}  # only those that serve a card
-        mode = pool_config.tape.mode
+        self._providers = {
+            card.provider: providers[card.provider] for card in cards
+        }  # without those that serve no card
+        mode = pool_config.call_cache.mode
         self._budget = pool_config.budget
-        self.paid_elsewhere = 0.0  # dollars by the run's other processes, as far as they have said
+        self.paid_elsewhere = 0.0
         self._replays = mode in ("replay", "strict")
         self._client = None if mode == "strict" else Client(pool_config, self._providers)
-        self._tape = None if mode == "off" else Tape(tape_path, mode)
+        self._cache = None if mode == "off" else CallCache(cache_path, mode)
         self._lock = threading.Lock()
-        self._running: dict[
-            str, Future[tuple[Completion, Completion]]
-        ] = {}  # key of the tape -> the call that is being made
-        self._ledger = Ledger(ledger_path, price_date=pool_config.price_date)
-        self._calls: set[Future[Reply]] = set()  # that are queued or under way
-        # Threads of its own for each provider: calls that queue for a slow one do not hold up the others.
+        # Key of a request in the call cache -> the call that is being made for it.
+        self._in_flight: dict[str, Future[Completion]] = {}
+        self.ledger = Ledger(ledger_path, price_date=pool_config.price_date)
+        self._calls: set[Future[Reply]] = set()  # calls that are queued or running
+        # Each provider has its own threads, so that calls that wait for a slow provider do not hold up the others.
         self._threads = {
             name: ThreadPoolExecutor(provider.concurrency, thread_name_prefix=f"pool-{name}")
             for name, provider in self._providers.items()
         }
 
     def check(self) -> None:
-        """Raise PoolError where a provider that serves a card does not answer. A replayed run asks nobody."""
+        """Raise PoolError if a provider that serves a card does not answer. A replayed run sends no request."""
         if self._client is not None and not self._replays:
-            self._client.check(self._providers)
+            self._client.check()
 
     def respond(
         self, route_text: str, *, cards: Sequence[Card], episode: str, call: int, step: int, split: str
@@ -66,67 +68,47 @@ class Pool:
         """Answer a route call.
 
         Args:
-          route_text: the inside of the route tag.
-          cards: the roster that the episode's prompt shows.
+          route_text: the text inside the route tag.
+          cards: the candidates in the episode's prompt.
           episode: id of the episode, unique in the run and the same in a repeated run.
           call: number of the call within the episode, from 0.
           step: the training step, for the ledger.
-          split: the split that the question comes from, for the ledger.
+          split: the split of the question, for the ledger.
 
         Returns:
-          The future reply. It raises TapeMiss for a call that a strict tape does not hold and PoolError where ledger or
-          tape cannot be written; trouble of a provider is an outcome. A fault of the policy is answered at once.
+          The future reply. It raises CacheMissError for a call that a strict call cache does not hold, and PoolError if
+          ledger or call cache cannot be written. A provider's fault is an outcome and raises nothing. A fault of the
+          policy is answered at once.
         """
-        where = {"step": step, "split": split, "episode": episode, "call": call}
+        source = {"step": step, "split": split, "episode": episode, "call": call}
         route = parse_route(route_text, route_names(cards))
         if isinstance(route, RouteFault):
             done: Future[Reply] = Future()
             try:
                 outcome = Outcome(route.reason)
-                done.set_result(self._entered(Reply(FAULT_TEXT[outcome], outcome, query=route_text.strip()), where))
-            except Exception as error:  # noqa: BLE001  a caller inside of a callback must not be raised at
+                done.set_result(self._record(Reply(FAULT_TEXT[outcome], outcome, query=route_text.strip()), source))
+            except Exception as error:  # noqa: BLE001  the caller is a JAX callback, which must not raise
                 done.set_exception(error)
             return done
         card = next(card for card in cards if card.name == route.name)
-        future = self._threads[card.provider].submit(self._answer, card, route.query, where)
+        future = self._threads[card.provider].submit(self._answer, card, route.query, source)
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
         return future
 
-    def note_router(self, *, step: int, split: str, read_tokens: int, sampled_tokens: int) -> None:
-        """Write down what the router itself read and sampled in a rollout. Raises PoolError where that fails."""
-        self._ledger.add_router(step=step, split=split, read_tokens=read_tokens, sampled_tokens=sampled_tokens)
-
-    def totals(self) -> dict[str, Any]:
-        """The ledger's sums: calls, dollars charged and spent, in all and per model."""
-        return self._ledger.totals()
-
-    @property
-    def paid(self) -> float:
-        """Dollars that this ledger's calls have cost, those that a restart has made again included."""
-        return self._ledger.paid
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs, as JSON: the ledger's sums and size."""
-        return {"ledger": self._ledger.state(), "ledger_size": self._ledger.size}
-
-    def restore(self, state: dict[str, Any], step: int) -> None:
-        """Go on from what `state` returned after `step`."""
-        self._ledger.restore(state["ledger"], state["ledger_size"], step)
-
     def close(self, patience: float | None = None) -> None:
         """Drop calls that have not begun, let running ones end without another attempt, and close the files.
 
-        Running calls are waited for `patience` seconds at most, by default until all have ended.
+        Wait for running calls for `patience` seconds at most, by default until all have ended.
         """
         if self._client is not None:
             self._client.close()
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
         wait(set(self._calls), patience)
-        if self._tape is not None:
-            self._tape.close()
-        self._ledger.close()
+        if self._cache is not None:
+            self._cache.close()
+        self.ledger.close()
 
     def __enter__(self) -> Self:
         return self
@@ -134,103 +116,103 @@ class Pool:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(_PATIENCE if kind is KeyboardInterrupt else None)
 
-    def _answer(self, card: Card, query: str, where: dict[str, Any]) -> Reply:
-        """Take the reply from the tape, or ask; in a thread of the pool."""
-        if self._tape is None:
-            made = counted = self._make(card, query, where)
-            mine = True
+    def _answer(self, card: Card, query: str, source: dict[str, Any]) -> Reply:
+        """Take the reply from the call cache, or call the model. Runs in a thread of the pool."""
+        if self._cache is None:
+            used = made = self._call(card, query, source)
         else:
             body = self._providers[card.provider].body(card.model, query)
-            request = Request(card.provider, body, where["episode"], where["call"])
-            recorded = self._tape.find(request) if self._replays else None  # its own fault, which no other row shares
-            if recorded is not None:
-                return self._entered(_reply(card, query, recorded, spent=0.0, hit=True), where)
-            made, counted, mine = self._shared(request, lambda: self._make(card, query, where))
-        if not mine:
-            return self._entered(_reply(card, query, replace(counted, attempts=0), spent=0.0, hit=True), where)
-        wasted = _dollars(card, made.wasted_prompt_tokens, made.wasted_completion_tokens)
-        spent = _dollars(card, made.prompt_tokens, made.completion_tokens, made.cached_tokens) + wasted
-        reply = _reply(card, query, counted, spent=spent, hit=False)
-        made_only = {"latency": made.latency, "attempts": made.attempts, "cached_tokens": made.cached_tokens}
-        return self._entered(replace(reply, **made_only), where)
+            request = Request(card.provider, body, source["episode"], source["call"])
+            used, made = self._cached_call(request, lambda: self._call(card, query, source))
+        return self._record(make_reply(card, query, used, made), source)
 
-    def _make(self, card: Card, query: str, where: dict[str, Any]) -> Completion:
-        """Ask the model. Raises PoolError over the budget and CancelledError where the pool was closed meanwhile."""
-        self._check_budget(card, query, where)
+    def _call(self, card: Card, query: str, source: dict[str, Any]) -> Completion:
+        """Call the model over HTTP.
+
+        Raises PoolError if the budget is spent, and CancelledError if the pool was closed meanwhile.
+        """
+        paid = self.ledger.paid + self.paid_elsewhere
+        if self._budget and paid >= self._budget:
+            self._record(Reply(FAULT_TEXT[Outcome.OVER_BUDGET], Outcome.OVER_BUDGET, card.key, query), source)
+            raise PoolError(
+                f"pool.budget is {self._budget:g} dollars and {paid:.4f} are spent (all of this workdir's "
+                "ledger.jsonl); raise pool.budget and run the same command to go on"
+            )
         made = self._client.complete(card, query)
         if self._client.closed and provider_fault(made.outcome):
-            raise CancelledError  # cut short by ourselves: nothing to record, and no run is left to take it
+            raise CancelledError  # closing the pool ended the call: it is no fault to record, and no run waits for it
         return made
 
-    def _shared(self, request: Request, make: Callable[[], Completion]) -> tuple[Completion, Completion, bool]:
-        """What the tape holds, or what `make` returns, called once by all threads that have the same request at the
-        same time; what the tape holds then, which counts; and whether this thread has made it.
+    def _cached_call(self, request: Request, call: Callable[[], Completion]) -> tuple[Completion, Completion | None]:
+        """Look into the call cache, or make the call once for all threads with the same request at the same time.
 
-        Who waits for another's call would otherwise make it and take its time as well. The tape is looked at and
-        written to before the request counts as ended: none is made in between.
+        The first thread looks into the cache and writes to it before the request counts as ended, so that no other
+        thread can make the call in between. The other threads wait for its result.
+
+        Returns:
+          The completion to use, and the completion that this thread's call returned, or None if it made no call.
         """
+        # A recorded fault belongs to this episode alone, so look for it before the request is shared.
+        if self._replays and (recorded := self._cache.find(request)) is not None:
+            return recorded, None
         key = request.key()
         with self._lock:
-            running = self._running.get(key)
-            if running is None:
-                mine = self._running[key] = Future()
-        if running is not None:
-            made, counted = running.result()
-            if provider_fault(made.outcome):
-                self._tape.keep(request, made)  # a fault is on the tape for each row that has met it
-            return made, counted, False
+            other = self._in_flight.get(key)
+            if other is None:
+                mine = self._in_flight[key] = Future()
+        if other is not None:
+            used = other.result()
+            if provider_fault(used.outcome):
+                self._cache.keep(request, used)  # every episode repeats its own fault in replay
+            return used, None
         try:
-            recorded = self._tape.find(request)
-            made = recorded or make()
-            counted = recorded or self._tape.keep(request, made)
-            mine.set_result((made, counted))
-            return made, counted, recorded is None
+            used, made = self._cache.find(request), None
+            if used is None:
+                made = call()
+                used = self._cache.keep(request, made)
+            mine.set_result(used)
+            return used, made
         except BaseException as error:
             mine.set_exception(error)
             raise
         finally:
             with self._lock:
-                del self._running[key]
+                del self._in_flight[key]
 
-    def _check_budget(self, card: Card, query: str, where: dict[str, Any]) -> None:
-        """Raise PoolError where the run has spent what it may; the call is written down as not made."""
-        paid = self.paid + self.paid_elsewhere
-        if self._budget and paid >= self._budget:
-            self._entered(Reply(FAULT_TEXT[Outcome.OVER_BUDGET], Outcome.OVER_BUDGET, card.key, query), where)
-            raise PoolError(
-                f"pool.budget is {self._budget:g} dollars and {paid:.4f} are spent (all of this workdir's "
-                "ledger.jsonl); raise pool.budget and run the same command to go on"
-            )
-
-    def _entered(self, reply: Reply, where: dict[str, Any]) -> Reply:
-        self._ledger.add(reply, **where)
+    def _record(self, reply: Reply, source: dict[str, Any]) -> Reply:
+        self.ledger.add(reply, **source)
         return reply
 
 
-def _dollars(card: Card, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
-    """Of one call; `cached_tokens` of the prompt's are paid at their own price."""
-    cached = card.price_in if card.price_cached is None else card.price_cached
-    prompt = (prompt_tokens - cached_tokens) * card.price_in + cached_tokens * cached
-    return (prompt + completion_tokens * card.price_out) / 1e6
+def make_reply(card: Card, query: str, used: Completion, made: Completion | None) -> Reply:
+    """The reply to a call. Its text is neutralised: whatever the model wrote can neither open nor close a tag.
 
-
-def _reply(card: Card, query: str, completion: Completion, *, spent: float, hit: bool) -> Reply:
-    """The reply that a completion makes; whatever the model wrote can neither open nor close a tag."""
-    outcome, text = completion.outcome, neutralize(completion.text[:_LONGEST]).strip()
+    Args:
+      card: the model that was asked.
+      query: the question.
+      used: the completion to use. If another thread or process recorded one first, it is that one.
+      made: the completion that was paid for, or None if `used` comes from the call cache.
+    """
+    outcome, text = used.outcome, neutralize(used.text[:_LONGEST]).strip()
     if not text and outcome in (Outcome.OK, Outcome.TRUNCATED):
         outcome = Outcome.EMPTY
+    spent = 0.0
+    if made is not None:
+        spent = card.dollars(made.prompt_tokens, made.completion_tokens, made.cached_tokens)
+        spent += card.dollars(made.wasted_prompt_tokens, made.wasted_completion_tokens)
     return Reply(
         text=text if outcome in (Outcome.OK, Outcome.TRUNCATED) else FAULT_TEXT[outcome],
         outcome=outcome,
         model=card.key,
         query=query,
-        prompt_tokens=completion.prompt_tokens,
-        completion_tokens=completion.completion_tokens,
-        raw_cost=completion.completion_tokens * card.price_out,
-        charged=_dollars(card, completion.prompt_tokens, completion.completion_tokens),
+        prompt_tokens=used.prompt_tokens,
+        completion_tokens=used.completion_tokens,
+        raw_cost=card.raw_cost(used.completion_tokens),
+        charged=card.dollars(used.prompt_tokens, used.completion_tokens),
         spent=spent,
-        latency=completion.latency,
-        attempts=completion.attempts,
-        hit=hit,
-        error=completion.error,
+        latency=(made or used).latency,
+        attempts=made.attempts if made else 0,
+        hit=made is None,
+        error=used.error,
+        cached_tokens=made.cached_tokens if made else 0,
     )

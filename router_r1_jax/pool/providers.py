@@ -1,6 +1,6 @@
-"""Providers: OpenAI-compatible endpoints as the config declares them, and the request body for a query.
+"""Providers: OpenAI-compatible endpoints as the config declares them, their API keys, and the body of a request.
 
-A provider holds no key, only the name of the variable with it, so it can be printed, hashed and kept.
+A provider holds the name of the environment variable with its key and not the key. So it can be printed and hashed.
 """
 
 import math
@@ -15,16 +15,28 @@ from ml_collections import ConfigDict
 
 from router_r1_jax.config import ConfigError
 
-_RESERVED = ("model", "messages", "stream", "n")  # ours to set, or they would change the shape of the answer
-_SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)  # headers stand in config.json and report
+_RESERVED = ("model", "messages", "stream", "n")  # the pool sets them, or they change the shape of the answer
+# A header that may hold a secret. The headers of the config are written to config.json and to the report.
+_SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)
 _HEADER_NAME = re.compile("[A-Za-z0-9-]+")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One endpoint. `field` is its place in the config ("pool.providers[0]"); `parameters` go into every request.
+    """One OpenAI-compatible endpoint.
 
-    Limits are per minute, 0 for none; `concurrency` counts calls in flight and `request_timeout` is seconds.
+    Attributes:
+      field: its place in the config ("pool.providers[0]"), for error messages.
+      name: the name under which model cards refer to it.
+      base_url: the address up to /v1, without a slash at the end.
+      key_env: the environment variable with the key, "" if no key is needed.
+      key_header: the request header that carries the key.
+      headers: further headers of every request.
+      parameters: further fields in the body of every request.
+      requests_per_minute: rate limit of requests; 0 is none.
+      tokens_per_minute: rate limit of tokens; 0 is none.
+      concurrency: most calls in flight.
+      request_timeout: seconds of one HTTP request.
     """
 
     field: str
@@ -44,12 +56,12 @@ class Provider:
         return {"model": model, "messages": [{"role": "user", "content": query}], **self.parameters}
 
     def tokens_at_most(self, query: str) -> int:
-        """Tokens that a request may use, as far as is known before: one per four characters, and all it may write."""
-        written = self.parameters.get("max_completion_tokens") or self.parameters.get("max_tokens") or 0
-        return len(query) // 4 + 1 + int(written)
+        """Estimate the tokens of a request before it is sent: one per four characters, and the longest answer."""
+        answer = self.parameters.get("max_completion_tokens") or self.parameters.get("max_tokens") or 0
+        return len(query) // 4 + 1 + int(answer)
 
     def key(self) -> str:
-        """The key from the environment, "" where none is needed. Raises ConfigError without ever showing the key."""
+        """The key from the environment, "" if none is needed. Raises ConfigError, which never shows the key."""
         if not self.key_env:
             return ""
         value = os.environ.get(self.key_env, "").strip()
@@ -58,25 +70,25 @@ class Provider:
                 f"{self.field}.key_env names {self.key_env}, which is not set; export it, "
                 "or set key_env to '' for a provider that needs no key"
             )
-        if not (value.isascii() and value.isprintable()):  # requests would quote it in its own error
+        if not (value.isascii() and value.isprintable()):  # an error of `requests` would quote it
             raise ConfigError(
                 f"{self.field}.key_env names {self.key_env}, whose value is no key: it holds a line break "
-                "or a character outside ASCII; export it anew"
+                "or a character outside ASCII; export it again"
             )
         return value
 
 
 def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
-    """The providers of `config.pool` by name. Raises ConfigError for the first field that cannot be meant.
+    """The providers of `config.pool` by name. Raises ConfigError for the first invalid field.
 
-    A provider's own settings win over the pool's: concurrency and request_timeout where they are not 0, and
-    `parameters` over pool.max_tokens and pool.temperature; None there drops a parameter, for endpoints that refuse it.
+    A provider's concurrency and request_timeout replace those of the pool unless they are 0. Its `parameters` replace
+    pool.max_tokens and pool.temperature. A parameter that is None is left out, for endpoints that refuse it.
     """
     providers: dict[str, Provider] = {}
     for i, entry in enumerate(pool_config.providers):
         field = f"pool.providers[{i}]"
         if not entry.name or entry.name in providers:
-            raise ConfigError(f"{field}.name is {entry.name!r}; every provider needs a name of its own")
+            raise ConfigError(f"{field}.name is {entry.name!r}; every provider needs another name")
         _check_url(f"{field}.base_url", entry.base_url)
         if not _HEADER_NAME.fullmatch(entry.key_header):
             raise ConfigError(
@@ -93,16 +105,13 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
                 raise ConfigError(f"{field}.parameters.{name} is set; leave it out, the pool sets it itself")
         providers[entry.name] = Provider(
             field=field,
-            name=entry.name,
-            base_url=entry.base_url.rstrip("/"),
-            key_env=entry.key_env,
-            key_header=entry.key_header,
-            headers=entry.headers.to_dict(),
-            parameters={name: value for name, value in parameters.items() if value is not None},
-            requests_per_minute=entry.requests_per_minute,
-            tokens_per_minute=entry.tokens_per_minute,
-            concurrency=entry.concurrency or pool_config.concurrency,
-            request_timeout=entry.request_timeout or pool_config.request_timeout,
+            **entry.to_dict()
+            | {
+                "base_url": entry.base_url.rstrip("/"),
+                "parameters": {name: value for name, value in parameters.items() if value is not None},
+                "concurrency": entry.concurrency or pool_config.concurrency,
+                "request_timeout": entry.request_timeout or pool_config.request_timeout,
+            },
         )
     return providers
 
@@ -116,7 +125,7 @@ def _check_url(field: str, url: str) -> None:
     if not usable:
         raise ConfigError(f"{field} is {url!r}; write the address up to /v1, like https://api.example.com/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        # Not shown: what stands there may be a key.
+        # The address is not shown, because it may hold a key.
         raise ConfigError(f"{field} holds a user, a password, '?' or '#'; name the variable with the key in key_env")
 
 
@@ -125,7 +134,7 @@ def _check_headers(field: str, headers: Mapping[str, str]) -> None:
         if _SECRET_HEADER.search(name):
             raise ConfigError(
                 f"{field}.headers.{name} is set; a key comes from the environment: name its variable in key_env, and "
-                "the header in key_header where it is not Authorization"
+                "the header in key_header if it is not Authorization"
             )
         if not (isinstance(value, str) and value.isascii() and value.isprintable()):
             raise ConfigError(f"{field}.headers.{name} is not text in printable ASCII, as a header must be; correct it")

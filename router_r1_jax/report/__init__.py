@@ -1,13 +1,10 @@
-"""What a run leaves for people: metrics and episodes as JSON lines, plots, and one self-contained page."""
+"""Report of a run: report page (HTML), learning curves and other plots. The results tables are in `report.tables`."""
 
-from router_r1_jax.report.page import write_report
-from router_r1_jax.report.plots import calls_per_model, em_against_cost, learning_curves, slots_over_time
-from router_r1_jax.report.set_plots import calls_by_set, em_by_set
-from router_r1_jax.report.table import results_table
-from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter, read_episodes, read_metrics, replace_file
-
-__all__ = [
-    "EpisodeWriter", "MetricsWriter", "calls_by_set", "calls_per_model", "em_against_cost", "em_by_set",
-    "learning_curves", "read_episodes", "read_metrics", "replace_file", "results_table", "slots_over_time",
-    "write_report",
-]  # fmt: skip
+from router_r1_jax.report.calls_plot import calls_per_model as calls_per_model
+from router_r1_jax.report.cost_plot import em_against_cost as em_against_cost
+from router_r1_jax.report.dataset_plots import calls_by_dataset as calls_by_dataset
+from router_r1_jax.report.dataset_plots import em_by_dataset as em_by_dataset
+from router_r1_jax.report.html_report import write_report as write_report
+from router_r1_jax.report.learning_curves import learning_curves as learning_curves
+from router_r1_jax.report.sweep_plot import sweep_plot as sweep_plot
+from router_r1_jax.report.timeline_plot import slots_over_time as slots_over_time

@@ -1,6 +1,6 @@
 "use strict";
-// Draws the episodes of the JSON block: the questions that pass the filters, a page at a time, each with the episodes of
-// up to two policies side by side once it is opened. Text enters the page as text nodes only.
+// Episode browser: draws the questions of the JSON block that pass the filters, a page at a time. An open question shows
+// the episodes of up to two policies side by side. Text enters the page as text nodes only.
 const block = document.querySelector("#data");
 if (block) {
   const PAGE = 40; // questions drawn at a time
@@ -25,9 +25,9 @@ if (block) {
     if (amount === 0) return "$0.00";
     return "$" + amount.toFixed(Math.max(2, 2 - Math.floor(Math.log10(Math.abs(amount)))));
   };
-  const number = (figure) => (figure === null || figure === undefined ? "–" : figure.toFixed(2));
+  const number = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
 
-  // ---- what a filter offers ------------------------------------------------------------------------------------------
+  // ---- options of the filters ----------------------------------------------------------------------------------------
   const distinct = (values) => [...new Set(values)].sort();
   const offer = (name, entries) => {
     const field = fields.get(name);
@@ -52,7 +52,7 @@ if (block) {
     offer("right", [...named, ["", "nobody"]]);
     const kept = numbers.includes(before[0]) && ["", ...numbers].includes(before[1]); // "" is nobody
     if (!kept) fields.get("right").value = named.find(([key]) => key !== value("left"))?.[0] ?? "";
-    offer("set", all(distinct(inside.map((question) => question.set)), "all"));
+    offer("dataset", all(distinct(inside.map((question) => question.dataset)), "all"));
     offer("hops", all(distinct(inside.map((question) => String(question.hops ?? "?"))), "all"));
     offer("model", [["", "any"], ["no call", "no call at all"], ...all(distinct(
       episodes.flatMap((episode) => episode.calls.map((call) => call[0])).filter(Boolean)), "").filter(([key]) => key)]);
@@ -64,10 +64,10 @@ if (block) {
       ["10", `only ${left} right`], ["01", `only ${right} right`], ["11", "both right"], ["00", "both wrong"]] : [])]);
   }
 
-  // ---- which questions pass ------------------------------------------------------------------------------------------
+  // ---- questions that pass the filters --------------------------------------------------------------------------------
   const of = (question, name) => value(name) === "" ? []
     : question.episodes.filter((episode) => String(episode.policy) === value(name));
-  const spoken = new Map(); // question -> its text in lower case, made when first searched
+  const spoken = new Map(); // question -> its text in lower case, filled by the first search
   const words = (question) => {
     if (!spoken.has(question)) {
       const said = question.episodes.flatMap((episode) => episode.segments.map((segment) => segment[1]));
@@ -77,7 +77,7 @@ if (block) {
   };
   function passes(question) {
     if (question.split !== value("split")) return false;
-    if (value("set") && question.set !== value("set")) return false;
+    if (value("dataset") && question.dataset !== value("dataset")) return false;
     if (value("hops") && String(question.hops ?? "?") !== value("hops")) return false;
     const left = of(question, "left");
     const right = value("right") === value("left") ? [] : of(question, "right");
@@ -143,7 +143,7 @@ if (block) {
     const two = value("right") !== "" && value("right") !== value("left");
     const sides = two ? [left, of(question, "right")] : [left];
     const marks = sides.filter((side) => side.length).map((side) => verdict(side[0]));
-    const facts = [question.set, question.hops ? `${question.hops}-hop` : "", question.id].filter(Boolean).join(" · ");
+    const facts = [question.dataset, question.hops ? `${question.hops}-hop` : "", question.id].filter(Boolean).join(" · ");
     const made = element("details", "question",
       element("summary", "", element("span", "marks", ...marks), element("bdi", "asked", question.question),
         element("span", "facts", element("span", "gold", element("bdi", "", question.golds.join(" · "))), facts)));

@@ -1,6 +1,6 @@
-"""The answer of a response, and how well it agrees with the gold answers.
+"""Exact match and F1 with answer normalisation, and the extraction of a response's answer.
 
-Normalisation, exact match and F1 are those of SQuAD and HotpotQA, as the published Router-R1 code applies them.
+The metrics are those of SQuAD and HotpotQA, as the published Router-R1 code applies them.
 """
 
 import re
@@ -12,14 +12,14 @@ from router_r1_jax.protocol import ANSWER, close_tag, open_tag
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# HotpotQA's closed answers: sharing a word with one of them earns nothing.
+# HotpotQA's closed answers: a different answer that shares a word with one of them gets F1 0.
 _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 
 
 def extract_answer(response: str) -> str | None:
-    """The stripped inside of the last `<answer>` pair; None without a pair.
+    """The text of the last `<answer>` pair, stripped; None if there is no pair.
 
-    Other tags do not matter here: an answer inside of a think segment is found too (`check_format` faults it).
+    Other tags do not matter here. An answer inside of a think segment is found too; `check_format` reports it.
     """
     answer = None
     position = 0
@@ -33,7 +33,7 @@ def extract_answer(response: str) -> str | None:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and the words a, an, the; white space collapsed."""
+    """The text in lower case, without ASCII punctuation and the words a, an, the, and with white space collapsed."""
     text = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
@@ -45,13 +45,13 @@ def exact_match(prediction: str, golds: Sequence[str]) -> float:
 
 
 def sub_exact_match(prediction: str, golds: Sequence[str]) -> float:
-    """1.0 if one of the golds occurs in the prediction after normalisation, else 0.0. An empty gold occurs always."""
+    """1.0 if the prediction contains one of the golds after normalisation, else 0.0. An empty gold always counts."""
     normalized = normalize_answer(prediction)
     return float(any(normalize_answer(gold) in normalized for gold in _checked(golds)))
 
 
 def f1_score(prediction: str, golds: Sequence[str]) -> float:
-    """Best F1 of the prediction's tokens against those of one gold, counted with multiplicity; in [0, 1]."""
+    """F1 of the prediction's and a gold's tokens, counted with multiplicity, for the best gold; in [0, 1]."""
     normalized = normalize_answer(prediction)
     return max((_f1(normalized, normalize_answer(gold)) for gold in _checked(golds)), default=0.0)
 
@@ -66,7 +66,7 @@ def _f1(prediction: str, gold: str) -> float:
 
 
 def _checked(golds: Sequence[str]) -> Sequence[str]:
-    """Refuse a bare string, whose characters would pass for golds and make every metric quietly wrong."""
+    """Refuse a bare string: its characters would be taken for golds, and every metric would be wrong."""
     if isinstance(golds, str):
         raise TypeError(f"golds is the string {golds!r}; pass a list of gold answers")
     return golds

@@ -1,8 +1,8 @@
-"""Turns an episode's raw cost into a number in [0, 1] that can stand beside the outcome.
+"""Cost component of the reward: sliding cost window (5th and 95th percentile), costs within a group, kinds of raw cost.
 
-Raw costs spread over orders of magnitude and shift as the policy learns, so each is judged within a sliding window of
-the latest ones. The window is state: one per run, kept in the checkpoint; policies that are compared are judged by one
-window that does not move.
+Raw costs spread over orders of magnitude and shift as the policy learns, so each cost is normalised within a window of
+the latest costs. The window is state: each run has one, in its checkpoint. Policies that are compared with each other
+share a frozen window.
 """
 
 import math
@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-_LOW, _HIGH = 0.05, 0.95  # quantiles that stand for cheap and dear, from the published code
-FLAT = 1e-8  # a narrower spread of costs says nothing about cheap and dear
-NEUTRAL = 0.5  # the component of a cost that nothing is known about: neither cheap nor dear
+_LOW, _HIGH = 0.05, 0.95  # quantiles of the window that count as cheap and expensive, from the published code
+FLAT = 1e-8  # costs whose spread is smaller count as equal
+NEUTRAL = 0.5  # cost component of equal costs, and of a cost that says nothing about the policy
 
-
-# What an episode's raw cost may count, and its unit.
+# What the raw cost of an episode may count, and its unit.
 COSTS = {
     "output": "millionths of a dollar, output tokens of the calls only, as published",
     "tokens": "millionths of a dollar, input and output tokens of the calls",
@@ -32,9 +31,9 @@ def episode_cost(kind: str, replies: Sequence[Any], sampled_tokens: int, router_
 
     Args:
         kind: a key of COSTS.
-        replies: the calls' `pool.Reply`s.
-        sampled_tokens: that the router itself has sampled.
-        router_price: dollars per million of them.
+        replies: the `pool.Reply` of each call.
+        sampled_tokens: number of tokens that the router itself has sampled.
+        router_price: dollars per million of these.
     """
     if kind == "output":
         return sum(reply.raw_cost for reply in replies)
@@ -44,34 +43,59 @@ def episode_cost(kind: str, replies: Sequence[Any], sampled_tokens: int, router_
     return 1e6 * dollars + (sampled_tokens * router_price if kind == "all" else 0.0)
 
 
-class CostNormalizer:
-    """Cost component c = 1 - clip((r - lo) / (hi - lo), 0, 1), with r the square root of the raw cost.
+def normalize_costs(raw_costs: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
+    """Cost components c = 1 - clip((r - low) / (high - low), 0, 1), with r the square root of the raw cost.
 
-    lo and hi are the 5th and 95th percentile, linearly interpolated, of the last `window` values of r. Costs enter one
-    by one and in order, each before it is judged. c is 1 for the cheapest, 0 for the dearest, and 0.5 while the window
-    is flat.
+    The bounds are square roots too, one for all costs or one for each. c is 1 for a cheap cost, 0 for an expensive one,
+    and 0.5 if the bounds are equal.
+    """
+    return _interpolate(np.sqrt(raw_costs), low, high)
+
+
+def _interpolate(values: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
+    """1 at `low` and below, 0 at `high` and above, linear in between; NEUTRAL if they are equal."""
+    spread = np.subtract(high, low)
+    flat = spread < FLAT
+    return np.where(flat, NEUTRAL, 1.0 - np.clip((values - low) / np.where(flat, 1.0, spread), 0.0, 1.0))
+
+
+def cost_bounds(raw_costs: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
+    """5th and 95th percentile of the square roots of raw costs, for `normalize_costs`.
+
+    Percentiles are interpolated linearly. If there are `weights`, one for each cost, percentiles are costs themselves.
+    """
+    method = "linear" if weights is None else "inverted_cdf"
+    low, high = np.quantile(np.sqrt(raw_costs), [_LOW, _HIGH], weights=weights, method=method)
+    return float(low), float(high)
+
+
+def group_costs(raw_costs: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Cost components [B] of raw costs [B]: 1 for the cheapest of its group, 0 for the most expensive, linear between.
+
+    0.5 if all costs of the group are equal.
+    """
+    components = np.empty(len(raw_costs))
+    for group in np.unique(groups):
+        members = groups == group
+        components[members] = _interpolate(raw_costs[members], raw_costs[members].min(), raw_costs[members].max())
+    return components
+
+
+class CostNormalizer:
+    """Cost components of raw costs by a sliding window of the last `window` costs (`normalize_costs`).
+
+    The bounds are the window's 5th and 95th percentile, interpolated linearly. Costs enter the window one by one and in
+    order, and each is normalised after it has entered. If `frozen` is set, costs no longer enter.
     """
 
-    def __init__(self, window: int = 1000):
+    def __init__(self, window: int = 1000) -> None:
+        """Raises ValueError if the window has no room."""
         if window < 1:
             raise ValueError(f"window is {window}; the cost window holds at least 1 value")
         self.window = window
-        self._fixed = False
-        self._arrived: deque[float] = deque()  # square roots in order of arrival; what leaves is at its left
-        self._sorted: list[float] = []  # the same values in order of size: a percentile costs no sort
-
-    @classmethod
-    def fixed(cls, state: Mapping[str, Any]) -> "CostNormalizer":
-        """Judges by the window that `state()` returned, which no cost enters any more: the order is no matter.
-
-        Raises ValueError for a state that is damaged or holds no cost.
-        """
-        normalizer = cls(state["window"])
-        normalizer.restore(state)
-        if not normalizer._sorted:
-            raise ValueError("the saved cost window holds no sqrt_costs; nothing can be judged by it")
-        normalizer._fixed = True
-        return normalizer
+        self.frozen = False
+        self._arrived: deque[float] = deque()  # square roots in order of arrival; the oldest is at the left
+        self._sorted: list[float] = []  # the same values in ascending order, so that a percentile needs no sort
 
     def __call__(self, raw_costs: np.ndarray) -> np.ndarray:
         """Cost components [B] in [0, 1] of raw costs [B] (tokens x dollars per million tokens), which enter the window.
@@ -83,7 +107,10 @@ class CostNormalizer:
             raise ValueError(f"raw_costs has shape {raw_costs.shape}; pass one cost per episode, [B]")
         for row in np.flatnonzero(~(np.isfinite(raw_costs) & (raw_costs >= 0))):
             raise ValueError(f"raw_costs[{row}] is {raw_costs[row]}; a cost is finite and >= 0")
-        return np.array([self._component(cost) for cost in np.sqrt(raw_costs).tolist()], dtype=np.float64)
+        if self.frozen:
+            return normalize_costs(raw_costs, *self._bounds())
+        bounds = np.array([self._enter(value) for value in np.sqrt(raw_costs).tolist()]).reshape(-1, 2)
+        return normalize_costs(raw_costs, bounds[:, 0], bounds[:, 1])
 
     def state(self) -> dict[str, Any]:
         """The window as plain numbers; JSON keeps them exactly."""
@@ -92,7 +119,7 @@ class CostNormalizer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state()` returned.
 
-        Raises ValueError, with nothing changed, for a state that is damaged or of another window.
+        Raises ValueError, with nothing changed, for a state that is damaged or belongs to another window.
         """
         if set(state) != {"window", "sqrt_costs"}:
             raise ValueError(f"the saved cost window has fields {sorted(state)}; they must be sqrt_costs and window")
@@ -110,21 +137,36 @@ class CostNormalizer:
         self._arrived = deque(values)
         self._sorted = sorted(values)
 
-    def _component(self, value: float) -> float:
-        """Let one square root of a cost into the window, unless that is fixed, and judge it."""
-        if not self._fixed:
-            if len(self._arrived) == self.window:
-                del self._sorted[bisect_left(self._sorted, self._arrived.popleft())]
-            self._arrived.append(value)
-            insort(self._sorted, value)
-        low, high = _quantile(self._sorted, _LOW), _quantile(self._sorted, _HIGH)
-        if high - low < FLAT:
-            return NEUTRAL
-        return 1.0 - min(max((value - low) / (high - low), 0.0), 1.0)
+    def _enter(self, value: float) -> tuple[float, float]:
+        """Let the square root of a cost enter the window; returns the new bounds."""
+        if len(self._arrived) == self.window:
+            del self._sorted[bisect_left(self._sorted, self._arrived.popleft())]
+        self._arrived.append(value)
+        insort(self._sorted, value)
+        return self._bounds()
+
+    def _bounds(self) -> tuple[float, float]:
+        return _quantile(self._sorted, _LOW), _quantile(self._sorted, _HIGH)
+
+
+def make_normalizer(window: int, frozen: Mapping[str, Any] | None = None) -> CostNormalizer:
+    """A normaliser with a new window, or with the window whose state is `frozen`, which costs no longer enter.
+
+    Several policies are compared by the same frozen window. A window that slides would call the middle of any policy's
+    costs average. Raises ValueError for a frozen window that is damaged or holds no cost.
+    """
+    if not frozen:
+        return CostNormalizer(window)
+    normalizer = CostNormalizer(frozen["window"])
+    normalizer.restore(frozen)
+    if not frozen["sqrt_costs"]:
+        raise ValueError("the saved cost window holds no sqrt_costs; nothing can be normalised by it")
+    normalizer.frozen = True
+    return normalizer
 
 
 def _quantile(values: list[float], q: float) -> float:
-    """Quantile q of sorted values by linear interpolation between neighbours; NumPy's default method."""
+    """Quantile q of sorted values, interpolated linearly between neighbours as `np.quantile` does."""
     position = q * (len(values) - 1)
     index = math.floor(position)
     if index + 1 == len(values):

@@ -1,18 +1,17 @@
-"""One replica of the rollout: the sampling loop compiled for one group of devices, and its caches.
+"""Replica of the rollout: the jitted sampling loop on one group of devices, and the growth of its KV caches.
 
-Two drivers share `step.work` and the state's `collect` and `deliver`:
+Two drivers share `step.step` and the functions of `row_state` that exchange data with the host callback:
 
-- `jit`: one `lax.while_loop`; a single unordered `io_callback`, behind a `lax.cond`, meets the host;
-- `host`: the same functions called from Python, without a callback. The test's oracle, and a fall-back.
+- `jit`: one `lax.while_loop`; a single unordered `io_callback`, behind a `lax.cond`, calls the host;
+- `host`: a Python loop calls the same functions, without an `io_callback`. Tests compare both, and it is a fall-back.
 
-The caches begin short and grow as rows do, by doubling: attention reads all of a cache, so its length is what a step
-costs. The loop is left for it, and entered again in a program compiled for the new length.
+The KV caches begin short and grow by doubling as rows do, because attention reads the whole cache and a step's cost
+depends on its length. To grow, the loop ends, and a program compiled for the new length goes on.
 """
 
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,45 +19,25 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import NamedSharding, PartitionSpec
 
-from router_r1_jax.mesh import RULES, make_mesh, replicated
-from router_r1_jax.model import (
-    KV,
-    Cache,
-    ModelConfig,
-    Params,
-    Prefix,
-    RouterLM,
-    abstract_params,
-    merge_adapters,
-    unroll,
-)
-from router_r1_jax.rollout.exchange import STOP_TAGS, Exchange
-from router_r1_jax.rollout.lanes import Caches, empty_caches
-from router_r1_jax.rollout.push import take_local
-from router_r1_jax.rollout.sampling import Cut
-from router_r1_jax.rollout.state import (
-    Inbox,
-    Limits,
-    Rows,
-    collect,
-    deliver,
-    empty_rows,
-    inbox_spec,
-    positions_needed,
-    wants_exchange,
-)
-from router_r1_jax.rollout.step import Sampler, work
+from router_r1_jax import model as lm
+from router_r1_jax.distributed.mesh import RULES, make_mesh, replicated
+from router_r1_jax.rollout import row_state
+from router_r1_jax.rollout.decode_batch import Caches, empty_caches
+from router_r1_jax.rollout.host_callback import HostCallback
+from router_r1_jax.rollout.row_state import Rows, StaticShapes
+from router_r1_jax.rollout.sampling import Truncation
+from router_r1_jax.rollout.step import Carry, Sampler, step
+from router_r1_jax.rollout.weight_sync import take_local
 
-# Cache lengths are multiples of it. From the shortest on XLA's CPU compiler sums over keys in the same order for all of
-# them, so that the length changes no bit of a result (128 does, by 7e-7, and any does with two or three lanes, by
-# 1e-6); a GPU does not promise that.
+# Cache lengths are multiples of LENGTH_BUCKET. From SHORTEST_CACHE on, XLA's CPU compiler sums over keys in the same
+# order for all lengths, so the length changes no bit of a result. (A length of 128 changes results by 7e-7, and with a
+# decode batch of two or three rows any length does, by 1e-6.) A GPU does not promise that.
 LENGTH_BUCKET = 128
-PREFIX_BUCKET = 64  # the shared prefix is padded to a multiple of it: few compilations
 SHORTEST_CACHE = 256
 
 
 def cache_lengths(row_tokens: int) -> list[int]:
-    """The lengths that a cache grows through, the last one with room for a whole row."""
+    """The lengths through which a cache grows; the last one has room for a whole row."""
     if row_tokens <= SHORTEST_CACHE:
         return [row_tokens]
     whole = -(-row_tokens // LENGTH_BUCKET) * LENGTH_BUCKET
@@ -69,114 +48,99 @@ def cache_lengths(row_tokens: int) -> list[int]:
 
 
 class Replica:
-    """Samples on the devices it is given, which share every product (`tensor`). Not for two runs at a time."""
+    """Samples on its devices, which are tensor-parallel. It takes one run at a time."""
 
     def __init__(
         self,
-        model: ModelConfig,
-        limits: Limits,
+        model: lm.ModelConfig,
+        shapes: StaticShapes,
         devices: Sequence[jax.Device],
         next_state: np.ndarray,
         end_of_text: int,
         driver: str,
     ) -> None:
-        """`next_state` is the tag automaton [states, V]. Nothing is compiled before the first run."""
-        self._limits, self._driver = limits, driver
-        self._model = RouterLM(model.base, unrolled=True)
+        """`next_state` is the stop-tag automaton [states, V]. Nothing is compiled before the first run."""
+        self._shapes, self._driver = shapes, driver
         self._mesh = make_mesh(1, 1, len(devices), list(devices))
-        self._whole = replicated(self._mesh)
-        self._stacked = jax.tree.map(lambda x: x.sharding, abstract_params(model, self._mesh))
+        self._replicated = replicated(self._mesh)
+        self._stacked = jax.tree.map(lambda x: x.sharding, lm.abstract_params(model, self._mesh))
+        self._automaton = jax.device_put((next_state, np.int32(end_of_text)), self._replicated)
+        self._params: lm.Params | None = None
+        self._callback: HostCallback | None = None  # of the run in progress; the compiled loop finds it here
+        router = lm.RouterLM(model.base, unrolled=True)
+        self._unroll = jax.jit(lambda params: lm.unroll(lm.merge_adapters(model, params), model.num_layers))
+        self._prefill_prefix = jax.jit(functools.partial(_prefill_prefix, router))
         heads = "tensor" if model.num_kv_heads % len(devices) == 0 else None
-        self._cut_heads = NamedSharding(self._mesh, PartitionSpec(None, heads))
-        self._table = jax.device_put(next_state, self._whole)
-        self._end_of_text = jax.device_put(np.int32(end_of_text), self._whole)
-        self._params: Params | None = None
-        self._exchange: Exchange | None = None  # of the run in progress; the compiled callback finds it here
-        self._unroll = jax.jit(lambda params: unroll(merge_adapters(model, params), model.num_layers))
-        self._prefill = jax.jit(self._prefill_fn)
-        self._empty = jax.jit(self._empty_fn, static_argnums=0, out_shardings=self._cut_heads)
-        self._grow = jax.jit(Cache.grown, static_argnums=1)
-        self._loop = jax.jit(self._loop_fn, donate_argnums=(3, 4))
-        self._work = jax.jit(functools.partial(work, self._model, limits), donate_argnums=(3, 4))
-        self._collect = jax.jit(functools.partial(collect, limits=limits))
-        self._deliver = jax.jit(deliver)
-        self._wants = jax.jit(functools.partial(wants_exchange, limits=limits))
-        self._needed = jax.jit(functools.partial(positions_needed, limits=limits))
+        by_heads = NamedSharding(self._mesh, PartitionSpec(None, heads))
+        make_caches = functools.partial(empty_caches, model.base, shapes)
+        self._empty_caches = jax.jit(make_caches, static_argnums=0, out_shardings=by_heads)
+        self._grow = jax.jit(lm.Cache.grown, static_argnums=1)
+        self._step_fn = functools.partial(step, router, shapes)
+        self._step = jax.jit(self._step_fn, donate_argnums=(1, 2))
+        self._loop = jax.jit(self._loop_fn, donate_argnums=(1, 2))
 
-    def push(self, params: Params) -> None:
-        """Take stacked parameters, from its own devices where they lie there; adapters are merged."""
-        self._params = None  # two copies are enough: those on their way, and these unrolled
+    def sync_weights(self, params: lm.Params) -> lm.Params:
+        """Take stacked parameters, without a copy of those that lie on its devices, and merge adapters into them.
+
+        Returns the new parameters of the sampling loop, which may still be on their way.
+        """
+        self._params = None  # there is room for two copies: the one on its way, and the unrolled one
         self._params = self._unroll(jax.tree.map(take_local, params, self._stacked))
+        return self._params
 
-    def wait(self) -> None:
-        """Return when the parameters pushed last are there."""
-        jax.block_until_ready(self._params)
-
-    def run(self, exchange: Exchange, prefix: Sequence[int], *, temperature: float, cut: Cut | None, seed: int) -> None:
-        """Run until the exchange says stop. `prefix` holds the tokens that all prompts share."""
+    def run(
+        self, callback: HostCallback, prefix: list[int], temperature: float, truncation: Truncation | None, seed: int
+    ) -> None:
+        """Run until the callback says stop. `prefix` holds the tokens that all prompts share."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
             started = time.monotonic()
-            shared = jax.block_until_ready(self._shared_prefix(prefix))
-            exchange.trace.prefill_seconds = time.monotonic() - started
-            tags, draws = np.int32(len(STOP_TAGS)), (np.float32(temperature), jax.random.key(seed), cut)
-            sampler = jax.device_put(Sampler(self._table, tags, self._end_of_text, *draws), self._whole)
-            rows = jax.device_put(empty_rows(self._limits), self._whole)
-            drive = self._drive_jit if self._driver == "jit" else self._drive_host
-            lengths = cache_lengths(self._limits.row_tokens)
-            caches = self._empty(lengths[0])
-            self._exchange = exchange
+            tokens, length = jax.device_put((lm.pad_prefix(prefix)[None], np.int32(len(prefix))), self._replicated)
+            shared = jax.block_until_ready(lm.Prefix(self._prefill_prefix(self._params, tokens), length))
+            callback.timeline.prefix_seconds = time.monotonic() - started
+            draws = jax.device_put((np.float32(temperature), jax.random.key(seed), truncation), self._replicated)
+            sampler = Sampler(self._params, shared, *self._automaton, *draws)
+            rows = jax.device_put(row_state.empty_rows(self._shapes), self._replicated)
+            drive = self._loop if self._driver == "jit" else self._drive_host
+            lengths = cache_lengths(self._shapes.row_tokens)
+            caches = self._empty_caches(lengths[0])
+            self._callback = callback
             while True:
-                caches, rows = drive(self._params, shared, sampler, caches, rows)
+                caches, rows = drive(sampler, caches, rows)
                 if rows.stop:
                     return
-                needed, parts = int(self._needed(rows)), [list(part) for part in caches]
+                needed = int(row_state.positions_needed(rows, self._shapes))
                 length = next(n for n in lengths if n >= needed)
-                del caches  # so that each layer's old cache goes when its new one is made
-                grown = [tuple(self._grow(part.pop(0), length) for _ in range(len(part))) for part in parts]
-                caches = Caches(*grown)
+                parts = [list(part) for part in caches]
+                del caches  # with the pop below it frees each layer's old cache as soon as the new one is made
+                caches = Caches(*[tuple(self._grow(part.pop(0), length) for _ in range(len(part))) for part in parts])
 
-    def _shared_prefix(self, tokens: Sequence[int]) -> Prefix:
-        padded = np.zeros(max(1, -(-len(tokens) // PREFIX_BUCKET)) * PREFIX_BUCKET, np.int32)
-        padded[: len(tokens)] = tokens
-        kv = self._prefill(self._params, jax.device_put(padded[None], self._whole))
-        return Prefix(kv, jax.device_put(np.int32(len(tokens)), self._whole))
+    def _loop_fn(self, sampler: Sampler, caches: Caches, rows: Rows) -> Carry:
+        shapes = self._shapes
 
-    def _prefill_fn(self, params: Params, tokens: jax.Array) -> tuple[Cache, ...]:
-        _, kv = self._model.apply({"params": params}, tokens, method=RouterLM.hidden)
-        return tuple(KV(layer.k[0], layer.v[0]).laid_out() for layer in kv)
+        def call_host(rows: Rows) -> Rows:
+            rows, report = row_state.collect(rows, shapes)
+            delivery = io_callback(lambda *x: self._callback(*x), row_state.empty_delivery(shapes), *report)
+            return row_state.deliver(rows, delivery)
 
-    def _empty_fn(self, length: int) -> Caches:
-        return empty_caches(self._model.config, self._limits, length)
+        def body(carry: Carry) -> Carry:
+            caches, rows = self._step_fn(sampler, *carry)
+            return caches, jax.lax.cond(row_state.should_call_host(rows, shapes), call_host, lambda r: r, rows)
 
-    def _fits(self, caches: Caches, rows: Rows) -> jax.Array:
-        return positions_needed(rows, self._limits) <= caches.length
+        def goes_on(carry: Carry) -> jax.Array:
+            caches, rows = carry
+            return ~rows.stop & (row_state.positions_needed(rows, shapes) <= caches.length)
 
-    def _drive_jit(self, *args: Any) -> tuple[Caches, Rows]:
-        return self._loop(*args)
+        return jax.lax.while_loop(goes_on, body, (caches, rows))
 
-    def _loop_fn(
-        self, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
-    ) -> tuple[Caches, Rows]:
-        limits = self._limits
-
-        def meet_host(rows: Rows) -> Rows:
-            rows, out = collect(rows, limits)
-            inbox = io_callback(lambda *leaves: self._exchange(*leaves), inbox_spec(limits), *out)
-            return deliver(rows, inbox)
-
-        def body(carry: tuple[Caches, Rows]) -> tuple[Caches, Rows]:
-            caches, rows = work(self._model, limits, params, prefix, sampler, *carry)
-            return caches, jax.lax.cond(wants_exchange(rows, limits), meet_host, lambda r: r, rows)
-
-        return jax.lax.while_loop(lambda carry: ~carry[1].stop & self._fits(*carry), body, (caches, rows))
-
-    def _drive_host(
-        self, params: Params, prefix: Prefix, sampler: Sampler, caches: Caches, rows: Rows
-    ) -> tuple[Caches, Rows]:
-        while not rows.stop and self._needed(rows) <= caches.length:
-            caches, rows = self._work(params, prefix, sampler, caches, rows)
-            if self._wants(rows):
-                rows, out = self._collect(rows)
-                inbox: Inbox = self._exchange(*out)
-                rows = self._deliver(rows, inbox)
+    def _drive_host(self, sampler: Sampler, caches: Caches, rows: Rows) -> Carry:
+        while not rows.stop and row_state.positions_needed(rows, self._shapes) <= caches.length:
+            caches, rows = self._step(sampler, caches, rows)
+            if row_state.should_call_host(rows, self._shapes):
+                rows, report = row_state.collect(rows, self._shapes)
+                rows = row_state.deliver(rows, self._callback(*report))
         return caches, rows
+
+
+def _prefill_prefix(router: lm.RouterLM, params: lm.Params, tokens: jax.Array) -> tuple[lm.Cache, ...]:
+    _, kv = router.apply({"params": params}, tokens, method=lm.RouterLM.hidden)
+    return tuple(lm.KV(layer.k[0], layer.v[0]).to_cache() for layer in kv)

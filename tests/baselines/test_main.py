@@ -12,17 +12,19 @@ import mains
 import numpy as np
 import pytest
 from tiny_config import get_config
-from tiny_world import CARDS, WORLD, WorldPool, questions
+from tiny_world import CARDS, WorldPool, questions
 
 from router_r1_jax.baselines import __main__ as baselines
+from router_r1_jax.baselines import suite as suite_module
 from router_r1_jax.baselines.__main__ import chosen_names
+from router_r1_jax.baselines.suite import BaselineSuite
 from router_r1_jax.config import ConfigError
-from router_r1_jax.evaluation.journal import digest
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
+from router_r1_jax.evaluation.episode_cache import digest
 from router_r1_jax.model import ModelConfig, abstract_params, init_params, lora_from
 from router_r1_jax.model.lora import split_trainable
 from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply
-from router_r1_jax.report.writer import EpisodeWriter
+from router_r1_jax.storage.json_lines import EpisodeWriter
 
 NAMES = ("direct", "prompt only", "fine-tuned", "random", "knn*", "classifier*", "oracle of one call")
 
@@ -45,7 +47,7 @@ def test_baselines_are_measured_on_the_run_s_questions_and_only_once(finished_ru
     assert lines["knn*"]["calls_per_question"] > 1
     assert lines["oracle of one call"]["em"] >= lines["random"]["em"]
     warm = [p for p in json.loads((workdir / "results.json").read_text())["policies"] if p["name"] == "warm start"]
-    assert lines["prompt only"]["em"] == warm[0]["em"]  # the same parameters, questions and rosters
+    assert lines["prompt only"]["em"] == warm[0]["em"]  # the same parameters, questions and candidates
     episodes = {path.name: path.stat().st_mtime_ns for path in (workdir / "episodes").glob("*baseline*")}
     ledger = (workdir / "ledger.jsonl").read_bytes()
     assert len(episodes) == len(NAMES)
@@ -55,43 +57,52 @@ def test_baselines_are_measured_on_the_run_s_questions_and_only_once(finished_ru
     assert json.loads((workdir / "baselines.json").read_text()) == results
 
 
-@pytest.mark.parametrize(("own", "mode"), [("off", "record"), ("replay", "replay")])
-def test_calls_are_kept_on_evaluation_s_tape_where_the_pool_has_none(tmp_path, monkeypatch, own, mode):
+@pytest.mark.parametrize(("pool_mode", "mode"), [("off", "record"), ("replay", "replay")])
+def test_calls_are_kept_in_evaluation_s_call_cache_if_the_pool_has_none(tmp_path, monkeypatch, pool_mode, mode):
     opened = []
 
     def open_session(config, workdir, load_source):
-        opened.append(config.pool.tape)
+        opened.append(config.pool.call_cache)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(baselines, "open_session", open_session)
     config = get_config()
-    config.pool.tape.mode = own
+    config.pool.call_cache.mode = pool_mode
     with pytest.raises(KeyboardInterrupt):
-        baselines.main(config, tmp_path)
-    (tape,) = opened
-    assert tape.mode == mode and tape.path == (str(tmp_path / "evaluation" / "tape.sqlite") if own == "off" else "")
+        baselines.main(config, tmp_path, only="", tries=500)
+    (call_cache,) = opened
+    assert call_cache.mode == mode and call_cache.path == (
+        str(tmp_path / "evaluation" / "call_cache.sqlite") if pool_mode == "off" else ""
+    )
 
 
 def test_a_run_without_checkpoints_starts_from_the_warm_start_with_its_adapters(tmp_path, monkeypatch):
     config = get_config()
     config.model.lora.rank = 2
     model = ModelConfig(
-        vocab_size=64, num_layers=2, width=16, mlp=24, num_heads=2, num_kv_heads=1, head_dim=8, remat="none",
+        vocab_size=64,
+        num_layers=2,
+        width=16,
+        mlp=24,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        remat="none",
         lora=lora_from(config.model.lora),
-    )  # fmt: skip
+    )
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     base = init_params(model.base, mesh, seed=0)
-    monkeypatch.setattr(baselines, "warm_start", lambda session, writer: base)
+    monkeypatch.setattr(suite_module, "warm_start", lambda session, writer: base)
     session = SimpleNamespace(workdir=tmp_path, model=model, mesh=mesh, abstract_params=abstract_params(model, mesh))
-    params = baselines.Bench(config, session, 1).params()
+    params = BaselineSuite(config, session, 1).params
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, session.abstract_params)
     assert_same_leaves(split_trainable(params)[1], base)
 
 
 def assert_same_leaves(tree, other):
     assert jax.tree.structure(tree) == jax.tree.structure(other)
-    for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(leaf, own)
+    for leaf, other_leaf in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(leaf, other_leaf)
 
 
 def test_the_trained_router_is_compared_on_some_of_the_questions_that_it_answered(tmp_path):
@@ -104,46 +115,54 @@ def test_the_trained_router_is_compared_on_some_of_the_questions_that_it_answere
     assert baselines.trained_records(tmp_path, "validation", asked) is None
 
 
-def test_baselines_have_the_prices_of_a_step(tmp_path, monkeypatch):
-    """Without a trained router that of step 0."""
-    cards = tuple(dataclasses.replace(card, price_changes=((0, 7.0, 11.0), (3, 1.0, 1.0))) for card in CARDS)
+def test_baselines_choose_and_pay_by_the_prices_of_a_step(tmp_path, monkeypatch):
+    """Without a trained router that is step 0; by declared prices Titan is the most expensive, at step 0 it is Reel."""
+    prices = {"Reel": (8.0, 12.0)}
+    cards = tuple(
+        dataclasses.replace(card, price_changes=((0, *prices.get(card.key, (7.0, 11.0))), (3, 1.0, 1.0)))
+        for card in CARDS
+    )
     shown, config = [], get_config()
     session = SimpleNamespace(
-        workdir=tmp_path, cards=cards, pool=WorldPool(), router=SimpleNamespace(show=shown.append), world=WORLD,
+        workdir=tmp_path,
+        cards=cards,
+        pool=WorldPool(),
+        router=SimpleNamespace(show=shown.append),
+        environment=None,
         questions=questions,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(baselines, "open_session", lambda *_, **__: contextlib.nullcontext(session))
-    baselines.main(config, tmp_path, only="Titan alone")
-    (line,) = json.loads((tmp_path / "baselines.json").read_text())["policies"]
-    assert line["raw_cost_per_question"] > 0  # 11 for each token written, and WorldPool counts 5 read ones
-    dollars = (7.0 * 5 + line["raw_cost_per_question"]) / 1e6
-    assert line["dollars_per_question"] == pytest.approx(dollars)
-    assert {(card.price_in, card.price_out) for card in shown[0]} == {(7.0, 11.0)}
+    baselines.main(config, tmp_path, only="Titan alone,largest", tries=1)
+    titan, largest = json.loads((tmp_path / "baselines.json").read_text())["policies"]
+    assert titan["raw_cost_per_question"] > 0  # 11 for each token written, and WorldPool counts 5 read ones
+    assert titan["dollars_per_question"] == pytest.approx((7.0 * 5 + titan["raw_cost_per_question"]) / 1e6)
+    assert largest["calls_share"]["Reel"] == 1.0
+    assert {card.key: (card.price_in, card.price_out) for card in shown[0]}["Reel"] == (8.0, 12.0)
 
 
-def test_the_table_says_where_the_router_chooses_among_fewer_models():
-    results = {"questions": 3, "split": "test", "policies": [], "models": 9}
-    said = "choose among all 9 models, the router among the 5 it is shown"
-    assert said in baselines.table(results | {"shown": 5}) and said not in baselines.table(results | {"shown": 9})
-
-
-def test_records_depend_on_what_they_were_fitted_and_judged_with(tmp_path):
+def test_records_depend_on_what_they_were_fitted_and_scored_with(tmp_path):
     asked = questions("test")[:3]
 
-    def depends(name="knn", tries=5, **fields):
+    def key(name="knn", tries=5, **fields):
         config = get_config()
         config.update_from_flattened_dict(fields)
         session = SimpleNamespace(workdir=tmp_path, cards=CARDS)
-        bench = baselines.Bench(config, session, tries)
-        bench._params = {"w": np.ones(3, np.float32)}
-        return digest(baselines.depends(bench, name, asked))
+        suite = BaselineSuite(config, session, tries)
+        suite.params = {"w": np.ones(3, np.float32)}
+        return digest(suite.key(name, asked))
 
     changed = [
-        {"tries": 6}, {"reward.alpha": 0.5}, {"seed": 1}, {"data.world.seed": 9}, {"name": "classifier"},
-        {"learner.learning_rate": 0.5}, {"rollout.temperature": 0.5}, {"pool.max_tokens": 9},
-    ]  # fmt: skip
-    assert depends() == depends(**{"evaluation.bootstrap": 7, "evaluation.tape": False})
-    assert len({depends(), *(depends(**fields) for fields in changed)}) == len(changed) + 1
+        {"tries": 6},
+        {"reward.alpha": 0.5},
+        {"seed": 1},
+        {"synthetic.world.seed": 9},
+        {"name": "classifier"},
+        {"learner.learning_rate": 0.5},
+        {"rollout.temperature": 0.5},
+        {"pool.max_tokens": 9},
+    ]
+    assert key() == key(**{"evaluation.bootstrap": 7, "evaluation.call_cache": False})
+    assert len({key(), *(key(**fields) for fields in changed)}) == len(changed) + 1
 
 
 def test_without_a_train_question_that_all_models_answered_the_failing_model_is_named(tmp_path):
@@ -156,17 +175,17 @@ def test_without_a_train_question_that_all_models_answered_the_failing_model_is_
             return future
 
     session = SimpleNamespace(workdir=tmp_path, cards=CARDS, pool=Failing(), questions=questions)
-    bench = baselines.Bench(get_config(), session, 3)
+    suite = BaselineSuite(get_config(), session, 3)
     with pytest.raises(PoolError, match=r"each of the 3 train questions .* 3 at Aria bad_request \(HTTP 404\)"):
-        bench.fitted("knn")
+        suite.fitted("knn")
 
 
-def test_baselines_are_not_judged_on_the_questions_that_they_are_fitted_on(tmp_path, monkeypatch):
+def test_baselines_are_not_measured_on_the_questions_that_they_are_fitted_on(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "open_session", lambda *_, **__: pytest.fail("opened"))
     config = get_config()
     config.evaluation.split = "train"
     with pytest.raises(ConfigError, match="evaluation.split is 'train'"):
-        baselines.main(config, tmp_path)
+        baselines.main(config, tmp_path, only="", tries=500)
 
 
 def test_a_baseline_s_episodes_lie_where_the_report_looks_whatever_its_model_is_called():

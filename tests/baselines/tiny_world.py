@@ -1,16 +1,16 @@
-"""A small world whose models answer at once: what baselines are fitted and judged on, without HTTP."""
+"""A small world whose models answer at once: baselines are fitted and scored on it, without HTTP."""
 
 import functools
 from concurrent.futures import Future
 from typing import Any
 
-from router_r1_jax.baselines.ask import answer_all, answer_in, try_all
+from router_r1_jax.baselines.model_calls import answer_in, run_baseline, try_all_models
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.data.world import World
 from router_r1_jax.pool.cards import Card, route_names
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.protocol import parse_route
 from router_r1_jax.reward import exact_match
+from router_r1_jax.synthetic.world import World
 
 WORLD = World(dict(seed=3, films=40, songs=40, clubs=40, persons=40, cities=40, countries=8, rivers=8))
 SKILLS = {
@@ -30,7 +30,7 @@ CARDS = tuple(map(make_card, SKILLS))
 
 
 class WorldPool:
-    """Answers routes from the world at the card's skill; counts them."""
+    """Answers calls from the world at the card's skill, and keeps them."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -44,10 +44,16 @@ class WorldPool:
         future: Future = Future()
         future.set_result(
             Reply(
-                text, Outcome.OK, card.key, route.query, 5, tokens, tokens * card.price_out,
+                text,
+                Outcome.OK,
+                card.key,
+                route.query,
+                5,
+                tokens,
+                tokens * card.price_out,
                 (5 * card.price_in + tokens * card.price_out) / 1e6,
             )
-        )  # fmt: skip
+        )
         return future
 
 
@@ -61,15 +67,15 @@ def questions(split: str, hops: int | None = 1) -> list[QuestionRecord]:
 
 
 @functools.cache
-def train_records():
-    return try_all(WorldPool(), CARDS, questions("train"), split="train")
+def train_examples():
+    return list(try_all_models(WorldPool(), CARDS, questions("train"), split="train"))
 
 
 def mean_em(baseline, asked, decompose=None) -> float:
     """Mean exact match of a baseline's answers."""
-    episodes = answer_all(WorldPool(), CARDS, baseline, asked, split="test", name="b", decompose=decompose)
+    episodes = run_baseline(WorldPool(), CARDS, baseline, asked, split="test", name="b", decompose=decompose)
     answers = [e.text.rpartition("<answer> ")[2].removesuffix(" </answer>") for e in episodes]
     return sum(exact_match(a, q.golds) for a, q in zip(answers, asked, strict=True)) / len(asked)
 
 
-__all__ = ["CARDS", "WORLD", "WorldPool", "answer_in", "mean_em", "questions", "train_records"]
+__all__ = ["CARDS", "WORLD", "WorldPool", "answer_in", "mean_em", "questions", "train_examples"]

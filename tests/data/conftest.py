@@ -1,11 +1,11 @@
-"""The seven sets in small, prepared once: questions of this project's own in FlashRAG's form."""
+"""Small versions of the seven data sets, prepared once: questions of this project's own as FlashRAG JSONL."""
 
 from pathlib import Path
 
 import pytest
 
 from router_r1_jax.config import PAPER_SETS
-from router_r1_jax.data.prepare import prepare_set
+from router_r1_jax.data.prepare import prepare_dataset
 
 FLASHRAG = Path(__file__).with_name("flashrag")
 
@@ -18,8 +18,8 @@ def flashrag() -> Path:
 
 @pytest.fixture(scope="session")
 def prepared_root(tmp_path_factory) -> Path:
-    """A folder with the seven sets prepared: data.dir of a configuration."""
+    """The folder of the seven prepared data sets: data.dir of a configuration."""
     root = tmp_path_factory.mktemp("prepared")
-    for suite in PAPER_SETS:
-        prepare_set(suite, str(FLASHRAG), root)
+    for dataset in PAPER_SETS:
+        prepare_dataset(dataset, str(FLASHRAG), root)
     return root

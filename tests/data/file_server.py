@@ -10,16 +10,16 @@ class FileServer:
     """Serves `files` (path -> bytes).
 
     Attributes:
-      cuts: for the next requests, after how many bytes of the body the connection is cut; None: not at all.
-      ranges: whether it goes on in the middle of a file when asked to.
-      versions: header with which it names a file's version, "ETag", "Last-Modified" or "".
-      announces: whether it says how long the body is.
+      breaks: for the next requests, the bytes of the body after which the connection breaks; None: it does not.
+      ranges: whether it supports range requests.
+      versions: header that names a file's version, "ETag", "Last-Modified" or "".
+      announces: whether it sends the length of the body.
       refuses: HTTP status of the next requests.
       requests: (path, Range header) of every request.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        self.files, self.cuts, self.refuses, self.requests = files, [], [], []
+        self.files, self.breaks, self.refuses, self.requests = files, [], [], []
         self.ranges, self.versions, self.announces = True, "ETag", True
         self.url = ""
 
@@ -45,8 +45,8 @@ class FileServer:
         if self.announces:
             handler.send_header("Content-Length", str(len(body) - start))
         handler.end_headers()
-        cut = self.cuts.pop(0) if self.cuts else None
-        handler.wfile.write(body[start:] if cut is None else body[start : start + cut])
+        length = self.breaks.pop(0) if self.breaks else None
+        handler.wfile.write(body[start:] if length is None else body[start : start + length])
         handler.close_connection = True
 
 

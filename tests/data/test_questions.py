@@ -1,10 +1,8 @@
-"""The TFDS builder against the world it was built from, and the iterator against the uninterrupted one."""
+"""Prepared data sets that are damaged or missing, and the resumable iterator against the uninterrupted one."""
 
 import collections
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,78 +10,28 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_r1_jax.config import ConfigError, base_config
-from router_r1_jax.data import questions, synthetic
+from router_r1_jax.config import base_config
+from router_r1_jax.data import questions
 from router_r1_jax.data.questions import DataError, QuestionIterator, QuestionRecord
-from router_r1_jax.data.world import SPLITS, World
+from router_r1_jax.synthetic import tfds_builder
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    data = base_config().data
-    return data, synthetic.prepare(data, tmp_path_factory.mktemp("work"))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_split_on_disk_is_the_worlds_split(prepared, split):
-    data, folder = prepared
-    expected = {
-        question.id: (
-            question.text,
-            question.golds,
-            len(question.hops),
-            tuple(fact.domain for fact in question.hops),
-            tuple(fact.relation for fact in question.hops),
-        )
-        for question in World(data.world).questions(split)
-    }
-    records = list(questions.StoredQuestions(folder, split))
-    assert {r.id: (r.question, r.golds, r.hops, r.domains, r.relations) for r in records} == expected
-    assert len(records) == len(expected)
-    assert {record.suite for record in records} == {"synthetic"}
-
-
-def test_prepare_finds_what_lies_there_and_keeps_worlds_apart(prepared):
-    data, folder = prepared
-    workdir = folder.parents[3]
-    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert synthetic.prepare(data, workdir) == folder
-    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
-    other = base_config().data
-    other.world.seed = 8
-    assert synthetic.prepare(other, workdir) != folder
-    other.dir = str(workdir / "elsewhere")
-    assert synthetic.prepare(other, workdir).is_relative_to(other.dir)
-
-
-def test_wrong_data_fields_are_named(tmp_path):
-    data = base_config().data
-    data.world.films = 1
-    with pytest.raises(ConfigError, match=r"data\.world\.films is 1"):
-        synthetic.prepare(data, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_neither_tensorflow_nor_jax_is_imported(prepared):
-    code = (
-        "import sys; from router_r1_jax.data import questions, synthetic; from router_r1_jax.config import base_config;"
-        "folder = synthetic.prepare(base_config().data, sys.argv[1]); list(questions.StoredQuestions(folder, 'test'));"
-        "print(*sorted({'jax', 'tensorflow', 'torch'} & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", code, str(prepared[1].parents[3])]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == ""
+    """Folder of a prepared data set."""
+    return tfds_builder.prepare(base_config().synthetic.world, tmp_path_factory.mktemp("work"))
 
 
 def test_a_folder_without_data_and_an_unknown_split_are_named(prepared, tmp_path):
     with pytest.raises(DataError, match=f"{tmp_path} holds no prepared data set"):
         list(questions.StoredQuestions(tmp_path, "train"))
     with pytest.raises(DataError, match="no split 'dev'; choose one of train, validation, test"):
-        list(questions.StoredQuestions(prepared[1], "dev"))
+        list(questions.StoredQuestions(prepared, "dev"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "info"])
 def test_a_damaged_data_set_is_named_with_the_way_out(prepared, tmp_path, damage):
-    folder = shutil.copytree(prepared[1], tmp_path / "1.0.0")
+    folder = shutil.copytree(prepared, tmp_path / "1.0.0")
     (records,) = folder.glob("*-test.*")
     if damage == "truncated":
         records.write_bytes(records.read_bytes()[:1000])
@@ -96,7 +44,7 @@ def test_a_damaged_data_set_is_named_with_the_way_out(prepared, tmp_path, damage
 
 
 class Broken(tfds.core.GeneratorBasedBuilder):
-    """A set with one bad question, of the features that the project's sets have."""
+    """A data set with one bad question, with the features that the project's data sets have."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="question"), tfds.core.BuilderConfig(name="gold")]
@@ -163,9 +111,9 @@ def test_every_question_is_seen_in_time_and_seeds_differ():
     orders = []
     for seed in range(3):
         iterator = QuestionIterator(RECORDS, seed=seed, batch=10)
-        drawn = [record.id for _ in range(30) for record in iterator.next()]
-        assert set(drawn) == {record.id for record in RECORDS}
-        orders.append(tuple(drawn))
+        seen = [record.id for _ in range(30) for record in iterator.next()]
+        assert set(seen) == {record.id for record in RECORDS}
+        orders.append(tuple(seen))
     assert len(set(orders)) == 3
 
 

@@ -7,31 +7,31 @@ import numpy as np
 import pytest
 
 from router_r1_jax.evaluation import statistics
-from router_r1_jax.evaluation.statistics import (
-    bootstrap_mean,
-    bootstrap_mean_of_sets,
-    sign_test,
-)
+from router_r1_jax.evaluation.statistics import bootstrap_mean_of_sets, sign_test
 
 
-def enumerated(values, level):
+def bootstrap(values, **settings):
+    """The interval of a single set."""
+    return bootstrap_mean_of_sets([values], **settings)
+
+
+def enumerated(values):
     """The exact percentile interval: all n**n resamples of `values`, each equally likely."""
     means = np.array([np.mean(draw) for draw in itertools.product(values, repeat=len(values))])
-    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return np.quantile(means, [0.025, 0.975])
 
 
-@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
-def test_tiny_samples_agree_with_all_resamples(level):
+def test_tiny_samples_agree_with_all_resamples():
     values = [0.0, 1.0, 4.0, 9.0, 2.5]  # 3125 resamples, most means distinct
-    got = bootstrap_mean(values, resamples=200_000, seed=3, level=level)
-    np.testing.assert_allclose(got[1:], enumerated(values, level), atol=0.08)
+    got = bootstrap(values, resamples=200_000, seed=3)
+    np.testing.assert_allclose(got[1:], enumerated(values), atol=0.08)
     assert got.mean == pytest.approx(np.mean(values))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_large_samples_agree_with_the_normal_approximation(p):
     values = (np.random.default_rng(0).random(4000) < p).astype(float)
-    got = bootstrap_mean(values, resamples=20_000, seed=1)
+    got = bootstrap(values, resamples=20_000, seed=1)
     half = NormalDist().inv_cdf(0.975) * values.std() / np.sqrt(len(values))
     assert got.low == pytest.approx(values.mean() - half, abs=0.03 * half)
     assert got.high == pytest.approx(values.mean() + half, abs=0.03 * half)
@@ -39,32 +39,31 @@ def test_large_samples_agree_with_the_normal_approximation(p):
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     values = np.random.default_rng(1).random(37)
-    whole = bootstrap_mean(values, resamples=501, seed=8)
+    whole = bootstrap(values, resamples=501, seed=8)
     for chunk in (1, 100, 37 * 7 + 5):  # one row at a time, two rows, a size that divides nothing
         monkeypatch.setattr(statistics, "_CHUNK", chunk)
-        assert bootstrap_mean(values, resamples=501, seed=8) == whole
+        assert bootstrap(values, resamples=501, seed=8) == whole
 
 
 def test_seed_decides():
     values = np.random.default_rng(1).random(50)
-    assert bootstrap_mean(values, resamples=200, seed=1) == bootstrap_mean(values, resamples=200, seed=1)
-    assert bootstrap_mean(values, resamples=200, seed=1) != bootstrap_mean(values, resamples=200, seed=2)
+    assert bootstrap(values, resamples=200, seed=1) == bootstrap(values, resamples=200, seed=1)
+    assert bootstrap(values, resamples=200, seed=1) != bootstrap(values, resamples=200, seed=2)
 
 
 @pytest.mark.parametrize(
-    ("values", "options", "message"),
+    ("sets", "message"),
     [
-        ([], {}, r"values has shape \(0,\)"),
-        ([[1.0]], {}, r"values has shape \(1, 1\)"),
-        ([1.0, float("nan")], {}, r"values\[1\] is NaN"),
-        ([float("inf")], {}, r"values\[0\] is infinite"),
-        ([1.0], {"resamples": 0}, "resamples is 0"),
-        ([1.0], {"level": 1.0}, "level is 1.0"),
+        ([], "sets is empty"),
+        ([[]], r"sets\[0\] has shape \(0,\)"),
+        ([[[1.0]]], r"sets\[0\] has shape \(1, 1\)"),
+        ([[1.0, float("nan")]], r"sets\[0\]\[1\] is nan"),
+        ([[1.0], [float("inf")]], r"sets\[1\]\[0\] is inf"),
     ],
 )
-def test_bad_input_is_named(values, options, message):
+def test_bad_input_is_named(sets, message):
     with pytest.raises(ValueError, match=message):
-        bootstrap_mean(values, **({"resamples": 10, "seed": 0} | options))
+        bootstrap_mean_of_sets(sets, resamples=10, seed=0)
 
 
 def test_sets_weigh_the_same_and_questions_are_drawn_within_theirs():
@@ -75,16 +74,6 @@ def test_sets_weigh_the_same_and_questions_are_drawn_within_theirs():
     half = NormalDist().inv_cdf(0.975) * error
     assert got.low == pytest.approx(got.mean - half, abs=0.06 * half)
     assert got.high == pytest.approx(got.mean + half, abs=0.06 * half)
-
-
-def test_a_single_set_is_the_plain_bootstrap():
-    values = np.random.default_rng(1).random(50)
-    draws = {"resamples": 300, "seed": 4}
-    assert bootstrap_mean_of_sets([values], **draws) == bootstrap_mean(values, **draws)
-    with pytest.raises(ValueError, match="sets is empty"):
-        bootstrap_mean_of_sets([], **draws)
-    with pytest.raises(ValueError, match=r"sets\[1\]\[0\] is NaN"):
-        bootstrap_mean_of_sets([[1.0], [float("nan")]], **draws)
 
 
 @pytest.mark.parametrize(("better", "worse", "equal"), [(0, 0, 3), (1, 0, 0), (5, 1, 2), (4, 7, 0), (6, 6, 1)])

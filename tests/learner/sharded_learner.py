@@ -14,9 +14,9 @@ import optax
 from jax.experimental import multihost_utils
 from tiny_learner import LOSS, make_config, make_params, make_rows, with_old_policies
 
-from router_r1_jax import hosts
+from router_r1_jax.distributed import multihost
+from router_r1_jax.distributed.mesh import make_mesh, place
 from router_r1_jax.learner import Learner, abstract_state, init_state, make_layout, make_optimizer
-from router_r1_jax.mesh import make_mesh, place
 from router_r1_jax.model import LoRA, abstract_params, add_adapters, attention, split_trainable
 
 CONFIG = make_config()
@@ -48,7 +48,7 @@ def three_updates(config, mesh, start, batches):
     layout = make_layout(33, buckets=1, tokens=8 * 32 // shares, rows=16, shares=shares)
     learner = Learner(config, optimizer, LOSS, mesh, abstract, layout=layout, chunk=16)
     state = init_state(optimizer, on_mesh(start, abstract), abstract, mesh)
-    logps = [reading.logps for reading in learner.read(state.params, *batches[0], base=True)]
+    logps = [scores.logps for scores in learner.score(state.params, *batches[0], base=True)]
     losses, first = [], None
     for batch in batches:
         state, metrics = learner.update(state, *batch)
@@ -113,7 +113,7 @@ def main():
         batches.append((prefix, with_old_policies(CONFIG, start, prefix, rows)))
     report, truth, lora_truth = {}, None, None
     for sizes in SIZES:
-        hosts.meet()  # what a process computes for itself may take one longer than a collective waits
+        multihost.barrier()  # what a process computes for itself may take one longer than a collective waits
         mesh = one if sizes == (1, 1, 1) else make_mesh(*sizes)
         first, params, losses, logps = three_updates(CONFIG, mesh, start, batches)
         truth = truth or (params, logps, first)

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from tiny_learner import QUICK_COMPILE, make_config, make_params, make_rows, together
 
-from router_r1_jax.learner.logprobs import _chunks, prefix_kv, read_rows
+from router_r1_jax.learner.logprobs import _score_chunks, prefix_kv, score_rows
 from router_r1_jax.model import Prefix, RouterLM
 
 CONFIG = make_config()
@@ -27,7 +27,7 @@ def chunked(params, prefix, tokens, chunk, temperature, critic):
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     def run(params, tokens):
         shared = Prefix(prefix_kv(CONFIG, params, padded), len(prefix))
-        return read_rows(CONFIG, params, shared, tokens, chunk=chunk, temperature=temperature, critic=critic)
+        return score_rows(CONFIG, params, shared, tokens, chunk=chunk, temperature=temperature, critic=critic)
 
     return map(np.asarray, run(params, tokens))
 
@@ -68,7 +68,7 @@ def test_gradient_by_hand_is_that_of_a_log_softmax(monkeypatch):
     targets, weights = rng.integers(11, size=(3, 4)), rng.standard_normal((2, 3, 4))
 
     def chunked(hidden, head):
-        logps, entropy = _chunks(0.7, hidden, head, targets)
+        logps, entropy = _score_chunks(0.7, hidden, head, targets)
         return jnp.sum(weights[0] * logps + weights[1] * entropy)
 
     def whole(hidden, head):
@@ -91,7 +91,7 @@ def test_full_logits_are_never_held():
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32)))["params"]
 
     def chunked(params, tokens):
-        return jnp.sum(read_rows(config, params, None, tokens, chunk=16, temperature=1.0).logps)
+        return jnp.sum(score_rows(config, params, None, tokens, chunk=16, temperature=1.0).logps)
 
     def full(params, tokens):
         logps = jax.nn.log_softmax(model.apply({"params": params}, tokens[:, :-1]))

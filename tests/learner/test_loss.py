@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from tiny_learner import together
 
 from router_r1_jax.config import LOSSES, base_config, use_loss
-from router_r1_jax.learner import PolicyLoss, Reading, Row, SupervisedLoss
-from router_r1_jax.learning import make_loss
+from router_r1_jax.learner import PolicyLoss, Row, SupervisedLoss, TokenScores
+from router_r1_jax.training.policy_update import make_loss
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, kl_coef=0.05)
 
 
 def make_case(seed, spread=0.4):
-    """Ragged rows with injected tokens inside, and the readings of a policy and a critic that have moved."""
+    """Ragged rows with injected tokens inside, and the scores by a policy and a critic that have moved."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(5):
@@ -30,7 +30,7 @@ def make_case(seed, spread=0.4):
     shape = rows.tokens.shape
     near = [(rows.logps + rng.normal(size=shape) * spread).astype(np.float32) for _ in range(2)]
     values = (rows.values + rng.normal(size=shape)).astype(np.float32)
-    return rows.replace(reference_logps=near[0]), Reading(near[1], rng.random(shape).astype(np.float32), values)
+    return rows.replace(reference_logps=near[0]), TokenScores(near[1], rng.random(shape).astype(np.float32), values)
 
 
 def divided(loss, rows, x):
@@ -53,15 +53,15 @@ def loop(loss, now, batch):
     value, gradient, peak = 0.0, [np.zeros(batch.tokens.shape) for _ in range(3)], 0.0
     places = [np.flatnonzero(row) for row in batch.mask]
     rows = sum(len(of_row) > 0 for of_row in places)
-    total = {"token": sum(map(len, places)), "sequence": rows, "constant": rows * loss.length}[loss.mean_over]
+    total = {"token": sum(map(len, places)), "sequence": rows, "constant": rows * loss.length}[loss.loss_agg]
     for i, of_row in enumerate(places):
         n = len(of_row)
-        share = 1 / max(total, 1) / (n if loss.mean_over == "sequence" and n else 1)
+        share = 1 / max(total, 1) / (n if loss.loss_agg == "sequence" and n else 1)
         moved = {t: float(now.logps[i, t]) - float(batch.logps[i, t]) for t in of_row}
         mean = sum(moved.values()) / max(n, 1)
         for t in of_row:
             advantage, weight = float(batch.advantages[i, t]), float(batch.weights[i, t])
-            ratio = math.exp(moved[t] if loss.ratio == "token" else mean)
+            ratio = math.exp(moved[t] if loss.importance_level == "token" else mean)
             clipped = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
             cut = ratio * advantage > clipped * advantage
             surrogate = min(ratio * advantage, clipped * advantage)
@@ -76,7 +76,7 @@ def loop(loss, now, batch):
                 gradient[0][i, t] += share * loss.kl_coef * slope
                 sums["kl"] += kl
             pull = 0.0 if cut or bound else share * weight * ratio * advantage
-            if loss.ratio == "token":
+            if loss.importance_level == "token":
                 gradient[0][i, t] -= pull
             else:
                 gradient[0][i, of_row] -= pull / n
@@ -107,13 +107,13 @@ def preset(name):
     """The loss that a configuration of this name trains with."""
     config = base_config()
     use_loss(config, name)
-    config.rollout.max_tokens = 50
+    config.rollout.max_row_tokens = 50
     return make_loss(config)
 
 
 VARIANTS = {name: preset(name) for name in LOSSES} | {
     "dual clip, k1": PolicyLoss(0.2, 0.28, 0.02, dual_clip=1.2, kl="k1"),
-    "sequence ratio, k2": PolicyLoss(0.05, 0.1, 0.01, ratio="sequence", mean_over="sequence", kl="k2"),
+    "sequence ratio, k2": PolicyLoss(0.05, 0.1, 0.01, importance_level="sequence", loss_agg="sequence", kl="k2"),
     "critic without a clip": PolicyLoss(0.2, 0.2, 0.0, value_coef=0.3, entropy_coef=0.1),
 }
 
@@ -135,7 +135,7 @@ def test_sums_and_gradient_are_those_of_a_loop(policy_loss, seed, spread):
     assert set(sums.totals) == set(totals)
     for name in totals:
         np.testing.assert_allclose(float(sums.totals[name]) / scale, totals[name] / scale, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(sums.peaks["logp_diff_max"], peak, rtol=1e-6)
+    np.testing.assert_allclose(sums.maxima["logp_diff_max"], peak, rtol=1e-6)
     for found, one in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(divided(policy_loss, rows, 1) * found, one, rtol=1e-5, atol=1e-6)
 
@@ -161,7 +161,7 @@ def test_what_stands_outside_the_mask_never_matters(hostile):
 def test_at_the_samplers_policy_the_gradient_is_reinforces():
     rows, now = make_case(1)
     rows = rows.replace(reference_logps=rows.logps)
-    gradient = jax.grad(lambda x: LOSS(Reading(x, now.entropy), rows).loss)(rows.logps)
+    gradient = jax.grad(lambda x: LOSS(TokenScores(x, now.entropy), rows).loss)(rows.logps)
     np.testing.assert_allclose(gradient, -rows.mask * rows.weights * rows.advantages, atol=1e-6)
 
 
@@ -171,9 +171,9 @@ def test_asymmetric_clipping_cuts_at_its_own_bounds():
     logps = np.zeros(rows.tokens.shape, np.float32)
     logps[:, 1:5] = np.log([0.79, 0.81, 1.27, 1.29])
     rows = rows.replace(reference_logps=logps)
-    gradient = np.asarray(jax.grad(lambda x: LOSS(Reading(x, logps), rows).loss)(logps))[:, 1:5]
+    gradient = np.asarray(jax.grad(lambda x: LOSS(TokenScores(x, logps), rows).loss)(logps))[:, 1:5]
     np.testing.assert_array_equal(gradient != 0, [[True, True, True, False], [False, True, True, True]])
-    assert float(LOSS(Reading(logps, logps), rows).totals["clip_share"]) == 2
+    assert float(LOSS(TokenScores(logps, logps), rows).totals["clip_share"]) == 2
 
 
 def test_supervised_loss_is_cross_entropy_on_the_mask():

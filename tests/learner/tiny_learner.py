@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from router_r1_jax.learner import PolicyLoss, Reading, Row, make_batch, make_layout
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
+from router_r1_jax.learner import PolicyLoss, Row, TokenScores, make_batch, make_layout
 from router_r1_jax.model import ModelConfig, RouterLM, abstract_params
 
 VOCABULARY = 48
@@ -52,7 +52,7 @@ def together(rows):
     return jax.tree.map(lambda x: x[0][np.argsort(order)], bucket.rows)
 
 
-def full_reading(config, params, prefix, tokens, temperature=1.0, critic=None):
+def full_scores(config, params, prefix, tokens, temperature=1.0, critic=None):
     """Log-probs, entropies and values [B, T] of tokens from full logits, the prefix written out before each row."""
     P, T = len(prefix), tokens.shape[1]
     whole = jnp.concatenate([jnp.tile(jnp.array(prefix, int), (len(tokens), 1)), tokens], axis=1)
@@ -63,16 +63,16 @@ def full_reading(config, params, prefix, tokens, temperature=1.0, critic=None):
     chosen = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
     values = None if critic is None else hidden @ critic["kernel"] + critic["bias"]
-    return Reading(*(None if x is None else jnp.pad(x, ((0, 0), (1, 0))) for x in (chosen, entropy, values)))
+    return TokenScores(*(None if x is None else jnp.pad(x, ((0, 0), (1, 0))) for x in (chosen, entropy, values)))
 
 
-_full_reading = jax.jit(full_reading, static_argnames=("config",), compiler_options=QUICK_COMPILE)
+_full_scores = jax.jit(full_scores, static_argnames=("config",), compiler_options=QUICK_COMPILE)
 
 
 def with_old_policies(config, params, prefix, rows, temperature=1.0, spread=0.3):
     """The rows with log-probs of a sampler and a reference that lie near those of `params`."""
     rng = np.random.default_rng(5)
-    now = np.asarray(_full_reading(config, params, prefix, together(rows).tokens, temperature).logps)
+    now = np.asarray(_full_scores(config, params, prefix, together(rows).tokens, temperature).logps)
     near = [now + spread * rng.normal(size=now.shape) for _ in range(2)]
     made = []
     for i, row in enumerate(rows):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from router_r1_jax.mesh import RULES, make_mesh, rows_sharding
+from router_r1_jax.distributed.mesh import RULES, make_mesh, rows_sharding
 from router_r1_jax.model import RouterLM, abstract_params, attention, load_hf, save_hf
 
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]

@@ -12,14 +12,20 @@ from tiny_models import forward, random_tokens, relative_error
 from router_r1_jax.config import ConfigError, base_config
 from router_r1_jax.model import KV, Cache, ModelConfig, attention, check_attention
 from router_r1_jax.model.attention import attend
-from router_r1_jax.session import _load_model
+from router_r1_jax.setup import model as setup_model
 
 B, T, S, P, LENGTH, H = 3, 7, 12, 5, 3, 4
 HEADS = [(4, 4), (4, 2), (4, 1)]  # queries, keys
 USES = [
-    "causal", "causal in blocks", "causal in parts", "causal in blocks in parts", "any order", "any order in parts",
-    "chunk", "decode",
-]  # fmt: skip
+    "causal",
+    "causal in blocks",
+    "causal in parts",
+    "causal in blocks in parts",
+    "any order",
+    "any order in parts",
+    "chunk",
+    "decode",
+]
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -47,9 +53,7 @@ def run(arrays, positions, key_positions, causal, implementation):
     if not causal and positions.shape != key_positions.shape:  # a cache
         own = Cache(own.k.transpose(0, 2, 3, 1), own.v.swapaxes(1, 2))
     length = jnp.int32(0 if prefix is None else LENGTH)
-    return attend(
-        q, own, positions, key_positions, prefix, length, causal=causal, implementation=implementation
-    )  # fmt: skip
+    return attend(q, own, positions, key_positions, prefix, length, causal=causal, implementation=implementation)
 
 
 def by_loop(arrays, positions, key_positions, causal):
@@ -113,6 +117,7 @@ SHAPE = dict(vocab_size=8, num_layers=1, width=16, mlp=16, num_heads=2, num_kv_h
     ("changes", "message"),
     [
         ({"attention": "flash"}, "attention is 'flash'; choose one of einsum, xla, cudnn"),
+        ({"remat": "some"}, "remat is 'some'; choose one of none, dots, full"),
         ({"attention": "cudnn", "dtype": "float32"}, "attention is 'cudnn' with dtype 'float32'; .* bfloat16"),
         ({"attention": "cudnn", "head_dim": 36}, "attention is 'cudnn' with head_dim 36; .* choose attention 'einsum'"),
         ({"attention": "cudnn", "head_dim": 264}, "attention is 'cudnn' with head_dim 264; .* up to 128"),
@@ -124,16 +129,17 @@ def test_what_cannot_work_is_refused(changes, message):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN may be here")
-def test_cudnn_is_refused_without_a_gpu():
+def test_cudnn_is_refused_without_a_gpu(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"attention is 'cudnn', which needs an NVIDIA GPU; this is cpu: choose"):
         check_attention(ModelConfig(**SHAPE, attention="cudnn"))
     config = base_config()
     config.model.attention, config.model.dtype = "cudnn", "bfloat16"
+    monkeypatch.setattr(setup_model, "_load_tokenizer", lambda *_: range(8))
     with pytest.raises(ConfigError, match=r"^model\.attention is 'cudnn', which needs"):
-        _load_model(config, range(8), None, False)  # of a tokenizer, its length
+        setup_model.open_model(config, tmp_path, None, load_source=False)
 
 
 def test_the_warm_starts_arch_has_no_attention():
-    """`warmstart` hashes `model.arch`: who computes attention is none of its business."""
+    """The warm start's hash holds `model.arch`; the implementation of attention must not change it."""
     config = base_config()
     assert config.model.attention == "einsum" and "attention" not in config.model.arch

@@ -11,42 +11,99 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from router_r1_jax.mesh import make_mesh
-from router_r1_jax.model import ModelConfig, RopeScaling, WeightsError, abstract_params, count_params
-from router_r1_jax.model.attention import rope_frequencies
+from router_r1_jax.distributed.mesh import make_mesh
+from router_r1_jax.model import ModelConfig, WeightsError, abstract_params, count_params
+from router_r1_jax.model.config import RopeScaling
 from router_r1_jax.model.hf_config import config_from_hf, config_to_hf
+from router_r1_jax.model.rotary_embedding import rope_frequencies
 
 # As the checkpoints' own config.json have them (the settings that matter here).
 QWEN25_3B_INSTRUCT = {
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
-    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 11008,
-    "max_position_embeddings": 32768, "max_window_layers": 70, "model_type": "qwen2", "num_attention_heads": 16,
-    "num_hidden_layers": 36, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.1", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 70,
+    "model_type": "qwen2",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 LLAMA32_3B_INSTRUCT = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009], "head_dim": 128, "hidden_act": "silu", "hidden_size": 3072,
-    "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
-    "model_type": "llama", "num_attention_heads": 24, "num_hidden_layers": 28, "num_key_value_heads": 8,
-    "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
     "rope_scaling": {
-        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
         "rope_type": "llama3",
     },
-    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
-}  # fmt: skip
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
 QWEN3_4B = {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02,
-    "intermediate_size": 9728, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
-    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "initializer_range": 0.02,
+    "intermediate_size": 9728,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
     "vocab_size": 151936,
-}  # fmt: skip
+}
 
 
 def read(fields):
@@ -55,17 +112,37 @@ def read(fields):
 
 def test_qwen25_3b_instruct():
     assert read(QWEN25_3B_INSTRUCT) == ModelConfig(
-        vocab_size=151936, num_layers=36, width=2048, mlp=11008, num_heads=16, num_kv_heads=2, head_dim=128,
-        family="qwen2", rope_theta=1e6, rms_eps=1e-6, tie_embeddings=True, max_positions=32768,
-    )  # fmt: skip
+        vocab_size=151936,
+        num_layers=36,
+        width=2048,
+        mlp=11008,
+        num_heads=16,
+        num_kv_heads=2,
+        head_dim=128,
+        family="qwen2",
+        rope_theta=1e6,
+        rms_eps=1e-6,
+        tie_embeddings=True,
+        max_positions=32768,
+    )
 
 
 def test_llama32_3b_instruct():
     assert read(LLAMA32_3B_INSTRUCT) == ModelConfig(
-        vocab_size=128256, num_layers=28, width=3072, mlp=8192, num_heads=24, num_kv_heads=8, head_dim=128,
-        family="llama", rope_theta=5e5, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), rms_eps=1e-5,
-        tie_embeddings=True, max_positions=131072,
-    )  # fmt: skip
+        vocab_size=128256,
+        num_layers=28,
+        width=3072,
+        mlp=8192,
+        num_heads=24,
+        num_kv_heads=8,
+        head_dim=128,
+        family="llama",
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        rms_eps=1e-5,
+        tie_embeddings=True,
+        max_positions=131072,
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,9 +170,18 @@ def test_written_file_is_read_back_by_us_and_by_transformers(fields, tmp_path):
     theirs, original = AutoConfig.from_pretrained(tmp_path), AutoConfig.for_model(**fields)
     assert theirs.rope_parameters == original.rope_parameters
     for name in (
-        "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
-    ):  # fmt: skip
+        "architectures",
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+    ):
         assert getattr(theirs, name) == getattr(original, name), name
     assert theirs.head_dim == getattr(original, "head_dim", 128)
 
@@ -129,7 +215,7 @@ def rope_entries(draw):
 def test_rotary_frequencies_are_those_of_transformers_for_every_way_to_write_them(entries):
     config = read(LLAMA_BASE | entries)
     theirs = LlamaRotaryEmbedding(AutoConfig.for_model(**LLAMA_BASE | entries)).inv_freq.numpy()
-    ours = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    ours = rope_frequencies(config)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     assert ours.dtype == np.float32
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, init_params, save_hf
 
 SCRIPT = Path(__file__).parent / "load_memory.py"

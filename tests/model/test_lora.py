@@ -9,7 +9,7 @@ import torch
 from tiny_models import forward, random_tokens, relative_error, torch_logits
 from transformers import AutoModelForCausalLM
 
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
 from router_r1_jax.model import (
     LoRA,
     abstract_params,
@@ -27,9 +27,14 @@ from router_r1_jax.model import (
 ONE = make_mesh(1, 1, 1, jax.devices()[:1])
 ALL = LoRA(rank=3, alpha=5.0)
 NAMES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 def adapted(config, params, lora=ALL, seed=0):

@@ -9,28 +9,51 @@ from ml_collections import ConfigDict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from router_r1_jax.config import base_config
-from router_r1_jax.mesh import AXES
+from router_r1_jax.distributed.mesh import AXES
 from router_r1_jax.model import abstract_params, count_params, from_arch, preset, preset_arch
 from router_r1_jax.model.hf_config import config_from_hf
 
 QWEN25 = {
-    "model_type": "qwen2", "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": True,
+    "model_type": "qwen2",
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
     "vocab_size": 151936,
-}  # fmt: skip
+}
 QWEN3 = {
-    "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
-    "use_sliding_window": False, "tie_word_embeddings": True, "vocab_size": 151936,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
 SCALING = {
-    "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
-}  # fmt: skip
+}
 LLAMA3 = {
-    "model_type": "llama", "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05,
-    "rope_scaling": SCALING, "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": SCALING,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 128256,
+}
 
 
 def fields(base, layers, width, mlp, heads, **rest):

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from safetensors.numpy import load_file
 
-from router_r1_jax.mesh import AXES, RULES
+from router_r1_jax.distributed.mesh import AXES, RULES
 from router_r1_jax.model import LoRA, abstract_params, preset
 
 SCRIPT = Path(__file__).parent / "sharded_model.py"
@@ -78,6 +78,6 @@ def test_a_large_parameter_that_stays_whole_is_found(monkeypatch):
     config = preset("Qwen2.5-0.5B")
     large, whole = large_and_whole(dataclasses.replace(config, width=897), (1, 8, 1))
     assert whole == list(large) != []
-    monkeypatch.setattr("router_r1_jax.mesh.RULES", tuple((dict(RULES) | {"embed": None}).items()))
+    monkeypatch.setattr("router_r1_jax.distributed.mesh.RULES", tuple((dict(RULES) | {"embed": None}).items()))
     large, whole = large_and_whole(config, (1, 8, 1))
     assert whole == list(large) != []

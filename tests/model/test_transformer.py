@@ -1,7 +1,7 @@
 """One model in three uses that must agree: whole sequences, any split into cached chunks, a prefix kept apart.
 
-The truth is the plain forward of whole sequences (itself held against transformers in test_hf.py), and for sampling
-transformers' own `generate`.
+The truth is the plain forward of whole sequences (test_hf_checkpoint.py compares it with transformers). The truth of
+sampling is `generate` of transformers.
 """
 
 import functools

@@ -14,13 +14,22 @@ torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
 VOCAB = 96
 COMMON = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=65_536,
-    bos_token_id=None, eos_token_id=None,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    max_position_embeddings=65_536,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    rope_type="llama3",
+    rope_theta=500_000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
     original_max_position_embeddings=64,
-)  # fmt: skip
+)
 
 
 def _plain(theta):
@@ -29,9 +38,13 @@ def _plain(theta):
 
 def _config(cls, heads, kv_heads, rope, tied, **fields):
     return cls(
-        **COMMON, num_attention_heads=heads, num_key_value_heads=kv_heads, rope_parameters=rope,
-        tie_word_embeddings=tied, **fields,
-    )  # fmt: skip
+        **COMMON,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rope_parameters=rope,
+        tie_word_embeddings=tied,
+        **fields,
+    )
 
 
 # Heads, kv heads, rope and tying differ within a family; the last of each has a head_dim other than D/N.

@@ -38,14 +38,20 @@ def pool_config():
         config.providers = (provider(name="p", base_url=base_url),)
         config.models = (
             model_card(
-                name="Titan", provider="p", model="titan-70b", price_in=3.0, price_out=12.0, latency=0.5,
-                performance={"film": 0.9}, aliases=("Titan XL",),
+                name="Titan",
+                provider="p",
+                model="titan-70b",
+                price_in=3.0,
+                price_out=12.0,
+                latency=0.5,
+                performance={"film": 0.9},
+                aliases=("Titan XL",),
             ),
             model_card(name="Pico", provider="p", model="pico-1b", price_in=0.05, price_out=0.2),
-        )  # fmt: skip
+        )
         config.update(dict(deadline=20.0, request_timeout=5.0, backoff=0.01, backoff_max=0.05, concurrency=8))
-        config.breaker.failures = fields.pop("breaker", 0)
-        config.tape.mode = fields.pop("tape", "off")
+        config.circuit_breaker.failures = fields.pop("failures_to_open", 0)
+        config.call_cache.mode = fields.pop("call_cache", "off")
         config.update(fields)
         return config
 

@@ -2,10 +2,11 @@
 
 import mains
 import pytest
+from ledger_totals import ledger_totals
 from mains import checkpoint_arrays, train_lines
 
-from router_r1_jax.checkpoint import CheckpointStore
-from router_r1_jax.pool.ledger import ledger_totals, read_ledger
+from router_r1_jax.pool.ledger import read_ledger
+from router_r1_jax.storage.checkpoint import CheckpointStore
 
 
 def finished(workdir):
@@ -31,6 +32,8 @@ def test_a_run_that_has_spent_its_budget_ends_in_one_line_and_goes_on(finished_r
     written, (_, run) = ledger_totals(tmp_path / "ledger.jsonl"), checkpoint_arrays(tmp_path, 4)
     reported = [sum(column) for column in zip(*run["pools"][0]["ledger"].values(), strict=True)]
     assert [written["calls"], written["charged"], written["spent"]] == [
-        reported[0], reported[1] / 10**12, reported[2] / 10**12,
-    ]  # fmt: skip
+        reported[0],
+        reported[1] / 10**12,
+        reported[2] / 10**12,
+    ]
     assert written["spent"] > stopped["spent"]

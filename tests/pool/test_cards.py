@@ -10,9 +10,9 @@ from router_r1_jax.config import ConfigError, base_config, model_card, provider
 from router_r1_jax.pool.cards import (
     all_in_prompts,
     at_step,
+    candidate_settings,
     cards_from_config,
-    roster,
-    roster_settings,
+    draw_candidates,
     route_names,
 )
 from router_r1_jax.protocol import RouteCall, parse_route
@@ -23,7 +23,7 @@ def test_a_card_says_what_the_config_says(pool_config):
     assert (titan.key, titan.name, titan.provider, titan.model) == ("Titan", "Titan", "p", "titan-70b")
     assert (titan.price_in, titan.price_out, titan.latency, titan.aliases) == (3.0, 12.0, 0.5, ("Titan XL",))
     assert titan.performance == {"film": 0.9}
-    assert pico.simulated.failure_rate == 0.0
+    assert pico.simulated["failure_rate"] == 0.0
 
 
 def _third(**fields):
@@ -61,7 +61,7 @@ def _third(**fields):
         ({"model": ""}, r"pool\.models\[2\]\.model is ''"),
     ],
 )
-def test_a_card_that_cannot_be_meant_is_refused_by_its_field(pool_config, fields, message):
+def test_an_invalid_card_is_refused_by_its_field(pool_config, fields, message):
     config = pool_config()
     config.models = (*config.models, _third(**fields))
     with pytest.raises(ConfigError, match=message) as caught:
@@ -81,10 +81,10 @@ def test_the_third_card_is_fine_without_the_fault(pool_config):
         ({"names": ("Nova", "a:b", "Vega")}, r"pool\.names\[1\] is 'a:b'; a name holds no colon"),
         ({"names": ("Nova", "Vega", "nova")}, r"pool\.names\[2\] is 'nova', which pool\.names\[0\] is already"),
         ({"names": ("Nova",)}, r"pool\.names are 1, and a prompt shows 2 models; add names"),
-        ({"names": ("Nova",), "shown": 2}, r"pool\.names are 1, and a prompt shows 2 models"),
+        ({"names": ("Nova",), "candidates": 2}, r"pool\.names are 1, and a prompt shows 2 models"),
     ],
 )
-def test_names_that_cannot_be_dealt_are_refused_where_they_would_be(pool_config, fields, message):
+def test_invalid_names_are_refused_if_they_would_be_used(pool_config, fields, message):
     config = pool_config()
     config.update(fields | {"rename": True})
     with pytest.raises(ConfigError, match=message):
@@ -104,9 +104,9 @@ def _cards(count):
 
 
 @given(count=st.integers(1, 7), seed=st.integers(0, 2**32), shuffle=st.booleans(), rename=st.booleans())
-def test_a_roster_deals_order_and_names_and_leaves_the_rest_alone(count, seed, shuffle, rename):
+def test_candidates_get_another_order_and_other_names_and_nothing_else(count, seed, shuffle, rename):
     cards = _cards(count)
-    shown = roster(cards, np.random.default_rng(seed), shuffle=shuffle, rename=rename)
+    shown = draw_candidates(cards, np.random.default_rng(seed), shuffle=shuffle, rename=rename)
     by_key = {card.key: card for card in cards}
     assert sorted(card.key for card in shown) == sorted(by_key)
     for card in shown:
@@ -120,12 +120,12 @@ def test_a_roster_deals_order_and_names_and_leaves_the_rest_alone(count, seed, s
         assert all(card.name == card.key for card in shown)
 
 
-@given(shown=st.integers(1, 7), seed=st.integers(0, 2**32), shuffle=st.booleans(), rename=st.booleans())
-def test_a_roster_of_some_cards_deals_the_names_of_all(shown, seed, shuffle, rename):
+@given(count=st.integers(1, 7), seed=st.integers(0, 2**32), shuffle=st.booleans(), rename=st.booleans())
+def test_some_candidates_get_names_of_all_cards(count, seed, shuffle, rename):
     cards = _cards(7)
-    chosen = roster(cards, np.random.default_rng(seed), shown=shown, shuffle=shuffle, rename=rename)
+    chosen = draw_candidates(cards, np.random.default_rng(seed), candidates=count, shuffle=shuffle, rename=rename)
     by_key, names = {card.key: card for card in cards}, {(card.name, card.aliases) for card in cards}
-    assert len({card.key for card in chosen}) == len({card.name for card in chosen}) == len(chosen) == shown
+    assert len({card.key for card in chosen}) == len({card.name for card in chosen}) == len(chosen) == count
     for card in chosen:
         declared = by_key[card.key]
         assert (card.name, card.aliases) in names and (rename or card == declared)
@@ -135,13 +135,13 @@ def test_a_roster_of_some_cards_deals_the_names_of_all(shown, seed, shuffle, ren
 
 
 @given(names=st.integers(3, 9), seed=st.integers(0, 2**32))
-def test_names_of_the_configuration_are_dealt_instead_of_the_models_own(names, seed):
+def test_names_of_the_configuration_replace_those_of_the_models(names, seed):
     """Each at most once, none with the aliases of a model; and all of them stand on cards that a prompt can show."""
     cards, config = _cards(7), base_config().pool
-    config.update(dict(shown=3, rename=True, names=tuple("ABCDEFGHI"[:names])))
-    chosen = roster(cards, np.random.default_rng(seed), **roster_settings(config))
-    dealt = [card.name for card in chosen]
-    assert len(chosen) == len(set(dealt)) == 3 and set(dealt) <= set(config.names)
+    config.update(dict(candidates=3, rename=True, names=tuple("ABCDEFGHI"[:names])))
+    chosen = draw_candidates(cards, np.random.default_rng(seed), **candidate_settings(config))
+    names_drawn = [card.name for card in chosen]
+    assert len(chosen) == len(set(names_drawn)) == 3 and set(names_drawn) <= set(config.names)
     by_key = {card.key: card for card in cards}
     for card in chosen:
         assert card == dataclasses.replace(by_key[card.key], name=card.name, aliases=())
@@ -154,7 +154,8 @@ def test_names_of_the_configuration_are_dealt_instead_of_the_models_own(names, s
 def test_every_selection_order_and_naming_is_drawn_about_equally_often():
     cards, rng = _cards(3), np.random.default_rng(0)
     drawn = [
-        tuple((c.key, c.name) for c in roster(cards, rng, shown=2, shuffle=True, rename=True)) for _ in range(7200)
+        tuple((c.key, c.name) for c in draw_candidates(cards, rng, candidates=2, shuffle=True, rename=True))
+        for _ in range(7200)
     ]
     counts = np.unique([str(each) for each in drawn], return_counts=True)[1]
     assert len(counts) == 36  # six ordered pairs of cards, six of names
@@ -167,7 +168,7 @@ def test_every_arrangement_is_drawn_about_equally_often(switch):
     rng = np.random.default_rng(0)
     switches = {"shuffle": False, "rename": False, switch: True}
     field = "key" if switch == "shuffle" else "name"
-    drawn = [tuple(getattr(card, field) for card in roster(cards, rng, **switches)) for _ in range(3000)]
+    drawn = [tuple(getattr(card, field) for card in draw_candidates(cards, rng, **switches)) for _ in range(3000)]
     counts = np.unique(drawn, axis=0, return_counts=True)[1]
     assert len(counts) == 6
     assert abs(counts - 500).max() < 5 * math.sqrt(500)  # 5 standard deviations
@@ -176,16 +177,28 @@ def test_every_arrangement_is_drawn_about_equally_often(switch):
 def test_order_and_names_are_drawn_apart_from_each_other():
     cards = _cards(3)
     rng = np.random.default_rng(0)
-    drawn = {tuple((c.key, c.name) for c in roster(cards, rng, shuffle=True, rename=True)) for _ in range(1000)}
+    drawn = {
+        tuple((c.key, c.name) for c in draw_candidates(cards, rng, shuffle=True, rename=True)) for _ in range(1000)
+    }
     assert len(drawn) == 36
 
 
-def test_every_spelling_finds_the_name_that_is_shown():
-    cards = roster(_cards(5), np.random.default_rng(1), shuffle=True, rename=True)
+def test_every_spelling_finds_the_name_in_the_prompt():
+    cards = draw_candidates(_cards(5), np.random.default_rng(1), shuffle=True, rename=True)
     names = route_names(cards)
     for card in cards:
         for spelling in (card.name, card.name.upper(), *card.aliases):
             assert parse_route(f" {spelling} : who: me?", names) == RouteCall(card.name, "who: me?")
+
+
+def test_the_price_of_a_call(pool_config):
+    config = pool_config()
+    config.models[0].price_cached = 0.5
+    titan, pico = cards_from_config(config)
+    assert titan.dollars(100, 20) == pytest.approx(100 * 3e-6 + 20 * 12e-6)
+    assert titan.dollars(100, 20, 80) == pytest.approx(20 * 3e-6 + 80 * 0.5e-6 + 20 * 12e-6)
+    assert pico.dollars(100, 20, 80) == pico.dollars(100, 20) == pytest.approx(100 * 0.05e-6 + 20 * 0.2e-6)
+    assert titan.raw_cost(20) == 240.0
 
 
 def test_a_price_changes_at_its_step_and_nothing_else_does(pool_config):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from scripted_provider import completion
 
-from router_r1_jax.config import base_config, provider
-from router_r1_jax.pool.check import check
+from router_r1_jax.config import SPLITS, base_config, provider
+from router_r1_jax.pool.check import main
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-marked-5ecre7-key"
@@ -15,6 +15,7 @@ KEY = "sk-marked-5ecre7-key"
 def _config(pool_config, url):
     config = base_config()
     config.pool = pool_config(url, backoff=1000.0, backoff_max=1000.0)
+    config.data.update({split: ("nq",) for split in SPLITS})  # no synthetic world
     return config
 
 
@@ -26,9 +27,9 @@ def test_each_model_is_asked_once_and_told_in_a_row(serve, pool_config, capsys):
         return status, headers, json.dumps(json.loads(content) | {"model": "titan-7b"}).encode()
 
     scripted = serve(script)
-    assert not check(_config(pool_config, scripted.base_url))
-    header, titan, pico = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[0] == "model" and "served as" in header
+    assert main(_config(pool_config, scripted.base_url)) == 1
+    heads, titan, pico = capsys.readouterr().out.splitlines()
+    assert heads.split("  ")[0] == "model" and "served as" in heads
     assert titan.split()[:2] == ["Titan", "yes"]
     assert titan.split()[3:] == ["1000", "500", "9.00e-03", "titan-7b"]  # 3 and 12 dollars per million tokens
     assert pico.split()[:2] == ["Pico", "no"] and pico.endswith("unavailable: HTTP 503: overloaded")
@@ -42,7 +43,7 @@ def test_the_key_is_sent_and_never_printed(serve, pool_config, capfd, monkeypatc
         scripted = serve(lambda n, b, status=status: (status, {}, content))
         config = _config(pool_config, scripted.base_url)
         config.pool.providers = (provider(name="p", base_url=scripted.base_url, key_env="MARKED_KEY"),)
-        assert check(config) == (status == 200)
+        assert main(config) == int(status != 200)
         assert scripted.requests[0][0]["Authorization"] == f"Bearer {KEY}"
     said = "".join(capfd.readouterr())
     assert "[key]" in said and KEY not in said

@@ -16,27 +16,42 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, init_params
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.pool.outcomes import Completion, Outcome
-from router_r1_jax.pool.pool import _reply
+from router_r1_jax.pool.pool import make_reply
 from router_r1_jax.protocol import KINDS, find_tags, information_block, parse_response
 from router_r1_jax.reward.format import check_format
-from router_r1_jax.rollout import Engine, Manners, Prompt
-from router_r1_jax.rollout.automaton import build_automaton, token_bytes
-from router_r1_jax.rollout.exchange import STOP_TAGS, reply_ids, route_text
-from router_r1_jax.rollout.state import Limits
+from router_r1_jax.rollout import Engine, EpisodeLimits, Prompt, StaticShapes
+from router_r1_jax.rollout.host_callback import reply_ids, route_text
+from router_r1_jax.rollout.stop_tags import STOP_TAGS, build_automaton, token_bytes
 
 CARD = Card("Titan", "Titan", "p", "titan", 1.0, 1.0, None, {}, "", ())
 BUDGET = 24
 # Of Qwen, Llama, DeepSeek, Gemma and Mistral; the last ones hold no angle bracket.
 SPECIAL = [
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|fim_prefix|>", "<|eot_id|>",
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_0|>", "<|eom_id|>",
-    "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<start_of_turn>", "<bos>", "</s>", "<|pad|>",
-    "[INST]", "[/INST]", "[TOOL_CALLS]",
-]  # fmt: skip
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|fim_prefix|>",
+    "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|reserved_special_token_0|>",
+    "<|eom_id|>",
+    "<\uff5cUser\uff5c>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<start_of_turn>",
+    "<bos>",
+    "</s>",
+    "<|pad|>",
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+]
 BEFORE = "<think> a </think> <search> Titan: who? </search>"
 AFTER = "<think> b </think> <answer> c </answer>"
 
@@ -101,10 +116,10 @@ hostile = st.lists(disguised() | odd | st.text(max_size=6), min_size=1, max_size
 def assert_harmless(text, tags_whole, budget=BUDGET):
     """Neutralise, cut, tokenise and parse as a rollout does."""
     tok = tokenizer(tags_whole)
-    reply = _reply(CARD, "who?", Completion(text, Outcome.OK, 1, 1, 0.0, 1), spent=0.0, hit=False)
+    reply = make_reply(CARD, "who?", Completion(text, Outcome.OK, 1, 1, 0.0, 1), None)
     ids, _ = reply_ids(tok, reply.text, budget)
     assert not special_ids(tok) & set(ids)
-    table, state = automaton(tags_whole).next_state, 0
+    table, state = automaton(tags_whole), 0
     for token in ids:
         state = table[state, token]
         assert not 1 <= state <= len(STOP_TAGS), "the reply completes a stop tag"
@@ -151,12 +166,21 @@ def engine():
     model = ModelConfig(
         vocab_size=len(tok), num_layers=1, width=8, mlp=8, num_heads=2, num_kv_heads=1, head_dim=4, remat="none"
     )
-    limits = Limits(
-        slots=8, lanes=8, row_tokens=192, turn_tokens=12, episode_tokens=99, feed_tokens=64, chunk=32, feed_rows=4,
-        feed_wait=2, exchange_rows=8, poll_every=4,
-    )  # fmt: skip
-    made = Engine(model, limits, tok, Manners(max_calls=3, reply_tokens=BUDGET))
-    made.push(init_params(model, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0))
+    shapes = StaticShapes(
+        slots=8,
+        decode_batch=8,
+        row_tokens=192,
+        turn_tokens=12,
+        episode_tokens=99,
+        prefill_tokens=64,
+        prefill_chunk=32,
+        prefill_rows=4,
+        prefill_wait=2,
+        callback_rows=8,
+        poll_every=4,
+    )
+    made = Engine(model, shapes, tok, EpisodeLimits(max_calls=3, reply_tokens=BUDGET))
+    made.sync_weights(init_params(model, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0))
     return made, tok
 
 
@@ -171,7 +195,7 @@ def assert_engine_unharmed(texts, seed):
     def respond(route, *, episode, call):
         future = Future()
         completion = Completion(next(left, "x"), Outcome.OK, 1, 1, 0.0, 1)
-        future.set_result(_reply(CARD, "who?", completion, spent=0.0, hit=False))
+        future.set_result(make_reply(CARD, "who?", completion, None))
         return future
 
     prompts = [Prompt(8 * seed + i, tuple(tok.encode(f"Question {i}:"))) for i in range(8)]
@@ -229,6 +253,6 @@ def test_bytes_that_are_no_text_stay_inside(data, tag):
 )
 def test_a_million_characters_are_cut_to_the_budget(piece):
     assert_harmless(piece * (1_000_000 // len(piece)), True)
-    reply = _reply(CARD, "", Completion("a" * 1_000_000, Outcome.OK, 1, 1, 0.0, 1), spent=0.0, hit=False)
+    reply = make_reply(CARD, "", Completion("a" * 1_000_000, Outcome.OK, 1, 1, 0.0, 1), None)
     (frame, whole), (ids, cut) = (reply_ids(tokenizer(True), text, BUDGET) for text in ("", reply.text))
     assert (len(ids), whole, cut) == (BUDGET + len(frame), False, True)

@@ -7,26 +7,27 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from ledger_totals import state_totals
 from scripted_provider import completion
 
 from router_r1_jax.config import ConfigError, provider
-from router_r1_jax.pool.cards import cards_from_config, roster
+from router_r1_jax.pool.call_cache import CacheMissError
+from router_r1_jax.pool.cards import cards_from_config, draw_candidates
 from router_r1_jax.pool.ledger import read_ledger
 from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply, provider_fault
 from router_r1_jax.pool.pool import Pool
-from router_r1_jax.pool.tape import TapeMiss
 
 KEY = "sk-marked-5ecre7-key"
 
 
 @pytest.fixture
 def open_pool(tmp_path):
-    """open_pool(config) -> (Pool, cards); all share the test's ledger and tape."""
+    """open_pool(config) -> (Pool, cards); all share the test's ledger and call cache."""
     pools = []
 
     def make(config):
         cards = cards_from_config(config)
-        pool = Pool(config, cards, ledger_path=tmp_path / "ledger.jsonl", tape_path=tmp_path / "tape.sqlite")
+        pool = Pool(config, cards, ledger_path=tmp_path / "ledger.jsonl", cache_path=tmp_path / "call_cache.sqlite")
         pools.append(pool)
         return pool, cards
 
@@ -79,7 +80,7 @@ def test_cached_tokens_are_spent_at_their_price_and_charged_in_full(serve, pool_
         ("", Outcome.MALFORMED_ROUTE),
     ],
 )
-def test_the_routers_own_fault_is_answered_at_once_and_costs_nothing(
+def test_a_fault_of_the_router_is_answered_at_once_and_costs_nothing(
     serve, pool_config, open_pool, tmp_path, route, outcome
 ):
     scripted = serve(lambda n, b: completion("never"))
@@ -97,12 +98,25 @@ def test_the_routers_own_fault_is_answered_at_once_and_costs_nothing(
 def test_whose_fault_it_is():
     faults = {outcome: provider_fault(outcome) for outcome in Outcome}
     assert {outcome for outcome, fault in faults.items() if fault} == {
-        "timeout", "unavailable", "rate_limited", "bad_request", "over_budget",
-    }  # fmt: skip
+        "timeout",
+        "unavailable",
+        "rate_limited",
+        "bad_request",
+        "over_budget",
+    }
     assert set(faults) == {
-        "ok", "truncated", "empty", "refused", "rate_limited", "timeout", "unavailable", "bad_request", "over_budget",
-        "unknown_model", "malformed_route",
-    }  # fmt: skip
+        "ok",
+        "truncated",
+        "empty",
+        "refused",
+        "rate_limited",
+        "timeout",
+        "unavailable",
+        "bad_request",
+        "over_budget",
+        "unknown_model",
+        "malformed_route",
+    }
 
 
 def test_a_providers_fault_is_neither_charged_nor_passed_over(serve, pool_config, open_pool):
@@ -140,10 +154,10 @@ def test_a_reply_without_text_is_empty_and_charged(serve, pool_config, open_pool
     assert reply.charged == reply.spent > 0
 
 
-def test_a_shown_name_calls_the_model_behind_it(serve, pool_config, open_pool):
+def test_a_renamed_candidate_calls_the_model_behind_the_name(serve, pool_config, open_pool):
     scripted = serve(lambda n, b: completion(b["model"]))
     pool, cards = open_pool(pool_config(scripted.base_url))
-    shown = roster(cards, np.random.default_rng(2), shuffle=True, rename=True)
+    shown = draw_candidates(cards, np.random.default_rng(2), shuffle=True, rename=True)
     assert {card.key: card.name for card in shown} == {"Titan": "Pico", "Pico": "Titan"}
     for card in shown:
         reply = _ask(pool, shown, f"{card.name}: Who?")
@@ -185,7 +199,7 @@ def test_64_calls_in_flight_end_in_one_outcome_and_one_line_each(serve, pool_con
     outcomes = Counter(reply.outcome for reply in replies.values())
     assert outcomes[Outcome.UNKNOWN_MODEL] == outcomes[Outcome.MALFORMED_ROUTE] == 64
     assert {Outcome.OK, Outcome.TRUNCATED, Outcome.BAD_REQUEST} <= set(outcomes)
-    totals = pool.totals()
+    totals = state_totals(pool.ledger.state())
     assert totals["calls"] == 256
     assert totals["charged"] == pytest.approx(sum(reply.charged for reply in replies.values()))
     assert totals["models"]["Pico"]["calls"] == 64
@@ -196,8 +210,14 @@ def _story(reply: Reply) -> tuple:
     return reply.text, reply.outcome, reply.model, reply.query, reply.raw_cost, reply.charged, reply.error
 
 
-CALLS = [("e1", 0, "Titan: a?"), ("e1", 1, "Pico: b?"), ("e2", 0, "Titan: a?"), ("e2", 1, "Nobody: b?"),
-         ("e3", 0, "Titan: c?"), ("e3", 1, "Titan: a?")]  # fmt: skip
+CALLS = [
+    ("e1", 0, "Titan: a?"),
+    ("e1", 1, "Pico: b?"),
+    ("e2", 0, "Titan: a?"),
+    ("e2", 1, "Nobody: b?"),
+    ("e3", 0, "Titan: c?"),
+    ("e3", 1, "Titan: a?"),
+]
 
 
 def _run(pool, cards):
@@ -213,7 +233,7 @@ def test_a_recorded_run_is_repeated_without_a_provider_or_a_key(
     scripted = serve(script)
 
     def config(mode):
-        made = pool_config(scripted.base_url, tape=mode, temperature=temperature)
+        made = pool_config(scripted.base_url, call_cache=mode, temperature=temperature)
         made.providers = (provider(name="p", base_url=scripted.base_url, key_env="MARKED_KEY"),)
         return made
 
@@ -234,19 +254,19 @@ def test_a_recorded_run_is_repeated_without_a_provider_or_a_key(
 
 def test_recording_pays_for_a_question_once_and_charges_it_each_time(serve, pool_config, open_pool):
     scripted = serve(lambda n, b: completion("fine"))
-    pool, cards = open_pool(pool_config(scripted.base_url, tape="record"))
+    pool, cards = open_pool(pool_config(scripted.base_url, call_cache="record"))
     first, second = (_ask(pool, cards, "Titan: a?", episode) for episode in ("e1", "e2"))
     assert (first.hit, second.hit) == (False, True)
     assert first.charged == second.charged == first.spent > second.spent == 0
-    totals = pool.totals()
+    totals = state_totals(pool.ledger.state())
     assert (totals["charged"], totals["spent"]) == pytest.approx((2 * first.charged, first.charged))
 
 
-def test_replay_asks_for_what_the_tape_does_not_hold(serve, pool_config, open_pool):
+def test_replay_makes_the_calls_that_the_cache_does_not_hold(serve, pool_config, open_pool):
     scripted = serve(lambda n, b: completion("fine"))
-    _run(*open_pool(pool_config(scripted.base_url, tape="record")))
+    _run(*open_pool(pool_config(scripted.base_url, call_cache="record")))
     asked = len(scripted.requests)
-    pool, cards = open_pool(pool_config(scripted.base_url, tape="replay"))
+    pool, cards = open_pool(pool_config(scripted.base_url, call_cache="replay"))
     assert all(reply.hit for reply in _run(pool, cards) if reply.model)
     assert len(scripted.requests) == asked
     assert not _ask(pool, cards, "Pico: something new?").hit
@@ -255,18 +275,18 @@ def test_replay_asks_for_what_the_tape_does_not_hold(serve, pool_config, open_po
 
 def test_a_strict_miss_comes_out_of_the_future(serve, pool_config, open_pool):
     scripted = serve(lambda n, b: completion("fine"))
-    open_pool(pool_config(scripted.base_url, tape="record"))
-    pool, cards = open_pool(pool_config(scripted.base_url, tape="strict"))
-    with pytest.raises(TapeMiss, match="call 0 of episode e1 to model 'titan-70b'"):
+    open_pool(pool_config(scripted.base_url, call_cache="record"))
+    pool, cards = open_pool(pool_config(scripted.base_url, call_cache="strict"))
+    with pytest.raises(CacheMissError, match="call 0 of episode e1 to model 'titan-70b'"):
         _ask(pool, cards, "Titan: a?")
     assert scripted.requests == []
 
 
-def test_neither_ledger_nor_tape_holds_the_key(serve, pool_config, open_pool, monkeypatch, tmp_path):
+def test_neither_ledger_nor_call_cache_holds_the_key(serve, pool_config, open_pool, monkeypatch, tmp_path):
     monkeypatch.setenv("MARKED_KEY", KEY)
     message = json.dumps({"error": {"message": KEY}}).encode()
     config = pool_config(
-        serve(lambda n, b: completion(f"it is {KEY}") if n else (400, {}, message)).base_url, tape="record"
+        serve(lambda n, b: completion(f"it is {KEY}") if n else (400, {}, message)).base_url, call_cache="record"
     )
     config.providers = (provider(name="p", base_url=config.providers[0].base_url, key_env="MARKED_KEY"),)
     pool, cards = open_pool(config)
@@ -310,17 +330,16 @@ def test_sums_go_on_from_a_checkpoint(serve, pool_config, open_pool):
     for call in range(4):
         _ask(whole, cards, "Titan: a?", call=call)
         if call == 1:
-            resumed.restore(json.loads(json.dumps(whole.state())), 1)
+            resumed.ledger.restore(json.loads(json.dumps(whole.ledger.state())), 1)
         if call > 1:
             _ask(resumed, cards, "Titan: a?", call=call)
-    assert resumed.state() == whole.state()
-    assert resumed.totals() == whole.totals()
+    assert resumed.ledger.state() == whole.ledger.state()
 
 
 def test_closing_ends_calls_that_are_retried_and_records_no_fault_of_ours(serve, pool_config, open_pool, tmp_path):
     scripted = serve(lambda n, b: (503, {}, b""))
     config = pool_config(
-        scripted.base_url, deadline=300.0, backoff=200.0, backoff_max=200.0, concurrency=2, tape="record"
+        scripted.base_url, deadline=300.0, backoff=200.0, backoff_max=200.0, concurrency=2, call_cache="record"
     )
     pool, cards = open_pool(config)
     futures = [
@@ -409,18 +428,20 @@ def test_a_fault_is_charged_to_nobody_and_what_it_used_is_spent(serve, pool_conf
     reply = _ask(pool, cards, "Titan: Who?")
     assert (reply.outcome, reply.raw_cost, reply.charged) == (Outcome.UNAVAILABLE, 0, 0)
     assert reply.spent == pytest.approx(10 * 3e-6 + 20 * 12e-6)
-    assert pool.totals()["spent"] == pytest.approx(reply.spent)
+    assert state_totals(pool.ledger.state())["spent"] == pytest.approx(reply.spent)
 
 
-def test_impossible_counts_reach_neither_tape_nor_ledger(serve, pool_config, open_pool):
+def test_impossible_counts_reach_neither_call_cache_nor_ledger(serve, pool_config, open_pool):
     """SQLite's integers end at 2^63 and a float's range at 1e308: the run must not end there with them."""
     for tokens in (2**63, 10**400):
         body = {"choices": [{"message": {"content": "ok"}}], "usage": {"completion_tokens": tokens}}
         content = json.dumps(body).encode()
         config = pool_config(
-            serve(lambda n, b, content=content: (200, {}, content)).base_url, tape="record", backoff=1000.0,
+            serve(lambda n, b, content=content: (200, {}, content)).base_url,
+            call_cache="record",
+            backoff=1000.0,
             backoff_max=1000.0,
-        )  # fmt: skip
+        )
         pool, cards = open_pool(config)
         reply = _ask(pool, cards, "Titan: Who?")
         assert (reply.outcome, reply.charged, reply.spent) == (Outcome.UNAVAILABLE, 0, 0)
@@ -444,7 +465,7 @@ def test_rows_that_ask_the_same_at_the_same_moment_share_one_request(serve, pool
         return completion(f"reply {number}")
 
     scripted = serve(hold)
-    pool, cards = open_pool(pool_config(scripted.base_url, tape="record", concurrency=16))
+    pool, cards = open_pool(pool_config(scripted.base_url, call_cache="record", concurrency=16))
     ask = lambda i: pool.respond(  # noqa: E731
         f"Titan: {i % 2}?", cards=cards, episode=str(i), call=0, step=0, split="train"
     )
@@ -462,8 +483,8 @@ def test_rows_that_ask_the_same_at_the_same_moment_share_one_request(serve, pool
     assert len(read_ledger(tmp_path / "ledger.jsonl")) == 16
 
 
-def test_a_sampling_model_is_asked_by_each_row_and_so_is_any_without_a_tape(serve, pool_config, open_pool):
-    for fields in ({"tape": "record", "temperature": 1.0}, {"tape": "off"}):
+def test_a_sampling_model_is_asked_by_each_row_and_so_is_any_without_a_cache(serve, pool_config, open_pool):
+    for fields in ({"call_cache": "record", "temperature": 1.0}, {"call_cache": "off"}):
         scripted = serve(lambda n, b: completion("fine"))
         pool, cards = open_pool(pool_config(scripted.base_url, **fields))
         for i in range(3):
@@ -471,7 +492,7 @@ def test_a_sampling_model_is_asked_by_each_row_and_so_is_any_without_a_tape(serv
         assert len(scripted.requests) == 3
 
 
-def test_a_shared_fault_is_every_rows_own_and_repeated_in_replay(serve, pool_config, open_pool):
+def test_every_row_keeps_a_shared_fault_and_repeats_it_in_replay(serve, pool_config, open_pool):
     entered, released = threading.Event(), threading.Event()
 
     def hold(number, body):
@@ -480,10 +501,10 @@ def test_a_shared_fault_is_every_rows_own_and_repeated_in_replay(serve, pool_con
         return 400, {}, b""
 
     scripted = serve(hold)
-    pool, cards = open_pool(pool_config(scripted.base_url, tape="record"))
+    pool, cards = open_pool(pool_config(scripted.base_url, call_cache="record"))
     futures = [pool.respond("Titan: a?", cards=cards, episode=str(i), call=0, step=0, split="train") for i in range(4)]
     assert entered.wait(60)
     released.set()
     assert {future.result(timeout=60).outcome for future in futures} == {Outcome.BAD_REQUEST}
-    strict, _ = open_pool(pool_config(scripted.base_url, tape="strict"))
+    strict, _ = open_pool(pool_config(scripted.base_url, call_cache="strict"))
     assert [_ask(strict, cards, "Titan: a?", str(i)).outcome for i in range(4)] == [Outcome.BAD_REQUEST] * 4

@@ -1,4 +1,4 @@
-"""The pools that configs/pools ships: each makes cards, claims no figure without a source, and says how old it is."""
+"""The pools in configs/pools: each makes cards, states no number without a source, and dates its prices."""
 
 import datetime
 import importlib.util
@@ -6,18 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from router_r1_jax.config import base_config, use_pool, validate
+from router_r1_jax.config import base_config, use_pool
+from router_r1_jax.config_checks import validate
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.prompts import load_template, render
 
 POOLS = Path(__file__).parents[2] / "configs" / "pools"
 
-# What DESIGN.md section 6 lists: dollars per million output tokens.
+# Dollars per million output tokens, from the paper.
 PUBLISHED = {
-    "Qwen2.5-7B-Instruct": 0.30, "LLaMA-3.1-70B-Instruct": 0.88, "LLaMA-3.1-8B-Instruct": 0.18,
-    "Mistral-7B-Instruct": 0.20, "Mixtral-8x22B-Instruct": 1.20, "Gemma-2-27B-Instruct": 0.80,
-}  # fmt: skip
+    "Qwen2.5-7B-Instruct": 0.30,
+    "LLaMA-3.1-70B-Instruct": 0.88,
+    "LLaMA-3.1-8B-Instruct": 0.18,
+    "Mistral-7B-Instruct": 0.20,
+    "Mixtral-8x22B-Instruct": 1.20,
+    "Gemma-2-27B-Instruct": 0.80,
+}
 UNSEEN = {"Palmyra-Creative-122B": 1.80, "LLaMA3-ChatQA-1.5-8B": 0.18}
 
 

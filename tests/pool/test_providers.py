@@ -38,7 +38,7 @@ def test_a_providers_parameters_win_and_none_drops_one(pool_config):
     ("fields", "message"),
     [
         ({"name": ""}, r"pool\.providers\[1\]\.name is ''"),
-        ({"name": "first"}, r"pool\.providers\[1\]\.name is 'first'; every provider needs a name of its own"),
+        ({"name": "first"}, r"pool\.providers\[1\]\.name is 'first'; every provider needs another name"),
         ({"base_url": ""}, r"pool\.providers\[1\]\.base_url is ''; write the address"),
         ({"base_url": "api.example.com/v1"}, r"pool\.providers\[1\]\.base_url is 'api"),
         ({"base_url": "http://x:99999/v1"}, r"pool\.providers\[1\]\.base_url"),
@@ -105,8 +105,9 @@ def test_what_a_provider_does_not_say_is_the_pools(pool_config):
 
 
 def test_a_request_is_known_to_use_no_more_than_its_query_and_what_it_may_write(pool_config):
-    entries = provider(name="a", base_url="http://x/v1"), provider(
-        name="b", base_url="http://x/v1", parameters={"max_tokens": None, "max_completion_tokens": 7}
-    )  # fmt: skip
+    entries = (
+        provider(name="a", base_url="http://x/v1"),
+        provider(name="b", base_url="http://x/v1", parameters={"max_tokens": None, "max_completion_tokens": 7}),
+    )
     made = _providers(pool_config, *entries, max_tokens=100)
     assert [made[name].tokens_at_most("x" * 40) for name in "ab"] == [111, 18]

@@ -12,6 +12,6 @@ from soak_pool import soak  # noqa: E402
 @pytest.mark.slow
 def test_no_call_is_lost_or_charged_twice_whatever_fails():
     """A server process, every kind of fault, more calls than threads."""
-    figures = soak(600)
-    assert (figures["calls"], figures["lost"], figures["double_charged"]) == (600, 0, 0)
-    assert figures["requests"] > 480  # different calls are made, and some again
+    result = soak(600)
+    assert (result["calls"], result["lost"], result["double_charged"]) == (600, 0, 0)
+    assert result["requests"] > 480  # different calls are made, and some again

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from router_r1_jax.report.writer import EpisodeWriter, MetricsWriter
+from router_r1_jax.storage.json_lines import EpisodeWriter
+from router_r1_jax.storage.metrics_writer import MetricsWriter
 
 PRICES = {"Aria": 0.3, "Boreal": 0.2, "Corvid": 0.9, "Dune": 0.25, "Titan": 6.0}  # dollars per million tokens
 TOPICS = ("films", "songs", "clubs", "people", "places")
@@ -20,7 +21,7 @@ def curve(rng, start, end, steps, noise, middle=0.35):
 def fake_metrics(steps=120, seed=0):
     rng = np.random.default_rng(seed)
     lines = [
-        {"step": s, "phase": "warmstart", "warmstart/loss": 4 * gap, "warmstart/accuracy": 1 - gap}
+        {"step": s, "phase": "warmstart", "warmstart/loss": 4 * gap}
         for s, gap in ((s, float(np.exp(-s / 90))) for s in range(0, 450, 10))
     ]
     shares = np.stack([curve(rng, 0.2, end, steps, 0.015) for end in (0.3, 0.22, 0.17, 0.25, 0.06)])
@@ -65,11 +66,18 @@ def fake_metrics(steps=120, seed=0):
 def fake_results():
     def policy(name, step, em, f1, cost, best, two, malformed, shares):
         return {
-            "name": name, "checkpoint": step, "em": em, "em_ci": [em - 0.044, em + 0.043], "f1": f1,
-            "dollars_per_question": cost, "calls_per_question": 1.49, "best_model_share": best,
-            "two_hop_two_calls": two, "malformed_share": malformed,
+            "name": name,
+            "checkpoint": step,
+            "em": em,
+            "em_ci": [em - 0.044, em + 0.043],
+            "f1": f1,
+            "dollars_per_question": cost,
+            "calls_per_question": 1.49,
+            "best_model_share": best,
+            "two_hop_two_calls": two,
+            "malformed_share": malformed,
             "calls_share": dict(zip(PRICES, shares, strict=True)),
-        }  # fmt: skip
+        }
 
     signs = {"better": 220, "worse": 14, "equal": 166, "p": 3.4e-49}
     references = [
@@ -91,7 +99,7 @@ def fake_results():
             policy("trained", 120, 0.753, 0.771, 1.24e-5, 0.891, 0.985, 0.0025, [0.3, 0.22, 0.17, 0.25, 0.06]),
             policy("warm start", 0, 0.2375, 0.262, 2.55e-5, 0.22, 0.97, 0.04, [0.21, 0.19, 0.2, 0.2, 0.2]),
         ],
-        "references": [
+        "reference_policies": [
             {"name": name, "em": em, "dollars_per_question": cost, "calls_per_question": 1.5}
             for name, em, cost in references + [(f"{name} alone", em, cost) for name, em, cost in alone]
         ],
@@ -100,11 +108,11 @@ def fake_results():
             "em": {"mean": 0.5155, "ci": [0.4625, 0.568], "sign_test": signs},
             "dollars_per_question": {"mean": -1.31e-5, "ci": [-1.5e-5, -1.1e-5], "sign_test": signs},
         },
-    }  # fmt: skip
+    }
 
 
-def fake_sets(em=0.4):
-    """What `evaluation.figures.tabulate` says of four sets, three of them the paper's, and their mean."""
+def fake_datasets(em=0.4):
+    """What `evaluation.aggregates` computes for four datasets, three of them the paper's, and their mean."""
     rng = np.random.default_rng(3)
 
     def table(em, questions):
@@ -112,18 +120,24 @@ def fake_sets(em=0.4):
         values = dict.fromkeys(keys, em) | {"calls_per_question": 1.2, "call_seconds_per_question": 0.8}
         values |= {"dollars_per_question": 1.3e-5, "raw_cost_per_question": 11.2}
         shares = rng.dirichlet(np.ones(len(PRICES)))
-        return values | {f"{key}_ci": [0.9 * value, 1.1 * value] for key, value in values.items()} | {
-            "questions": questions, "calls_share": dict(zip(PRICES, shares, strict=True)),
-            "stops": {"answer": 0.95, "call_limit": 0.05}, "call_seconds": {"median": 0.4, "p95": 2.1},
-        }  # fmt: skip
+        return (
+            values
+            | {f"{key}_ci": [0.9 * value, 1.1 * value] for key, value in values.items()}
+            | {
+                "questions": questions,
+                "calls_share": dict(zip(PRICES, shares, strict=True)),
+                "stops": {"answer": 0.95, "call_limit": 0.05},
+                "call_seconds": {"median": 0.4, "p95": 2.1},
+            }
+        )
 
     sizes = {"nq": 500, "popqa": 500, "bamboogle": 125, "synthetic": 490}
-    suites = {name: table(em + 0.1 * i, size) for i, (name, size) in enumerate(sizes.items())}
+    datasets = {name: table(em + 0.1 * i, size) for i, (name, size) in enumerate(sizes.items())}
     paper = {
         name: {"em": 0.41, "difference": table["em"] - 0.41, "ci": [-0.06, 0.04], "verdict": verdict}
-        for (name, table), verdict in zip(suites.items(), ("within noise", "differs", "differs"), strict=False)
+        for (name, table), verdict in zip(datasets.items(), ("within noise", "differs", "differs"), strict=False)
     }
-    return table(em + 0.15, sum(sizes.values())) | {"suites": suites, "paper": paper}
+    return table(em + 0.15, sum(sizes.values())) | {"datasets": datasets, "paper": paper}
 
 
 def fake_episode(rng, number, policy, step, skill):
@@ -141,20 +155,34 @@ def fake_episode(rng, number, policy, step, skill):
         response += f"<think> birthplace of {entity} : {topic} : {name} </think>\n<search> {name}: {query} </search>"
         response += f"\n\n<information> {reply} </information>\n\n"
         calls.append(
-            {"model": name, "query": query, "reply": reply, "outcome": "ok", "completion_tokens": tokens,
-             "charged": tokens * PRICES[name] / 1e6, "latency": 0.08 + 0.2 * rng.random()}
-        )  # fmt: skip
+            {
+                "model": name,
+                "query": query,
+                "reply": reply,
+                "outcome": "ok",
+                "completion_tokens": tokens,
+                "charged": tokens * PRICES[name] / 1e6,
+                "latency": 0.08 + 0.2 * rng.random(),
+            }
+        )
     answer = f"Veltara{number + hops - 1}" if right else "Ondo"
     response += f"<think> the reply says it </think>\n<answer> {answer} </answer>"
     return {
-        "id": f"test-{number}", "split": "test", "step": step, "policy": policy,
+        "id": f"test-{number}",
+        "split": "test",
+        "step": step,
+        "policy": policy,
         "question": f"In which city was the lead singer of song {number} born?",
         "golds": [f"Veltara{number + hops - 1}"],
-        "hops": hops, "response": response, "calls": calls,
+        "hops": hops,
+        "response": response,
+        "calls": calls,
         "reward": {"total": float(right), "format": 0.0, "outcome": float(right), "cost": 0.61},
-        "exact_match": float(right), "f1": float(right),
-        "dollars": sum(call["charged"] for call in calls), "stop": "answer",
-    }  # fmt: skip
+        "exact_match": float(right),
+        "f1": float(right),
+        "dollars": sum(call["charged"] for call in calls),
+        "stop": "answer",
+    }
 
 
 def write_run(workdir, questions=40):

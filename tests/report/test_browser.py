@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from router_r1_jax.report.page import write_report
+from router_r1_jax.report.html_report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")]
@@ -17,10 +17,20 @@ HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.
 def drawn(path):
     """The page's HTML once its script has run, the data block left out."""
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom",
-         path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     return re.sub(r'<script type="application/json".*?</script>', "", done.stdout, flags=re.S)
 
 
@@ -49,7 +59,7 @@ def test_hostile_text_is_read_and_not_run(run):
     for path in (run / "episodes").iterdir():
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for record in records:
-            record["question"] = record["stop"] = record["suite"] = HOSTILE
+            record["question"] = record["stop"] = record["dataset"] = HOSTILE
             record["response"] = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
             record["calls"] = [{"model": HOSTILE, "outcome": HOSTILE}]
         path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -8,18 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from router_r1_jax.report import plots
-from router_r1_jax.report.style import GREY, dollars, model_colours, model_names, percent
+from router_r1_jax import report
+from router_r1_jax.report.calls_plot import _spread
+from router_r1_jax.report.colours import GREY, model_colours, model_names
+from router_r1_jax.report.learning_curves import running_mean
+from router_r1_jax.report.number_format import dollars, percent
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The figures drawn in a test, in order; nothing is written."""
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
     return drawn
 
 
@@ -29,57 +33,57 @@ def panel(figure, title):
 
 def test_files_are_pictures_of_readable_size(tmp_path, metrics, results):
     for draw, source in (
-        (plots.learning_curves, metrics),
-        (plots.calls_per_model, metrics),
-        (plots.em_against_cost, results),
+        (report.learning_curves, metrics),
+        (report.calls_per_model, metrics),
+        (report.em_against_cost, results),
     ):
         path = draw(source, tmp_path / "plots" / f"{draw.__name__}.png")
         height, width, _ = imread(path).shape
         assert width > 1000 and height > 600
 
 
-@pytest.mark.parametrize("draw", [plots.learning_curves, plots.calls_per_model])
+@pytest.mark.parametrize("draw", [report.learning_curves, report.calls_per_model])
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "learning_rate": 0.1}], [{"step": 1, "em": None}]])
 def test_nothing_to_draw_writes_nothing(tmp_path, draw, lines):
     assert draw(lines, tmp_path / "x.png") is None
-    assert plots.em_against_cost({"policies": [], "references": []}, tmp_path / "x.png") is None
+    assert report.em_against_cost({"policies": [], "reference_policies": []}, tmp_path / "x.png") is None
     assert not (tmp_path / "x.png").exists()
 
 
 def test_curves_show_the_metrics_and_skip_what_was_not_finite(figures, metrics):
-    plots.learning_curves(metrics, "unused.png")
+    report.learning_curves(metrics, "unused.png")
     raw, smooth, validation = panel(figures[0], "Exact match").lines
     train = [line for line in metrics if "phase" not in line]
     np.testing.assert_array_equal(raw.get_ydata(), [line["em"] for line in train])
     np.testing.assert_array_equal(validation.get_xdata(), [20, 40, 60, 80, 100, 120])
     assert np.abs(np.diff(smooth.get_ydata())).max() < np.abs(np.diff(raw.get_ydata())).max()
-    gradient = panel(figures[0], "Gradient norm").lines[0].get_xdata()
+    gradient = panel(figures[0], "Gradient norm before clipping").lines[0].get_xdata()
     missing = [line["step"] for line in train if line["grad_norm"] is None]
     assert missing and set(gradient) == {line["step"] for line in train} - set(missing)
 
 
 def test_a_single_step_is_seen(figures):
     lines = [{"step": 1, "kl": 0.1, "calls/share/Titan": 1.0}]
-    plots.learning_curves(lines, "unused.png")
+    report.learning_curves(lines, "unused.png")
     (axes,) = figures[0].axes
     assert any(line.get_marker() == "o" for line in axes.lines)
     figures[0].draw_without_rendering()
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
-    plots.calls_per_model(lines, "unused.png")
+    report.calls_per_model(lines, "unused.png")
     assert len(figures) == 1  # a band has no width there; the calls of one step are no development
 
 
 def test_panels_without_data_are_left_out(figures):
-    plots.learning_curves([{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2, "em": None}], "unused.png")
+    report.learning_curves([{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2, "em": None}], "unused.png")
     assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["KL to the reference"]
 
 
-def test_the_commonest_faults_have_their_lines(figures):
+def test_the_most_frequent_faults_have_their_lines(figures):
     """Most frequent first, at most five, and none that never occurred."""
     shares = {"a": 0.1, "no_answer": 0.5, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.05, "never": 0.0}
     lines = [{"step": step, **{f"format/{name}": share for name, share in shares.items()}} for step in (1, 2)]
-    plots.learning_curves(lines, "unused.png")
-    axes = panel(figures[0], "Faults of form, the commonest")
+    report.learning_curves(lines, "unused.png")
+    axes = panel(figures[0], "Format faults, most frequent")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["no answer", "d", "c", "b", "a"]
 
 
@@ -88,11 +92,11 @@ def test_smoothing_is_the_mean_of_the_window(length):
     values = np.random.default_rng(length).random(length)
     half = length // 20
     expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(length)]
-    np.testing.assert_allclose(plots._smooth(values), expected, rtol=1e-12)
+    np.testing.assert_allclose(running_mean(values), expected, rtol=1e-12)
 
 
 def test_bands_carry_each_model_share_and_fill_the_height(figures, metrics):
-    plots.calls_per_model(metrics, "unused.png")
+    report.calls_per_model(metrics, "unused.png")
     bands = figures[0].axes[0].collections
     names = model_names(metrics, {})
     tops = [band.get_paths()[0].get_extents().y1 for band in bands]
@@ -102,7 +106,7 @@ def test_bands_carry_each_model_share_and_fill_the_height(figures, metrics):
 
 def test_of_many_models_the_most_called_have_bands_and_the_others_one(figures):
     lines = [{"step": i} | {f"calls/share/m{j:02}": (30 - j) / 465 for j in range(30)} for i in range(5)]
-    plots.calls_per_model(lines, "unused.png")
+    report.calls_per_model(lines, "unused.png")
     bands = figures[0].axes[0].collections
     colours = [to_hex(band.get_facecolor()[0]).upper() for band in bands]
     assert len(bands) == 11 == len(set(colours)) and colours[0] == GREY.upper()
@@ -114,7 +118,7 @@ def test_of_many_models_the_most_called_have_bands_and_the_others_one(figures):
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=15).map(sorted))
 def test_spread_labels_keep_order_distance_and_ceiling(wanted):
-    heights = plots._spread(np.array(wanted), 0.055, 0.98)
+    heights = _spread(np.array(wanted), 0.055, 0.98)
     assert heights[-1] <= 0.98 and (np.diff(heights) >= 0.055 - 1e-12).all()
     if (np.diff(wanted) >= 0.055).all() and wanted[-1] <= 0.98:
         np.testing.assert_allclose(heights, wanted, atol=1e-12)
@@ -142,8 +146,8 @@ def test_labels_never_overlap_and_stay_inside(places, crowded):
     ]
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-        plots.em_against_cost({"policies": [], "references": rows}, "unused.png")
+        patch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+        report.em_against_cost({"policies": [], "reference_policies": rows}, "unused.png")
     boxes = labels_of(drawn[0])
     assert set(boxes) == {row["name"] for row in rows}
     for (_, one), (_, two) in itertools.combinations(boxes.items(), 2):
@@ -157,7 +161,7 @@ def test_labels_never_overlap_and_stay_inside(places, crowded):
 
 
 def test_the_arrow_leads_from_the_warm_start_to_the_trained_router(figures, results):
-    plots.em_against_cost(results, "unused.png")
+    report.em_against_cost(results, "unused.png")
     arrow = next(text for text in figures[0].axes[0].texts if not text.get_text())
     trained, warm = results["policies"]
     assert arrow.xy == (trained["dollars_per_question"], trained["em"])
@@ -166,14 +170,14 @@ def test_the_arrow_leads_from_the_warm_start_to_the_trained_router(figures, resu
 
 def test_a_policy_that_never_calls_is_shown_and_marked(figures, results):
     results["policies"][1]["dollars_per_question"] = 0.0
-    plots.em_against_cost(results, "unused.png")
+    report.em_against_cost(results, "unused.png")
     assert "warm start · $0" in labels_of(figures[0])
 
 
 @pytest.mark.parametrize("references", [[], [{"name": "Titan alone", "em": 0.0, "dollars_per_question": 0.0}]])
 def test_one_policy_is_enough(tmp_path, references):
     policy = {"name": "trained", "em": 0.0, "dollars_per_question": 0.0}
-    assert plots.em_against_cost({"policies": [policy], "references": references}, tmp_path / "x.png").exists()
+    assert report.em_against_cost({"policies": [policy], "reference_policies": references}, tmp_path / "x.png").exists()
 
 
 def test_a_model_has_one_colour_in_all_plots(metrics, results):
@@ -186,10 +190,16 @@ def test_a_model_has_one_colour_in_all_plots(metrics, results):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (1.234e-5, "$0.0000123"), (0.5, "$0.500"), (12.3456, "$12.35"), (2500, "$2,500.00"), (0, "$0"),
-        (-1.3e-5, "-$0.0000130"), (None, "–"), (float("nan"), "–"),
+        (1.234e-5, "$0.0000123"),
+        (0.5, "$0.500"),
+        (12.3456, "$12.35"),
+        (2500, "$2,500.00"),
+        (0, "$0"),
+        (-1.3e-5, "-$0.0000130"),
+        (None, "–"),
+        (float("nan"), "–"),
     ],
-)  # fmt: skip
+)
 def test_dollars(value, text):
     assert dollars(value) == text
 
@@ -203,8 +213,8 @@ def test_percent():
 
 
 def test_slots_show_each_span_where_it_lies(figures):
-    spans = [[0, "feed", 0.0, 1.0], [0, "decode", 1.0, 2.5], [0, "wait", 2.5, 4.0], [2, "decode", 0.5, 3.0]]
-    plots.slots_over_time({"step": 7, "seconds": 4.0, "rows": 3, "idle_share": 0.25, "spans": spans}, "unused.png")
+    spans = [[0, "prefill", 0.0, 1.0], [0, "decode", 1.0, 2.5], [0, "wait", 2.5, 4.0], [2, "decode", 0.5, 3.0]]
+    report.slots_over_time({"step": 7, "seconds": 4.0, "rows": 3, "idle_share": 0.25, "spans": spans}, "unused.png")
     (axes,) = figures[0].axes
     bars = {(round(b.get_y() + 0.42), b.get_x(), b.get_x() + b.get_width()) for c in axes.containers for b in c}
     assert bars == {(row, start, end) for row, _, start, end in spans}
@@ -215,4 +225,19 @@ def test_slots_show_each_span_where_it_lies(figures):
 
 
 def test_slots_without_a_span_draw_nothing(tmp_path):
-    assert plots.slots_over_time({}, tmp_path / "x.png") is None and not (tmp_path / "x.png").exists()
+    assert report.slots_over_time({}, tmp_path / "x.png") is None and not (tmp_path / "x.png").exists()
+
+
+def test_a_sweep_has_a_dot_per_run_and_a_bar_per_setting(figures):
+    run = {"em": 0.4, "dollars_per_question": 1e-5}
+    runs = [run | {"overrides": {"reward.alpha": a, "seed": s}, "em": a + s / 10} for a in (0.0, 0.6) for s in (1, 2)]
+    mean = {"dollars_per_question": {"mean": 1e-5, "ci": None}}
+    settings = [mean | {"setting": {"reward.alpha": a}, "em": {"mean": a + 0.15, "ci": None}} for a in (0.0, 0.6)]
+    report.sweep_plot({"runs": runs, "settings": settings}, "unused.png")
+    bars, dots = figures[0].axes[0].lines
+    assert list(bars.get_xdata()) == [0.15, 0.75] and list(bars.get_ydata()) == [0, 1]
+    assert list(dots.get_xdata()) == [0.1, 0.2, 0.7, 0.8] and list(dots.get_ydata()) == [0, 0, 1, 1]
+    assert [text.get_text() for text in figures[0].axes[0].get_yticklabels()] == [
+        "reward.alpha=0.0",
+        "reward.alpha=0.6",
+    ]

@@ -1,4 +1,4 @@
-"""Answers against the published functions' values and slow definitions of the metrics."""
+"""Answer metrics against the published functions' values and slow definitions of the metrics."""
 
 import json
 import re

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_r1_jax.reward import COSTS, CostNormalizer, episode_cost
+from router_r1_jax.reward import CostNormalizer, cost_bounds, episode_cost, make_normalizer, normalize_costs
+from router_r1_jax.reward.cost import COSTS
 
 VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/cost.jsonl").open(encoding="utf-8")]
 RAW = np.array([row["raw_cost"] for row in VECTORS])
 EXPECTED = np.array([row["cost_reward"] for row in VECTORS])
 
-# Cents and more apart, or so close that a window of them is flat: no window lies at the edge of flatness, where the
-# last bit of a percentile decides.
+# Costs are a cent or more apart, or so close that a window of them is flat. At the edge of flatness the last bit of a
+# percentile would decide.
 costs = st.lists(
     st.sampled_from([0.0, 0.0, 1.0, 1.0 + 1e-9, 4.0]) | st.integers(0, 10**8).map(lambda cents: cents / 100),
     max_size=40,
@@ -40,35 +41,55 @@ def test_agrees_with_numpy_on_an_explicit_window(raw_costs, window):
 
 
 @given(costs, st.integers(0, 40), st.integers(1, 12))
-def test_resumed_equals_uninterrupted(raw_costs, cut, window):
+def test_resumed_equals_uninterrupted(raw_costs, stop, window):
     whole = CostNormalizer(window)
     first = CostNormalizer(window)
     expected = whole(np.array(raw_costs))
-    before = first(np.array(raw_costs[:cut]))
+    before = first(np.array(raw_costs[:stop]))
     second = CostNormalizer(window)
     second.restore(json.loads(json.dumps(first.state())))
-    after = second(np.array(raw_costs[cut:]))
+    after = second(np.array(raw_costs[stop:]))
     np.testing.assert_array_equal(np.concatenate([before, after]), expected)
     assert second.state() == whole.state()
 
 
 @given(costs.filter(len), costs, costs, st.integers(1, 12))
-def test_a_fixed_window_judges_each_cost_by_itself(first, one, other, window):
-    moving = CostNormalizer(window)
-    moving(np.array(first))
-    fixed = CostNormalizer.fixed(moving.state())
-    components = [fixed(np.array(side)) for side in (one, other)]
-    together = CostNormalizer.fixed(moving.state())(np.array([*other, *one]))
+def test_a_frozen_window_normalizes_each_cost_by_itself(first, one, other, window):
+    sliding = CostNormalizer(window)
+    sliding(np.array(first))
+    frozen = make_normalizer(1000, sliding.state())
+    components = [frozen(np.array(side)) for side in (one, other)]
+    together = make_normalizer(1000, sliding.state())(np.array([*other, *one]))
     np.testing.assert_array_equal(together, np.concatenate(components[::-1]))
     low, high = np.percentile(np.sqrt(first[-window:]), [5, 95])
     expected = 1 - np.clip((np.sqrt(one) - low) / (high - low), 0, 1) if high - low >= 1e-8 else np.full(len(one), 0.5)
     np.testing.assert_allclose(components[0], expected, rtol=0, atol=1e-6)
-    assert fixed.state() == moving.state()
+    assert frozen.state() == sliding.state()
 
 
-def test_nothing_is_judged_by_no_cost():
+@pytest.mark.parametrize("frozen", [None, {}])
+def test_without_a_frozen_window_a_new_one_slides(frozen):
+    np.testing.assert_array_equal(make_normalizer(7, frozen)(RAW[:100]), CostNormalizer(7)(RAW[:100]))
+
+
+def test_a_frozen_window_without_costs_is_refused():
     with pytest.raises(ValueError, match="holds no sqrt_costs"):
-        CostNormalizer.fixed(CostNormalizer(3).state())
+        make_normalizer(3, CostNormalizer(3).state())
+
+
+def test_bounds_weighted_by_counts_are_those_of_repeated_costs():
+    rng = np.random.default_rng(0)
+    raw_costs, counts = rng.gamma(1, 100, 300), rng.integers(1, 5, 300)
+    repeated = np.repeat(raw_costs, counts)
+    assert cost_bounds(repeated) == tuple(np.percentile(np.sqrt(repeated), [5, 95]))
+    weighted = np.percentile(np.sqrt(repeated), [5, 95], method="inverted_cdf")
+    assert cost_bounds(raw_costs, counts) == tuple(weighted)
+
+
+def test_costs_are_normalized_by_one_pair_of_bounds_or_one_for_each():
+    raw_costs, low, high = np.array([0.0, 16.0, 25.0, 100.0]), np.array([2.0, 2.0, 4.0, 3.0]), np.array([6.0, 6, 8, 3])
+    np.testing.assert_allclose(normalize_costs(raw_costs, 2.0, 6.0), [1.0, 0.5, 0.25, 0.0])
+    np.testing.assert_allclose(normalize_costs(raw_costs, low, high), [1.0, 0.5, 0.75, 0.5])
 
 
 def test_a_full_window_resumes_to_the_published_values():

@@ -138,6 +138,6 @@ def test_a_tag_inside_of_a_reply_is_not_the_policys(parts):
 
 
 @pytest.mark.parametrize("piece", ["<think>", "</think>", "<search>", "<think></search>", "<search>:</search>", "<"])
-def test_a_megabyte_of_anything_is_judged(piece):
+def test_a_megabyte_of_anything_is_checked(piece):
     """A pattern that looks for the closing tag anew from each opening one would never end."""
     assert not check_format(piece * (1_000_000 // len(piece)), NAMES).ok

@@ -18,9 +18,13 @@ from router_r1_jax.reward import CostNormalizer, check_format, extract_answer, s
 VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/reward.jsonl").open(encoding="utf-8")]
 FORMATS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/format.jsonl").open(encoding="utf-8")]
 NAMES = [
-    "Qwen2.5-7B-Instruct", "LLaMA-3.1-70B-Instruct", "LLaMA-3.1-8B-Instruct", "Mistral-7B-Instruct",
-    "Mixtral-8x22B-Instruct", "Gemma-2-27B-Instruct",
-]  # fmt: skip
+    "Qwen2.5-7B-Instruct",
+    "LLaMA-3.1-70B-Instruct",
+    "LLaMA-3.1-8B-Instruct",
+    "Mistral-7B-Instruct",
+    "Mixtral-8x22B-Instruct",
+    "Gemma-2-27B-Instruct",
+]
 KINDS = ("think", "search", "information", "answer")
 
 
@@ -49,11 +53,17 @@ def well_formed(response):
     thoughts = [text.strip() for text in inside["think"]]
     stripped = response.strip()
     return bool(
-        pairs and balanced and thoughts and "" not in thoughts and "..." not in thoughts
-        and len(inside["answer"]) == 1 and len(inside["information"]) == len(inside["search"])
-        and stripped[:7] == "<think>" and stripped[-9:] == "</answer>"
+        pairs
+        and balanced
+        and thoughts
+        and "" not in thoughts
+        and "..." not in thoughts
+        and len(inside["answer"]) == 1
+        and len(inside["information"]) == len(inside["search"])
+        and stripped[:7] == "<think>"
+        and stripped[-9:] == "</answer>"
         and all(map(right_search, inside["search"]))
-    )  # fmt: skip
+    )
 
 
 def right_search(text):
@@ -125,9 +135,34 @@ def test_the_second_reading_has_the_published_values():
 spaces = st.sampled_from([" ", "\n", "\t", "\x0b", "\x1c", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u3000"])
 blanks = st.sampled_from(["", "\u200b", "\ufeff", "\u180e"]) | spaces
 odd = st.sampled_from(
-    ["<", ">", "</", "<Think>", "<think >", "< answer>", "</ANSWER>", "...", "....", ". . .", "\u2026", ":", "::",
-     "\uff1a", "\x00", "\ud800", "<information", "a", "The", "\u0130", "\u212a", "\xdf", "_the_", "a-b", "d'a"]
-)  # fmt: skip
+    [
+        "<",
+        ">",
+        "</",
+        "<Think>",
+        "<think >",
+        "< answer>",
+        "</ANSWER>",
+        "...",
+        "....",
+        ". . .",
+        "\u2026",
+        ":",
+        "::",
+        "\uff1a",
+        "\x00",
+        "\ud800",
+        "<information",
+        "a",
+        "The",
+        "\u0130",
+        "\u212a",
+        "\xdf",
+        "_the_",
+        "a-b",
+        "d'a",
+    ]
+)
 tags = st.sampled_from([f"<{slash}{kind}>" for kind in KINDS for slash in ("", "/")])
 name = st.sampled_from(NAMES).flatmap(
     lambda n: st.sampled_from(
@@ -197,8 +232,18 @@ episodes = st.tuples(responses() | framed | soup, st.lists(texts | st.just("Pari
 
 @settings(max_examples=600, deadline=None)
 @given(st.lists(episodes, min_size=1, max_size=6), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from(["em", "f1"]))
-@example([("<think>a</think><search>Qwen2.5-7B-In\u017ftruct: b</search><information>c</information><answer>d</answer>",
-           ["d"], 1)], 0.0, "em")  # fmt: skip
+@example(
+    [
+        (
+            "<think>a</think><search>Qwen2.5-7B-In\u017ftruct: b</search>"
+            "<information>c</information><answer>d</answer>",
+            ["d"],
+            1,
+        )
+    ],
+    0.0,
+    "em",
+)
 @example([("<think>a</think><think><think>b</think></think><answer>d</answer>", ["d"], 1)], 0.0, "em")
 def test_both_readings_agree(rows, alpha, metric):
     said, golds, costs = ([row[i] for row in rows] for i in range(3))
@@ -225,6 +270,14 @@ def test_the_texts_reach_both_sides_of_every_rule():
     look()
     assert formed >= 20
     assert seen >= {
-        "unbalanced_tags", "nested_tags", "empty_think", "unanswered_search", "wrong_start", "wrong_end",
-        "malformed_route", "unknown_model", "several_colons", "name_in_query",
-    }  # fmt: skip
+        "unbalanced_tags",
+        "nested_tags",
+        "empty_think",
+        "unanswered_search",
+        "wrong_start",
+        "wrong_end",
+        "malformed_route",
+        "unknown_model",
+        "several_colons",
+        "name_in_query",
+    }

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_r1_jax.config import ConfigError, base_config, model_card, provider, validate
-from router_r1_jax.reward import COSTS, PRESETS, CostNormalizer, check_format, extract_answer, f1_score, score
+from router_r1_jax.config import ConfigError, base_config, model_card, provider
+from router_r1_jax.config_checks import validate
+from router_r1_jax.reward import CostNormalizer, check_format, compute_rewards, extract_answer, f1_score, score
+from router_r1_jax.reward.cost import COSTS
+from router_r1_jax.reward.score import PRESETS
 
 VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/reward.jsonl").open(encoding="utf-8")]
 NAMES = [
@@ -94,7 +98,7 @@ def test_components_judge_the_answer_of_a_malformed_response_too():
 
 
 def test_rows_whose_pool_failed_stay_out_of_the_window():
-    """A failed call's cost (here not even a number) moves no other row and is neither rewarded nor punished."""
+    """A failed call's cost, which here is no number, changes no other row and is neither rewarded nor punished."""
     costs = np.array([1.0, np.nan, 9.0, 4.0])
     valid = np.array([True, False, True, True])
     with_failure, without = CostNormalizer(), CostNormalizer()
@@ -168,9 +172,17 @@ episodes = st.lists(
 def test_presets_case_by_case(rows, preset, alpha):
     cases, raw_costs, groups, valid = ([row[i] for row in rows] for i in range(4))
     rewards = score(
-        [RESPONSES[case] for case in cases], [["Paris"]] * len(rows), np.array(raw_costs), NAMES, preset=preset,
-        alpha=alpha, metric="f1", normalizer=CostNormalizer(5), groups=np.array(groups), valid=np.array(valid, bool),
-    )  # fmt: skip
+        [RESPONSES[case] for case in cases],
+        [["Paris"]] * len(rows),
+        np.array(raw_costs),
+        NAMES,
+        preset=preset,
+        alpha=alpha,
+        metric="f1",
+        normalizer=CostNormalizer(5),
+        groups=np.array(groups),
+        valid=np.array(valid, bool),
+    )
     window = CostNormalizer(5)
     for i, (formed, outcome) in enumerate(cases):
         if preset == "group":
@@ -188,11 +200,18 @@ def test_only_parity_forbids_later_colons():
     )
     totals = {
         preset: score(
-            [response], [["Paris"]], np.ones(1), NAMES, preset=preset, alpha=0.0, metric="em",
-            normalizer=CostNormalizer(), groups=np.zeros(1, int),
+            [response],
+            [["Paris"]],
+            np.ones(1),
+            NAMES,
+            preset=preset,
+            alpha=0.0,
+            metric="em",
+            normalizer=CostNormalizer(),
+            groups=np.zeros(1, int),
         ).total[0]
         for preset in PRESETS
-    }  # fmt: skip
+    }
     assert totals == {"official": -1.0, "paper": 1.0, "group": 1.0, "success_gated": 1.0}
 
 
@@ -206,6 +225,25 @@ def test_costs_within_a_group_leave_the_window_alone():
         score(**arguments, **settings)
     with pytest.raises(ValueError, match=r"groups has shape \(3,\)"):
         score(**arguments, **settings, groups=np.zeros(3, int))
+
+
+def test_a_rollout_batch_is_scored_as_the_configuration_says():
+    costs, valid = np.array([1.0, 9.0, np.nan, 4.0]), np.array([True, True, False, True])
+    batch = SimpleNamespace(
+        texts=[GOOD, "nothing", GOOD, GOOD],
+        golds=[["Paris"]] * 4,
+        groups=np.array([0, 0, 1, 1]),
+        route_names={"q": NAMES[0]},
+        valid=valid,
+        raw_costs=lambda reward_config: costs,
+    )
+    config = base_config().reward
+    config.preset, config.alpha, config.metric = "group", 0.5, "f1"
+    rewards = compute_rewards(batch, config, CostNormalizer())
+    np.testing.assert_array_equal(rewards.total, [1.0, -1.0, 0.75, 0.75])
+    config.preset = "official"
+    rewards, window = compute_rewards(batch, config, CostNormalizer()), CostNormalizer()
+    np.testing.assert_array_equal(rewards.cost[valid], window(costs[valid]))
 
 
 @pytest.mark.parametrize(("field", "known"), [("preset", PRESETS), ("cost", COSTS)])

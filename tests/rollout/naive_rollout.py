@@ -6,7 +6,7 @@ no automaton, no rows. Turn ends are found by searching the text of words.
 
 import jax
 import numpy as np
-from tiny_router import LIMITS, MAX_CALLS, MODEL, REPLY_TOKENS, SEED, WORDS, reply_text
+from tiny_router import MAX_CALLS, MODEL, REPLY_TOKENS, SEED, SHAPES, WORDS, reply_text
 
 from router_r1_jax.model import RouterLM
 
@@ -31,10 +31,10 @@ class NaiveEpisode:
     def __init__(
         self, params, episode, *, prefix_length, temperature=1.0, seed=SEED, texts=reply_text, kept=None, limit=99
     ):
-        """`kept` says of probabilities [V] which may be drawn; `limit` is that of the episode's sampled tokens."""
+        """`kept` maps probabilities [V] to those that truncation keeps; `limit` counts the episode's sampled tokens."""
         self._params, self._episode, self._texts = params, episode, texts
         self._temperature, self._seed, self._kept, self._limit = temperature, seed, kept, limit
-        self.drawn_logps = []
+        self.sampler_logps = []
         self._context = list(episode.prompt)
         self._prefix_length = prefix_length
         self.tokens, self.sampled, self.logps, self.replies = [], [], [], []
@@ -43,7 +43,7 @@ class NaiveEpisode:
             self._turn()
 
     @property
-    def _own(self) -> int:
+    def _row_tokens(self) -> int:
         return len(self._context) - self._prefix_length
 
     def _turn(self):
@@ -61,9 +61,9 @@ class NaiveEpisode:
                 self.stop = "end_of_text"
             elif sum(self.sampled) == self._limit:
                 self.stop = "token_limit"
-            elif len(turn) == LIMITS.turn_tokens:
+            elif len(turn) == SHAPES.turn_tokens:
                 self.stop = "turn_limit"
-            elif self._own == LIMITS.row_tokens:
+            elif self._row_tokens == SHAPES.row_tokens:
                 self.stop = "row_full"
 
     def _call(self, text):
@@ -78,7 +78,7 @@ class NaiveEpisode:
         reply = self._texts(route, self._episode.id, len(self.replies))
         self.replies.append(reply)
         words = ["<information>", *reply.split()[:REPLY_TOKENS], "</information>"]
-        if self._own + len(words) + 2 > LIMITS.row_tokens:
+        if self._row_tokens + len(words) + 2 > SHAPES.row_tokens:
             self.stop = "row_full"
             return
         ids = [WORDS.index(word) if word in WORDS else 0 for word in words]
@@ -95,9 +95,9 @@ class NaiveEpisode:
         if self._temperature == 0:
             assert token == np.argmax(logits), name
         else:
-            drawn = np.exp(logps) * (1 if self._kept is None else self._kept(np.exp(logps)))
-            self.drawn_logps.append(float(np.log(drawn[token] / drawn.sum())))
-            cdf = np.cumsum(drawn) / drawn.sum()
+            kept = np.exp(logps) * (1 if self._kept is None else self._kept(np.exp(logps)))
+            self.sampler_logps.append(float(np.log(kept[token] / kept.sum())))
+            cdf = np.cumsum(kept) / kept.sum()
             near = np.min(np.abs(cdf - uniform)) < NEAR
             assert token == np.searchsorted(cdf, uniform, side="right") or near, name
         self._append([token], True, [float(logps[token])])
@@ -107,7 +107,7 @@ class NaiveEpisode:
         padded = np.zeros((1, LONGEST), np.int32)
         padded[0, : len(self._context)] = self._context
         last = len(self._context) - 1
-        args = self._params, padded, last, self._seed, np.uint32(self._episode.id), self._own - 1
+        args = self._params, padded, last, self._seed, np.uint32(self._episode.id), self._row_tokens - 1
         logits, uniform = jax.device_get(_forward(*args))
         return logits.astype(np.float64), float(uniform)
 

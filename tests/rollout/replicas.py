@@ -1,6 +1,6 @@
 """Run by test_replicas.py with fake CPU devices: engines of several replicas against one; prints JSON.
 
-replicas.py REPLICASxTENSOR[:LANES] ...  digests and counts of each engine's episodes
+replicas.py REPLICASxTENSOR[:DECODE_BATCH] ...  digests and counts of each engine's episodes
 replicas.py --process=I --port=PORT      one of two processes, with its half of the prompts
 """
 
@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import Future
 
 import jax
-from tiny_router import LIMITS, SEED, Latecomers, Reply, make_engine, make_prompts, reply_text
+from tiny_router import SEED, SHAPES, Latecomers, Reply, make_engine, make_prompts, reply_text
 
 from router_r1_jax.rollout import common_prefix
 
@@ -41,14 +41,14 @@ class HeldBack:
         return future
 
 
-def run(replicas, tensor, prompts=PROMPTS, devices=None, lanes=LIMITS.lanes, **kwargs):
+def run(replicas, tensor, prompts=PROMPTS, devices=None, decode_batch=SHAPES.decode_batch, **kwargs):
     """Episodes and stats. With prompts enough, more calls wait at a time than all replicas but one have rows.
 
     Not for tensor-parallel ones: fake devices share few threads, and one that waits can starve another's all-reduce.
     """
     devices = (devices or jax.devices())[: replicas * tensor]
-    engine = make_engine("jit", devices=devices, tensor=tensor, lanes=lanes)
-    together = (replicas - 1) * LIMITS.slots + 1
+    engine = make_engine("jit", devices=devices, tensor=tensor, decode_batch=decode_batch)
+    together = (replicas - 1) * SHAPES.slots + 1
     pool = HeldBack(together) if tensor == 1 and together < len(prompts) / 2 else Latecomers(DELAYS)
     return engine.run(prompts, pool, temperature=1.0, seed=SEED, **kwargs)
 
@@ -69,10 +69,10 @@ def main():
         return
     report = {}
     for size in args.sizes:
-        size_of_mesh, _, lanes = size.partition(":")
+        size_of_mesh, _, decode_batch = size.partition(":")
         replicas, tensor = map(int, size_of_mesh.split("x"))
-        episodes, stats = run(replicas, tensor, lanes=int(lanes or LIMITS.lanes))
-        rows = {span.row // LIMITS.slots for span in stats.spans}
+        episodes, stats = run(replicas, tensor, decode_batch=int(decode_batch or SHAPES.decode_batch))
+        rows = {span.row // SHAPES.slots for span in stats.spans}
         report[size] = {
             "episodes": described(episodes),
             "replicas that worked": sorted(rows),

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_rollout import NaiveEpisode
 from tiny_router import (
-    LIMITS,
     MAX_CALLS,
     MODEL,
     REPLY_TOKENS,
     SEED,
+    SHAPES,
     TOKENIZER,
     Latecomers,
     Reply,
@@ -31,12 +31,12 @@ from tiny_router import (
 
 from router_r1_jax.config import base_config
 from router_r1_jax.model import Prefix, empty_cache
-from router_r1_jax.rollout import Manners, Prompt, make_limits
+from router_r1_jax.rollout import EpisodeLimits, Prompt, static_shapes
 from router_r1_jax.rollout import engine as engine_module
-from router_r1_jax.rollout.exchange import Exchange
-from router_r1_jax.rollout.lanes import empty_caches
-from router_r1_jax.rollout.sampling import Cut
-from router_r1_jax.rollout.state import empty_rows
+from router_r1_jax.rollout.decode_batch import empty_caches
+from router_r1_jax.rollout.host_callback import HostCallback
+from router_r1_jax.rollout.row_state import empty_rows
+from router_r1_jax.rollout.sampling import Truncation
 from router_r1_jax.rollout.step import Sampler
 
 PROMPTS = make_prompts(24)
@@ -50,8 +50,9 @@ def params():
 
 @pytest.fixture(scope="module")
 def engines():
-    manners = Manners(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS, reply_seconds=0.5)  # of a dead thread's reply
-    return {driver: make_engine(driver, manners=manners) for driver in DRIVERS}
+    # A reply of a dead thread is lost after half a second.
+    episode_limits = EpisodeLimits(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS, reply_seconds=0.5)
+    return {driver: make_engine(driver, episode_limits=episode_limits) for driver in DRIVERS}
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +102,22 @@ def test_other_temperatures_and_greedy(params, run, temperature):
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_cuts_are_those_of_the_textbook_and_both_log_probs_are_kept(params, run, driver):
+def test_truncation_is_that_of_the_textbook_and_both_log_probs_are_kept(params, run, driver):
     def kept(p):
         p = np.where(p >= np.sort(p)[-9], p, 0)
         order = np.argsort(-p)
         reached = np.cumsum(p[order]) / p.sum()
         return p >= p[order[np.argmax(reached >= 0.8)]]
 
-    cut = Cut(jnp.int32(9), jnp.float32(0.8), jnp.float32(0))
-    episodes, stats = run(driver, cut=cut)
+    truncation = Truncation(jnp.int32(9), jnp.float32(0.8), jnp.float32(0))
+    episodes, stats = run(driver, truncation=truncation)
     for episode in episodes:
         naive = NaiveEpisode(params, episode, prefix_length=stats.prefix_tokens, kept=kept)
         assert (episode.tokens, episode.stop) == (naive.tokens, naive.stop)
         np.testing.assert_allclose(episode.logps, naive.logps, atol=1e-4, rtol=0)
-        drawn = [x for x, sampled in zip(episode.drawn_logps, episode.sampled, strict=True) if sampled]
-        np.testing.assert_allclose(drawn, naive.drawn_logps, atol=1e-4, rtol=0)
-        assert all(a <= b for a, b in zip(episode.logps, episode.drawn_logps, strict=True))
+        found = [x for x, sampled in zip(episode.sampler_logps, episode.sampled, strict=True) if sampled]
+        np.testing.assert_allclose(found, naive.sampler_logps, atol=1e-4, rtol=0)
+        assert all(a <= b for a, b in zip(episode.logps, episode.sampler_logps, strict=True))
 
 
 def test_sampled_tokens_of_an_episode_are_limited(params):
@@ -174,7 +175,7 @@ def test_no_schedule_changes_a_host_driven_episode(run, expected, order, delays)
     check_schedule(run, expected, "host", order, delays)
 
 
-class Placing(Exchange):
+class Placing(HostCallback):
     """Gives its rows out in the order that a test chooses."""
 
     order: tuple[int, ...] = ()
@@ -186,20 +187,20 @@ class Placing(Exchange):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "limits",
+    "shapes",
     [
         {},
-        {"slots": 7, "exchange_rows": 1, "feed_rows": 3},
-        {"slots": 1, "feed_rows": 1},
-        {"slots": 9, "lanes": 3},
-        {"slots": 7, "lanes": 4, "exchange_rows": 1, "feed_rows": 3},
+        {"slots": 7, "callback_rows": 1, "prefill_rows": 3},
+        {"slots": 1, "prefill_rows": 1},
+        {"slots": 9, "decode_batch": 3},
+        {"slots": 7, "decode_batch": 4, "callback_rows": 1, "prefill_rows": 3},
     ],
 )
-def test_no_schedule_changes_an_episode_many_times(params, limits, monkeypatch):
+def test_no_schedule_changes_an_episode_many_times(params, shapes, monkeypatch):
     """Nor does the number of replicas, nor which of them samples an episode, nor in which slot."""
-    monkeypatch.setattr(engine_module, "Exchange", Placing)
-    engines = {driver: make_engine(driver, devices=jax.devices()[:1] * 2, **limits) for driver in DRIVERS}
-    slots = list(range(limits.get("slots", LIMITS.slots)))
+    monkeypatch.setattr(engine_module, "HostCallback", Placing)
+    engines = {driver: make_engine(driver, devices=jax.devices()[:1] * 2, **shapes) for driver in DRIVERS}
+    slots = list(range(shapes.get("slots", SHAPES.slots)))
 
     def run(driver, prompts, respond, *, chosen=(0,), places=slots):
         some = copy.copy(engines[driver])
@@ -224,7 +225,7 @@ def test_facts_of_an_episode(run):
     """More episodes than rows, in the prompts' order; text, mask and log-probs run in step; each is finished once."""
     finished, pool = [], Latecomers()
     episodes, stats = run("jit", PROMPTS, pool, on_finish=finished.append)
-    assert len(PROMPTS) > LIMITS.slots
+    assert len(PROMPTS) > SHAPES.slots
     assert sorted(e.id for e in finished) == sorted(p.episode for p in PROMPTS)
     for episode, prompt in zip(episodes, PROMPTS, strict=True):
         assert (episode.id, episode.prompt) == (prompt.episode, prompt.tokens)
@@ -259,7 +260,7 @@ def test_a_reply_ends_no_turn_and_stays_in_its_budget(params, run, reply):
     check_against_naive(params, episodes, stats, texts=texts)
 
 
-def test_a_reply_of_a_megabyte_and_one_of_control_characters_are_cut_to_their_budget(run):
+def test_a_reply_of_a_megabyte_and_one_of_control_characters_are_truncated_to_their_budget(run):
     texts = {0: "w5 " * 350_000, 1: "".join(map(chr, range(1, 32))) * 1000, 2: ""}
     episodes, stats = run("jit", respond=at_once(lambda route, episode, call: texts[call]))
     assert stats.calls > 5
@@ -294,7 +295,7 @@ def test_replies_that_never_come_end_their_episodes_and_not_the_run(run, expecte
 @pytest.mark.slow
 def test_hundreds_of_calls_in_flight_and_thousands_in_a_run():
     """256 rows, most of which wait at a time: nothing is lost and nothing asked twice."""
-    engine = make_engine("jit", slots=256, exchange_rows=64, feed_rows=64)
+    engine = make_engine("jit", slots=256, callback_rows=64, prefill_rows=64)
     prompts = [Prompt(i, PROMPTS[i % len(PROMPTS)].tokens) for i in range(4000)]
     pool = Latecomers((0.0, 0.01, 0.002), threads=256)
     episodes, stats = engine.run(prompts, pool, temperature=1.0, seed=SEED)
@@ -367,47 +368,54 @@ def test_prompts_that_cannot_run_are_refused(run):
     with pytest.raises(ValueError, match="the same episode number"):
         run("jit", [PROMPTS[0], PROMPTS[0]])
     long = [Prompt(0, (50, 51)), Prompt(3, (50,) * 20)]
-    with pytest.raises(ValueError, match=r"episode 3 has 19 prompt tokens of its own.*prompt.question_tokens \(14\)"):
+    with pytest.raises(
+        ValueError, match=r"episode 3 has 19 prompt tokens behind the shared prefix.*prompt.question_tokens \(14\)"
+    ):
         run("jit", long)
 
 
-@pytest.mark.parametrize("slots", [8, 16], ids=["all rows in lanes", "half of them parked"])
+@pytest.mark.parametrize("slots", [8, 16], ids=["all rows in the decode batch", "half of them"])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_the_compiled_program_holds_no_second_cache(driver, slots):
     """Neither the loop nor the step that Python calls. Caches are updated in place; no layer's fits beside them."""
-    limits = LIMITS._replace(slots=slots, lanes=8, row_tokens=4096)
-    (replica,) = make_engine(driver, **limits._asdict())._replicas
-    caches = jax.eval_shape(lambda: empty_caches(MODEL, limits, 4096))
+    shapes = SHAPES._replace(slots=slots, decode_batch=8, row_tokens=4096)
+    (replica,) = make_engine(driver, **shapes._asdict())._replicas
+    caches = jax.eval_shape(lambda: empty_caches(MODEL, shapes, 4096))
     kv = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], empty_cache(MODEL, 1, 64)))
     scalar = jnp.int32(0)
-    sampler = Sampler(replica._table, scalar, scalar, jnp.float32(1), jax.random.key(0), None)
-    program = {"jit": replica._loop, "host": replica._work}[driver]
-    compiled = program.lower(replica._params, Prefix(kv, scalar), sampler, caches, empty_rows(limits)).compile()
+    draws = jnp.float32(1), jax.random.key(0), None
+    sampler = Sampler(replica._params, Prefix(kv, scalar), *replica._automaton, *draws)
+    program = {"jit": replica._loop, "host": replica._step}[driver]
+    compiled = program.lower(sampler, caches, empty_rows(shapes)).compile()
     memory, whole = compiled.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= whole
-    of_lanes = whole * limits.lanes / limits.places
-    assert memory.temp_size_in_bytes < of_lanes / MODEL.num_layers
-    shapes = {f"f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(caches)}
-    copied = [line for line in compiled.as_text().splitlines() if " copy(" in line and any(s in line for s in shapes)]
+    of_batch = whole * shapes.decode_batch / shapes.num_caches
+    assert memory.temp_size_in_bytes < of_batch / MODEL.num_layers
+    arrays = {f"f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(caches)}
+    copied = [line for line in compiled.as_text().splitlines() if " copy(" in line and any(s in line for s in arrays)]
     assert copied == []
 
 
-def test_limits_keep_an_exchange_small():
+def test_static_shapes_keep_a_callback_small():
     config = base_config().rollout
-    limits = make_limits(config, question_tokens=256)
-    assert limits.feed_tokens == 632 and limits.turn_tokens == 1024
-    assert 4 * limits.exchange_rows * max(limits.feed_tokens, limits.turn_tokens) <= 16 * 1024
-    assert (limits.slots, limits.lanes, limits.places) == (64, 64, 64)
-    config.lanes, config.feed_rows = 16, 20
-    limits = make_limits(config, question_tokens=256)
-    assert (limits.lanes, limits.feed_rows, limits.places) == (16, 16, 80)  # as many spare places as rows move at once
-    config.slots, config.lanes, config.max_turn_tokens = 3, 0, 20
-    limits = make_limits(config, question_tokens=2000)
-    assert (limits.exchange_rows, limits.feed_rows, limits.feed_tokens) == (2, 3, 2000)
+    shapes = static_shapes(config, question_tokens=256)
+    assert shapes.prefill_tokens == 632 and shapes.turn_tokens == 1024
+    assert 4 * shapes.callback_rows * max(shapes.prefill_tokens, shapes.turn_tokens) <= 16 * 1024
+    assert (shapes.slots, shapes.decode_batch, shapes.num_caches) == (64, 64, 64)
+    config.decode_batch, config.prefill_rows = 16, 20
+    shapes = static_shapes(config, question_tokens=256)
+    assert (shapes.decode_batch, shapes.prefill_rows, shapes.num_caches) == (
+        16,
+        16,
+        80,
+    )  # as many spare caches as rows swap at once
+    config.slots, config.decode_batch, config.max_turn_tokens = 3, 0, 20
+    shapes = static_shapes(config, question_tokens=2000)
+    assert (shapes.callback_rows, shapes.prefill_rows, shapes.prefill_tokens) == (2, 3, 2000)
     config.max_turn_tokens = 4096
-    assert make_limits(config, question_tokens=5000).exchange_rows == 1
+    assert static_shapes(config, question_tokens=5000).callback_rows == 1
     config.max_turn_tokens = 4097
     with pytest.raises(ValueError, match="rollout.max_turn_tokens is 4097; with rollout.driver 'jit' a turn has at"):
-        make_limits(config, question_tokens=256)
+        static_shapes(config, question_tokens=256)
     config.driver = "host"
-    assert make_limits(config, question_tokens=256).turn_tokens == 4097
+    assert static_shapes(config, question_tokens=256).turn_tokens == 4097

@@ -17,4 +17,4 @@ def test_an_episode_keeps_tokens_log_probs_and_mask_in_step():
     episode.sample([5, 6], [-0.5, -0.25], [-0.25, 0.0])
     episode.inject([7])
     assert (episode.tokens, episode.sampled) == ([5, 6, 7], [True, True, False])
-    assert (episode.logps, episode.drawn_logps) == ([-0.5, -0.25, 0.0], [-0.25, 0.0, 0.0])
+    assert (episode.logps, episode.sampler_logps) == ([-0.5, -0.25, 0.0], [-0.25, 0.0, 0.0])

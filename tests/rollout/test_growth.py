@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_router import LIMITS, SEED, Latecomers, make_engine, make_prompts
+from tiny_router import SEED, SHAPES, Latecomers, make_engine, make_prompts
 
-from router_r1_jax.rollout import Manners, replica
+from router_r1_jax.rollout import EpisodeLimits, replica
 from router_r1_jax.rollout.replica import cache_lengths
-from router_r1_jax.rollout.state import FEED, RUN, WAIT, empty_rows, positions_needed
+from router_r1_jax.rollout.row_state import DECODE, PREFILL, WAIT, empty_rows, positions_needed
 
-LONG = dict(row_tokens=500, feed_tokens=160, chunk=32)
+LONG = dict(row_tokens=500, prefill_tokens=160, prefill_chunk=32)
 PROMPTS = make_prompts(10)
 
 
@@ -28,8 +28,10 @@ def long_engine():
 
     def get(driver, slots):
         if (driver, slots) not in made:
-            manners = Manners(max_calls=6, reply_tokens=140)
-            made[driver, slots] = make_engine(driver, manners=manners, slots=slots, lanes=4, **LONG)
+            episode_limits = EpisodeLimits(max_calls=6, reply_tokens=140)
+            made[driver, slots] = make_engine(
+                driver, episode_limits=episode_limits, slots=slots, decode_batch=4, **LONG
+            )
         return made[driver, slots]
 
     return get
@@ -40,7 +42,7 @@ def sampled(engine, delays=(0.0,)):
     return engine.run(PROMPTS, pool, temperature=1.0, seed=SEED)[0]
 
 
-@pytest.fixture(scope="module", params=[4, 7], ids=["all rows in lanes", "some rows parked"])
+@pytest.fixture(scope="module", params=[4, 7], ids=["all rows in the decode batch", "some rows outside"])
 def slots(request):
     return request.param
 
@@ -63,8 +65,8 @@ def test_a_growing_cache_changes_no_bit(long_engine, slots, at_full_length, driv
     for delays in ((0.0,), (0.0, 0.02, 0.005)):
         assert sampled(engine, delays) == at_full_length
     assert set(lengths) == {512}
-    own = [len(e.prompt) - 9 + len(e.tokens) for e in at_full_length]
-    assert max(own) > 256 and min(own) < 128  # rows of all lengths took part
+    lengths_of_rows = [len(e.prompt) - 9 + len(e.tokens) for e in at_full_length]
+    assert max(lengths_of_rows) > 256 and min(lengths_of_rows) < 128  # rows of all lengths took part
     assert collections.Counter(e.stop for e in at_full_length)["row_full"] < len(PROMPTS)
 
 
@@ -79,18 +81,21 @@ def test_lengths_double_up_to_a_whole_row(row_tokens):
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_what_a_step_may_write_fits(data):
-    """Row by row: what is fed in this step, and the token decoded in it or the next."""
+    """Row by row: the tokens read in this step, and the token decoded in it or the next."""
     draw = data.draw
-    n = LIMITS.slots
-    status = draw(st.lists(st.sampled_from([RUN, FEED, WAIT]), min_size=n, max_size=n))
+    n = SHAPES.slots
+    status = draw(st.lists(st.sampled_from([DECODE, PREFILL, WAIT]), min_size=n, max_size=n))
     position = draw(st.lists(st.integers(0, 30), min_size=n, max_size=n))
-    length = draw(st.lists(st.integers(1, LIMITS.feed_tokens), min_size=n, max_size=n))
+    length = draw(st.lists(st.integers(1, SHAPES.prefill_tokens), min_size=n, max_size=n))
     done = [draw(st.integers(0, k - 1)) for k in length]
-    rows = empty_rows(LIMITS).replace(
-        status=np.array(status), position=np.array(position), feed_length=np.array(length), feed_done=np.array(done)
+    rows = empty_rows(SHAPES).replace(
+        status=np.array(status),
+        position=np.array(position),
+        prefill_length=np.array(length),
+        prefill_done=np.array(done),
     )
     ends = [0]
     for s, p, k, d in zip(status, position, length, done, strict=True):
-        fed = min(k - 1 - d, LIMITS.chunk) if s == FEED else 0
-        ends += [p + fed + 1] if s != WAIT else []
-    assert int(positions_needed(rows, LIMITS)) == max(ends)
+        read = min(k - 1 - d, SHAPES.prefill_chunk) if s == PREFILL else 0
+        ends += [p + read + 1] if s != WAIT else []
+    assert int(positions_needed(rows, SHAPES)) == max(ends)

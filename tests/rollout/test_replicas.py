@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tiny_router
 from naive_rollout import NaiveEpisode
-from tiny_router import LIMITS, SEED, at_once, make_engine, make_prompts
+from tiny_router import SEED, SHAPES, at_once, make_engine, make_prompts
 
-from router_r1_jax.rollout.agenda import Agenda
 from router_r1_jax.rollout.episode import Episode, Prompt
+from router_r1_jax.rollout.work_queue import WorkQueue
 
 SCRIPT = Path(__file__).parent / "replicas.py"
 # These programs run for milliseconds and compile for seconds: LLVM need not try hard.
@@ -52,7 +52,7 @@ def test_two_replicas_sample_what_one_samples(few):
     assert few["2x1"]["replicas that worked"] == [0, 1]
 
 
-@pytest.mark.parametrize("size", ["1x2", "1x2:2"], ids=["all rows in lanes", "two lanes"])
+@pytest.mark.parametrize("size", ["1x2", "1x2:2"], ids=["all rows in the decode batch", "a decode batch of two"])
 def test_a_tensor_parallel_replica_is_the_naive_rollout(few, size):
     """Its sums are formed in another order, so it is compared as another shape is: by log-probs, to 1e-4."""
     params = tiny_router.make_params()
@@ -99,7 +99,7 @@ def test_a_failing_replica_ends_the_run_for_all():
         engine.run(make_prompts(24), respond, temperature=1.0, seed=SEED)
     assert [t for t in threading.enumerate() if t.name == "rollout" and t.is_alive()] == []
     episodes, stats = engine.run(make_prompts(24), at_once(), temperature=1.0, seed=SEED)
-    assert len(episodes) == 24 and {s.row // LIMITS.slots for s in stats.spans} == {0, 1}
+    assert len(episodes) == 24 and {s.row // SHAPES.slots for s in stats.spans} == {0, 1}
 
 
 def test_devices_that_tensor_does_not_divide_are_refused():
@@ -110,39 +110,39 @@ def test_devices_that_tensor_does_not_divide_are_refused():
 # The queue that replicas share.
 
 
-def taken(agenda, occupied):
-    prompt = agenda.take(occupied)
+def taken(work_queue, occupied):
+    prompt = work_queue.take(occupied)
     return None if prompt is None else prompt.episode
 
 
 def test_a_slow_replica_takes_less():
     """Two replicas, of which one takes a question and never finishes it: the other does all the rest."""
-    agenda = Agenda([Prompt(i, (1, 2)) for i in range(20)], replicas=2)
-    assert taken(agenda, 0) == 0  # the slow one's
+    work_queue = WorkQueue([Prompt(i, (1, 2)) for i in range(20)], replicas=2)
+    assert taken(work_queue, 0) == 0  # the slow one's
     held = []
     for _ in range(200):
-        while (episode := taken(agenda, len(held))) is not None:
+        while (episode := taken(work_queue, len(held))) is not None:
             held.append(episode)
         assert len(held) <= 10  # never more than its share of what is left
         if held:
-            agenda.finish(Episode(held.pop(0), ()))
-    assert agenda.empty and sorted(e.id for e in agenda.finished) == list(range(1, 20))
+            work_queue.finish(Episode(held.pop(0), ()))
+    assert work_queue.empty and sorted(e.id for e in work_queue.finished) == list(range(1, 20))
 
 
 def test_questions_are_shared_out_and_none_is_lost_between_threads():
-    agenda = Agenda([Prompt(i, (1, 2)) for i in range(500)], replicas=4)
+    work_queue = WorkQueue([Prompt(i, (1, 2)) for i in range(500)], replicas=4)
     taken_by = [[] for _ in range(4)]
 
     def work(mine):
         held = []
-        while not (agenda.empty and not held):
-            if (episode := taken(agenda, len(held))) is not None:
+        while not (work_queue.empty and not held):
+            if (episode := taken(work_queue, len(held))) is not None:
                 held.append(episode)
                 mine.append(episode)
             elif held:
-                agenda.finish(Episode(held.pop(), ()))
+                work_queue.finish(Episode(held.pop(), ()))
 
     threads = [threading.Thread(target=work, args=[mine]) for mine in taken_by]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert sorted(sum(taken_by, [])) == sorted(e.id for e in agenda.finished) == list(range(500))
+    assert sorted(sum(taken_by, [])) == sorted(e.id for e in work_queue.finished) == list(range(500))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from router_r1_jax.rollout.sampling import Cut, inverse_cdf, row_keys, sample
+from router_r1_jax.rollout.sampling import Truncation, inverse_cdf, row_keys, sample
 
 ROWS = 512
 SIZES = (1, 5, 127, 128, 129, 300, 1000)  # of the vocabulary, around and between multiples of the block size
@@ -81,8 +81,8 @@ def test_ids_come_as_often_as_their_probability_says(temperature):
 def test_log_prob_is_that_of_float64_log_softmax(size, temperature):
     logits = np.random.default_rng(size).normal(size=(ROWS, size)).astype(np.float32) * 4
     keys = row_keys(jax.random.key(1), jnp.arange(ROWS, dtype=jnp.uint32), jnp.zeros(ROWS, jnp.int32))
-    ids, logps, drawn_logps = map(np.asarray, draw(logits, keys, jnp.float32(temperature)))
-    np.testing.assert_array_equal(drawn_logps, 0 if temperature == 0 else logps)  # nothing was cut
+    ids, logps, sampler_logps = map(np.asarray, draw(logits, keys, jnp.float32(temperature)))
+    np.testing.assert_array_equal(sampler_logps, 0 if temperature == 0 else logps)  # nothing was truncated
     scaled = logits.astype(np.float64) / (temperature or 1.0)
     expected = scaled - np.log(np.sum(np.exp(scaled), axis=1, keepdims=True))
     np.testing.assert_allclose(logps, expected[np.arange(ROWS), ids], atol=2e-5, rtol=0)
@@ -126,42 +126,50 @@ def float64_kept(logits, temperature, top_k, top_p, min_p):
     return kept, unclear
 
 
-CUTS = [(1, 1.0, 0.0), (7, 1.0, 0.0), (10_000, 1.0, 0.0), (0, 0.01, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.2), (20, 0.8, 0.05)]
+TRUNCATIONS = [
+    (1, 1.0, 0.0),
+    (7, 1.0, 0.0),
+    (10_000, 1.0, 0.0),
+    (0, 0.01, 0.0),
+    (0, 0.9, 0.0),
+    (0, 1.0, 0.2),
+    (20, 0.8, 0.05),
+]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.3])
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_cuts_leave_what_the_textbook_leaves(cut, temperature):
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+def test_truncation_leaves_what_the_textbook_leaves(truncation, temperature):
     rng = np.random.default_rng(4)
     logits = (4 * rng.normal(size=(ROWS, 300))).astype(np.float32)
     logits[::2] = np.round(logits[::2])  # with ties
-    kept, unclear = float64_kept(logits, temperature, *cut)
+    kept, unclear = float64_kept(logits, temperature, *truncation)
     assert unclear.mean() < 0.1
     keys = row_keys(jax.random.key(1), jnp.arange(ROWS, dtype=jnp.uint32), jnp.zeros(ROWS, jnp.int32))
-    as_arrays = Cut(jnp.int32(cut[0]), jnp.float32(cut[1]), jnp.float32(cut[2]))
-    ids, logps, drawn_logps = map(np.asarray, draw(logits, keys, jnp.float32(temperature), as_arrays))
+    as_arrays = Truncation(jnp.int32(truncation[0]), jnp.float32(truncation[1]), jnp.float32(truncation[2]))
+    ids, logps, sampler_logps = map(np.asarray, draw(logits, keys, jnp.float32(temperature), as_arrays))
     rows, scaled = np.arange(ROWS), logits.astype(np.float64) / temperature
     left = np.where(kept, scaled, -np.inf)
     assert np.all(kept[rows, ids] | unclear)
-    for found, space in ((logps, scaled), (drawn_logps, left)):
+    for found, space in ((logps, scaled), (sampler_logps, left)):
         expected = scaled[rows, ids] - np.log(np.sum(np.exp(space), axis=1))
         np.testing.assert_allclose(found[~unclear], expected[~unclear], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("cut", CUTS[1:], ids=str)
-def test_cuts_are_those_of_transformers(cut):
+@pytest.mark.parametrize("truncation", TRUNCATIONS[1:], ids=str)
+def test_truncation_is_that_of_transformers(truncation):
     """Without ties, whose fate is a matter of taste."""
     logits = (4 * np.random.default_rng(2).normal(size=(64, 300))).astype(np.float32)
     scores = torch.tensor(logits)
     for warper, value, off in zip(
-        (TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper), cut, (0, 1.0, 0.0), strict=True
+        (TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper), truncation, (0, 1.0, 0.0), strict=True
     ):
         scores = scores if value == off else warper(min(value, 300))(None, scores)
     kept = np.isfinite(scores.numpy())
-    expected, unclear = float64_kept(logits, 1.0, *cut)
+    expected, unclear = float64_kept(logits, 1.0, *truncation)
     np.testing.assert_array_equal(kept[~unclear], expected[~unclear])
     keys = row_keys(jax.random.key(1), jnp.arange(64, dtype=jnp.uint32), jnp.zeros(64, jnp.int32))
-    arrays = Cut(jnp.int32(cut[0]), jnp.float32(cut[1]), jnp.float32(cut[2]))
+    arrays = Truncation(jnp.int32(truncation[0]), jnp.float32(truncation[1]), jnp.float32(truncation[2]))
     drawn = np.array(
         [draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), jnp.float32(1), arrays)[0] for i in range(40)]
     )

@@ -10,10 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from router_r1_jax.mesh import make_mesh
+from router_r1_jax.distributed.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, abstract_params
-from router_r1_jax.rollout import Engine, Manners, Prompt
-from router_r1_jax.rollout.state import Limits
+from router_r1_jax.rollout import Engine, EpisodeLimits, Prompt, StaticShapes
 
 # Many words end a tag, some in their middle, so that random sampling makes calls and answers often.
 CLOSING = [f"{a}</search>{b}" for a in ("", "a", "b", "c") for b in ("", ".", "!")]
@@ -23,17 +22,17 @@ HALVES = [f"{a}</sea" for a in ("", *"abcdefg")] + [f"rch>{b}" for b in ("", *".
 TAGS = ["<search>", "<answer>", "<think>", "</think>", "<information>", "</information>"]
 WORDS = ["[UNK]", "[END]", *TAGS, *CLOSING, *HALVES, *(f"w{i}" for i in range(60))]
 
-LIMITS = Limits(
+SHAPES = StaticShapes(
     slots=4,
-    lanes=4,
+    decode_batch=4,
     row_tokens=40,
     turn_tokens=12,
     episode_tokens=99,
-    feed_tokens=14,
-    chunk=4,
-    feed_rows=2,
-    feed_wait=2,
-    exchange_rows=2,
+    prefill_tokens=14,
+    prefill_chunk=4,
+    prefill_rows=2,
+    prefill_wait=2,
+    callback_rows=2,
     poll_every=3,
 )
 MAX_CALLS = 3
@@ -66,15 +65,17 @@ def make_params():
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def make_engine(driver: str = "jit", *, devices=None, tensor: int = 1, manners=None, **limits: int) -> Engine:
-    """An engine of this model, which holds its random parameters; `limits` replace those of LIMITS.
+def make_engine(driver: str = "jit", *, devices=None, tensor: int = 1, episode_limits=None, **shapes: int) -> Engine:
+    """An engine of this model with its random parameters; `shapes` replace those of SHAPES.
 
-    All rows have lanes where `lanes` is not among them.
+    Without `decode_batch` all rows are in the decode batch.
     """
-    limits = {"lanes": limits.get("slots", LIMITS.slots)} | limits
-    manners = manners or Manners(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS)
-    engine = Engine(MODEL, LIMITS._replace(**limits), TOKENIZER, manners, driver=driver, devices=devices, tensor=tensor)
-    engine.push(make_params())
+    shapes = {"decode_batch": shapes.get("slots", SHAPES.slots)} | shapes
+    episode_limits = episode_limits or EpisodeLimits(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS)
+    engine = Engine(
+        MODEL, SHAPES._replace(**shapes), TOKENIZER, episode_limits, driver=driver, devices=devices, tensor=tensor
+    )
+    engine.sync_weights(make_params())
     return engine
 
 

@@ -1,0 +1,35 @@
+"""Decontamination (train/test leak check): which questions count as equal, whatever their case, marks and articles."""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+
+_WORD = re.compile(r"[^\W_]+")
+_ARTICLES = frozenset({"a", "an", "the"})
+
+
+def question_key(question: str) -> bytes:
+    """Hash of a normalised question, 16 bytes.
+
+    Two questions have the same key if they differ only in case, marks, articles, white space or compatible letters.
+    """
+    words = _WORD.findall(unicodedata.normalize("NFKC", question).casefold())
+    return hash_text(" ".join(word for word in words if word not in _ARTICLES) or question)
+
+
+def hash_text(text: str) -> bytes:
+    """Hash of a text, 16 bytes: among a million texts, two have the same hash with a probability of 1e-27."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def key_array(keys: bytes | bytearray) -> np.ndarray:
+    """Keys that stand one after the other in `keys`, as an array [N] of 16 bytes each, for sorting and comparing."""
+    return np.frombuffer(keys, "S16")
+
+
+def question_keys(questions: Iterable[str]) -> np.ndarray:
+    """[N] the `question_key` of each question."""
+    return key_array(b"".join(map(question_key, questions)))

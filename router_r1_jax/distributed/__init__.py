@@ -1,0 +1,1 @@
+"""Device mesh with its sharding rules, and runs of several processes (multi-host)."""

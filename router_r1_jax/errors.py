@@ -1,0 +1,5 @@
+"""Base class of the errors that a user can act on: the message says what is wrong, where, and the fix."""
+
+
+class UserError(Exception):
+    """An error that the launcher prints as one line, without a traceback."""

@@ -1,0 +1,120 @@
+"""Episode browser of the report page: selection of episodes by size, and their JSON for the page's script.
+
+The script draws a question when a reader opens it. The data stand in a block of JSON without a character that means
+anything to HTML, and the script puts them into the page as text, never as markup.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+from router_r1_jax.protocol import parse_response
+
+Episode = Mapping[str, Any]
+
+MOST_BYTES = 24_000_000  # of all episodes in a page: a browser reads that much in about a second
+TRAINING_BYTES = 2_000_000  # of the episodes that training wrote; the rest is for evaluations
+TRAINING_SPLITS = ("train", "validation")
+
+
+class EpisodeData(NamedTuple):
+    """The JSON block, the number of episodes in it, and the number of all episodes."""
+
+    json: str
+    shown: int
+    total: int
+
+
+def pack_episodes(
+    episodes: Sequence[Episode], colours: Mapping[str, str], order: Sequence[str] = (), *, most_bytes: int = MOST_BYTES
+) -> EpisodeData:
+    """JSON of the episodes, question by question, for a <script type="application/json">.
+
+    Questions of evaluations come before questions of training. Questions that more policies answered come first. If
+    there are too many, datasets and outcomes take turns, so that the page keeps rare cases of a large file.
+
+    Args:
+        episodes: records of episodes/*.jsonl.
+        colours: model name -> CSS colour.
+        order: names of the first policies; the page opens with the first two.
+        most_bytes: size of all episodes; those of training get at most TRAINING_BYTES of it.
+    """
+    groups: dict[bool, dict[tuple[str, str, str], list[Episode]]] = {False: {}, True: {}}
+    for episode in episodes:
+        split = str(episode.get("split"))
+        question = (split, str(episode.get("dataset") or ""), str(episode.get("id")))
+        groups[split in TRAINING_SPLITS].setdefault(question, []).append(episode)
+    found = [str(e.get("policy")) for questions in groups.values() for group in questions.values() for e in group]
+    policies = list(dict.fromkeys([*(name for name in order if name in found), *found]))
+    left, shown, packed = most_bytes, 0, []
+    for training, questions in groups.items():
+        left = min(left, TRAINING_BYTES) if training else left
+        for group in _take_turns(questions.values(), policies):
+            text = json.dumps(_question(group, policies), separators=(",", ":"))
+            if (left := left - len(text)) < 0:
+                break
+            packed.append(text)
+            shown += len(group)
+    head = json.dumps({"policies": policies, "colours": list(colours.items())}, separators=(",", ":"))
+    data = f'{head[:-1]},"questions":[{",".join(packed)}]}}'
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return EpisodeData(data, shown, len(episodes))
+
+
+def _take_turns(questions: Iterable[list[Episode]], policies: Sequence[str]) -> list[list[Episode]]:
+    """One question of each kind in turn. Kinds that more policies answered, or on which the first two differ, lead."""
+    kinds: dict[int, dict[tuple, list[list[Episode]]]] = defaultdict(lambda: defaultdict(list))
+    for group in questions:
+        first_right: dict[str, bool] = {}
+        for episode in group:
+            first_right.setdefault(str(episode.get("policy")), bool(episode.get("exact_match")))
+        wrong = tuple(not first_right[name] for name in policies if name in first_right)
+        same = len(set(wrong[:2])) == 1
+        kind = (same, wrong, str(group[0].get("dataset") or ""), str(group[0].get("split")))
+        kinds[len(first_right)][kind].append(group)
+    turns = [zip_longest(*(groups for _, groups in sorted(kinds[count].items()))) for count in sorted(kinds)[::-1]]
+    return [group for rounds in turns for turn in rounds for group in turn if group is not None]
+
+
+def _question(episodes: Sequence[Episode], policies: Sequence[str]) -> dict[str, Any]:
+    """One question with all its episodes, ordered by step."""
+    first = episodes[0]
+    ordered = sorted(episodes, key=lambda episode: episode.get("step") or 0)
+    return {
+        "id": str(first.get("id")),
+        "dataset": str(first.get("dataset") or ""),
+        "split": str(first.get("split")),
+        "hops": first.get("hops"),
+        "question": str(first.get("question")),
+        "golds": [str(gold) for gold in first.get("golds") or ()],
+        "episodes": [_episode(episode, policies.index(str(episode.get("policy")))) for episode in ordered],
+    }
+
+
+def _episode(episode: Episode, policy: int) -> dict[str, Any]:
+    reward = episode.get("reward") or {}
+    segments = parse_response(str(episode.get("response") or ""))
+    return {
+        "policy": policy,
+        "step": episode.get("step"),
+        "right": int(bool(episode.get("exact_match"))),
+        "f1": _rounded(episode.get("f1")),
+        "stop": str(episode.get("stop")),
+        "dollars": episode.get("dollars"),
+        "reward": [_rounded(reward.get(part)) for part in ("total", "format", "outcome", "cost")],
+        "faults": [str(fault) for fault in episode.get("faults") or ()],
+        "segments": [[segment.kind, segment.text.strip()] for segment in segments],
+        "calls": [_call(call) for call in episode.get("calls") or ()],
+    }
+
+
+def _call(call: Mapping[str, Any]) -> list[Any]:
+    names = [str(call.get("model") or ""), str(call.get("outcome"))]
+    return [*names, call.get("completion_tokens"), call.get("charged"), _rounded(call.get("latency"))]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,43 @@
+"""Number formats (percent, points, dollars, intervals) and Markdown escaping of the report page and the tables."""
+
+import math
+from collections.abc import Callable, Sequence
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with one decimal: 0.734 -> "73.4 %"."""
+    return "–" if value is None or not math.isfinite(value) else f"{points(value)} %"
+
+
+def points(share: float) -> str:
+    """A share in percentage points, for columns whose unit stands elsewhere: 0.734 -> "73.4"."""
+    return f"{100 * share:.1f}"
+
+
+def signed_points(share: float) -> str:
+    """A difference of two shares in percentage points: 0.01 -> "+1.0"."""
+    return f"{100 * share:+.1f}"
+
+
+def significant_decimals(value: float) -> int:
+    """Decimals that show three significant digits of a positive amount, and at least cents."""
+    return max(2, 2 - math.floor(math.log10(value)))
+
+
+def dollars(value: float | None, decimals: int | None = None) -> str:
+    """Dollars without exponent and, unless `decimals` is given, with three significant digits: "$0.0000123"."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if decimals is None:
+        decimals = significant_decimals(abs(value)) if value else 0
+    return f"{'-' if value < 0 else ''}${abs(value):,.{decimals}f}"
+
+
+def interval(show: Callable[[float], str], value: float, ends: Sequence[float] | None) -> str:
+    """A value and its interval, if it has one: "40.0 [36.0, 44.0]". `show` formats all three numbers."""
+    return show(value) if ends is None else f"{show(value)} [{show(ends[0])}, {show(ends[1])}]"
+
+
+def escape_markdown(value: object) -> str:
+    """Text that stays in one cell and one line of Markdown, whatever a name holds."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")

@@ -1,0 +1,1 @@
+"""Files of a run: Orbax checkpoints, the metrics writer, and JSON lines."""

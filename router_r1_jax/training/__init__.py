@@ -1,0 +1,1 @@
+"""Training: rollouts and their rewards, advantages, policy updates, the warm start, and the alarms."""
