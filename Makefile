@@ -2,12 +2,13 @@
 # make test       the fast tests
 # make test-all   all tests, slow ones too: what CI runs
 # make lint       ruff
+# make docs       the site of docs/, in site/; a broken link is an error
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 ARGS ?=
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -17,6 +18,10 @@ ARGS ?=
 
 .venv/.installed-test: .venv/.installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 demo: .venv/.installed
@@ -32,5 +37,9 @@ test-all: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+docs: .venv/.installed-docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
