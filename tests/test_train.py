@@ -276,7 +276,7 @@ def test_a_run_that_samples_ahead_goes_on_from_a_checkpoint_as_if_it_had_never_s
         assert all(line["tis_mean"] < 1 and line["value_loss"] > 0 for line in lines)  # what top-p leaves is more
         assert lines[3]["value_explained"] != lines[0]["value_explained"]
     else:
-        assert {line["rounds"] for line in lines} <= {1, 2} and "kl" not in lines[0]
+        assert {line["sampling_rounds"] for line in lines} <= {1, 2} and "kl" not in lines[0]
     for step in ("0", "2"):
         shutil.copytree(whole / "checkpoints" / step, later / "checkpoints" / step)
     mains.succeed("train", later, *overrides)

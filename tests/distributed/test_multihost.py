@@ -274,7 +274,7 @@ def test_two_processes_train_a_critic_as_one_does(warm_file, tmp_path):
     lines, truth = train_lines(two), repeatable(train_lines(one))
     assert [line["step"] for line in lines] == [1, 2]
     for line, single in zip(repeatable(lines), truth, strict=True):
-        assert line["rounds"] == single["rounds"] and line["reward/total"] == single["reward/total"]
+        assert line["sampling_rounds"] == single["sampling_rounds"] and line["reward/total"] == single["reward/total"]
         for key in ("loss", "value_loss", "kl", "entropy", "grad_norm"):
             assert line[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), (line["step"], key)
 
