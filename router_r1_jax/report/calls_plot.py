@@ -26,6 +26,8 @@ def calls_per_model(metrics: Metrics, path: str | Path) -> Path | None:
         return None
     steps, names = np.array([line["step"] for line in lines]), model_names(lines, {})
     columns, rows = share_columns([{name: line.get(SHARE_PREFIX + name) or 0.0 for name in names} for line in lines])
+    if not columns:  # no episode made a call
+        return None
     order = sorted(columns, key=lambda name: columns[name] != GREY)  # all others together are the lowest band
     shares = np.array([running_mean(np.array([row[name] for row in rows])) for name in order])
     figure = new_figure(9.2, 5.4)

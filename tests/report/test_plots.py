@@ -50,6 +50,12 @@ def test_nothing_to_draw_writes_nothing(tmp_path, draw, lines):
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("share", [0.0, None])
+def test_a_run_without_calls_has_no_picture_of_them(tmp_path, share):
+    lines = [{"step": i, "calls/share/a": share, "calls_per_question": 0.0} for i in (1, 2)]
+    assert report.calls_per_model(lines, tmp_path / "x.png") is None
+
+
 def test_curves_show_the_metrics_and_skip_what_was_not_finite(figures, metrics):
     report.learning_curves(metrics, "unused.png")
     raw, smooth, validation = panel(figures[0], "Exact match").lines
