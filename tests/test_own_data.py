@@ -10,8 +10,6 @@ import json
 import shlex
 import subprocess
 import sys
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import jax
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import mains
 import numpy as np
 import pytest
-from pool.scripted_provider import Scripted, completion, handler
+from pool.scripted_provider import completion, serving
 from transformers import AutoTokenizer
 
 from router_r1_jax.distributed.mesh import make_mesh
@@ -84,14 +82,8 @@ def save_router(folder):
 @pytest.fixture(scope="module")
 def models():
     """An OpenAI-compatible endpoint that knows no answer."""
-    scripted = Scripted(lambda number, body: completion("I do not know.") if body else (200, {}, b"{}"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(scripted, threading.Lock()))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    scripted.base_url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield scripted
-    server.shutdown()
-    server.server_close()
+    with serving(lambda number, body: completion("I do not know.") if body else (200, {}, b"{}")) as scripted:
+        yield scripted
 
 
 @pytest.fixture(scope="module")

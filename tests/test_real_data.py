@@ -1,13 +1,11 @@
 """Train and evaluate on prepared data sets, end to end: FlashRAG JSONL, models behind HTTP, results by data set."""
 
 import json
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import mains
 import pytest
-from pool.scripted_provider import Scripted, completion, handler
+from pool.scripted_provider import completion, serving
 from tiny_config import get_config
 
 from router_r1_jax.config import PAPER_SETS
@@ -43,14 +41,8 @@ def models():
         known = WORLD.lookup(query)
         return completion(WORLD.reply(query, KNOWS_ALL) if known else "The answer is elsewhere.")
 
-    scripted = Scripted(answer)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(scripted, threading.Lock()))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    scripted.base_url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield scripted
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as scripted:
+        yield scripted
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """Fixtures of the pool's tests: a scripted provider and a configuration that points to it."""
 
-import threading
-from http.server import ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
-from scripted_provider import Scripted, handler
+from scripted_provider import serving
 
 from router_r1_jax.config import base_config, model_card, provider
 
@@ -12,21 +11,8 @@ from router_r1_jax.config import base_config, model_card, provider
 @pytest.fixture
 def serve():
     """serve(script) -> Scripted, running until the test ends."""
-    servers = []
-
-    def start(script):
-        scripted = Scripted(script)
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler(scripted, threading.Lock()))
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        scripted.base_url = f"http://127.0.0.1:{server.server_port}/v1"
-        servers.append(server)
-        return scripted
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as stack:
+        yield lambda script: stack.enter_context(serving(script))
 
 
 @pytest.fixture

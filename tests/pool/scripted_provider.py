@@ -1,9 +1,11 @@
 """A real HTTP server whose behaviour a test scripts, built on the standard library and not on our own server."""
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def completion(text, *, prompt_tokens=3, completion_tokens=5, finish="stop"):
@@ -27,7 +29,22 @@ class Scripted:
         return [body["messages"][-1]["content"] for _, body in self.requests]
 
 
-def handler(scripted, lock):
+@contextmanager
+def serving(script: Callable) -> Iterator[Scripted]:
+    """A running server on a free loopback port, with its address for a provider in `base_url`."""
+    scripted = Scripted(script)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(scripted, threading.Lock()))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    scripted.base_url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield scripted
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _handler(scripted, lock):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True  # headers and body are two writes, which would otherwise take 40 ms

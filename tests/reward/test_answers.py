@@ -1,17 +1,14 @@
 """Answer metrics against the published functions' values and slow definitions of the metrics."""
 
-import json
 import re
 import string
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published_values import ANSWERS
 
 from router_r1_jax.reward import exact_match, extract_answer, f1_score, normalize_answer, sub_exact_match
-
-VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/answers.jsonl").open(encoding="utf-8")]
 
 answers = st.lists(
     st.sampled_from(
@@ -22,7 +19,7 @@ answers = st.lists(
 ).map(" ".join)
 
 
-@pytest.mark.parametrize("row", VECTORS)
+@pytest.mark.parametrize("row", ANSWERS)
 def test_published_values(row):
     prediction, golds = row["prediction"], row["golds"]
     assert normalize_answer(prediction) == row["normalized"]

@@ -2,20 +2,19 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published_values import COSTS as PUBLISHED
 
 from router_r1_jax.reward import CostNormalizer, cost_bounds, episode_cost, make_normalizer, normalize_costs
 from router_r1_jax.reward.cost import COSTS
 
-VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/cost.jsonl").open(encoding="utf-8")]
-RAW = np.array([row["raw_cost"] for row in VECTORS])
-EXPECTED = np.array([row["cost_reward"] for row in VECTORS])
+RAW = np.array([row["raw_cost"] for row in PUBLISHED])
+EXPECTED = np.array([row["cost_reward"] for row in PUBLISHED])
 
 # Costs are a cent or more apart, or so close that a window of them is flat. At the edge of flatness the last bit of a
 # percentile would decide.

@@ -1,25 +1,15 @@
 """The format rule against the published values, a regular-expression reading of it, and known faults."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published_values import FORMATS, NAMES
 
 from router_r1_jax.protocol import RouteCall, information_block, neutralize, parse_route
 from router_r1_jax.reward import FAULTS, check_format
 
-VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/format.jsonl").open(encoding="utf-8")]
-NAMES = [
-    "Qwen2.5-7B-Instruct",
-    "LLaMA-3.1-70B-Instruct",
-    "LLaMA-3.1-8B-Instruct",
-    "Mistral-7B-Instruct",
-    "Mixtral-8x22B-Instruct",
-    "Gemma-2-27B-Instruct",
-]
 KINDS = "think|search|information|answer"
 NAME = NAMES[0]
 
@@ -67,7 +57,7 @@ responses = st.lists(segments | searches, max_size=5).map("".join)
 well_begun = responses.map(lambda middle: f" <think>a</think>{middle}<think>b</think><answer>c</answer>\n")
 
 
-@pytest.mark.parametrize("row", VECTORS)
+@pytest.mark.parametrize("row", FORMATS)
 def test_published_values(row):
     report = check_format(row["response"], NAMES)
     assert report.ok == (row["format_reward"] == 0)

@@ -4,27 +4,16 @@ Nothing is shared with the package: no pattern, no table, no running window. It 
 itself, and then both are tried on text that is made to tell them apart.
 """
 
-import json
 import string
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from published_values import FORMATS, NAMES, REWARDS
 
 from router_r1_jax.reward import CostNormalizer, check_format, extract_answer, score
 
-VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/reward.jsonl").open(encoding="utf-8")]
-FORMATS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/format.jsonl").open(encoding="utf-8")]
-NAMES = [
-    "Qwen2.5-7B-Instruct",
-    "LLaMA-3.1-70B-Instruct",
-    "LLaMA-3.1-8B-Instruct",
-    "Mistral-7B-Instruct",
-    "Mixtral-8x22B-Instruct",
-    "Gemma-2-27B-Instruct",
-]
 KINDS = ("think", "search", "information", "answer")
 
 
@@ -124,11 +113,11 @@ def rewards_of(responses, golds, raw_costs, alpha, metric):
 def test_the_second_reading_has_the_published_values():
     for row in FORMATS:
         assert well_formed(row["response"]) == (row["format_reward"] == 0), row
-    for alpha, metric in {(row["alpha"], row["metric"]) for row in VECTORS}:
-        columns = ([row[name] for row in VECTORS] for name in ("response", "golds", "raw_cost"))
+    for alpha, metric in {(row["alpha"], row["metric"]) for row in REWARDS}:
+        columns = ([row[name] for row in REWARDS] for name in ("response", "golds", "raw_cost"))
         totals = rewards_of(*columns, alpha, metric)
-        rows = [i for i, row in enumerate(VECTORS) if (row["alpha"], row["metric"]) == (alpha, metric)]
-        assert [totals[i] for i in rows] == pytest.approx([VECTORS[i]["reward"] for i in rows], abs=1e-12)
+        rows = [i for i, row in enumerate(REWARDS) if (row["alpha"], row["metric"]) == (alpha, metric)]
+        assert [totals[i] for i in rows] == pytest.approx([REWARDS[i]["reward"] for i in rows], abs=1e-12)
 
 
 # What Python calls white space, in and beside ASCII, and what only looks like it.

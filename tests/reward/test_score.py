@@ -1,13 +1,12 @@
 """Whole rewards against the published values and the rule written out case by case."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published_values import NAMES, REWARDS
 
 from router_r1_jax.config import ConfigError, base_config, model_card, provider
 from router_r1_jax.config_checks import validate
@@ -15,22 +14,13 @@ from router_r1_jax.reward import CostNormalizer, check_format, compute_rewards, 
 from router_r1_jax.reward.cost import COSTS
 from router_r1_jax.reward.score import PRESETS
 
-VECTORS = [json.loads(line) for line in (Path(__file__).parents[1] / "vectors/reward.jsonl").open(encoding="utf-8")]
-NAMES = [
-    "Qwen2.5-7B-Instruct",
-    "LLaMA-3.1-70B-Instruct",
-    "LLaMA-3.1-8B-Instruct",
-    "Mistral-7B-Instruct",
-    "Mixtral-8x22B-Instruct",
-    "Gemma-2-27B-Instruct",
-]
 GOOD = "<think>a</think><answer>Paris</answer>"
 
 
 def test_published_values_row_by_row():
     """One window for all rows, in order; alpha and metric differ by row."""
     normalizer = CostNormalizer()
-    for row in VECTORS:
+    for row in REWARDS:
         rewards = score(
             [row["response"]],
             [row["golds"]],
@@ -47,19 +37,19 @@ def test_published_values_row_by_row():
 
 def test_published_values_in_one_batch():
     """The same rows at once, at one alpha and metric: the rows that have these must come out as published."""
-    columns = [[row[key] for row in VECTORS] for key in ("response", "golds")]
-    raw_costs = np.array([row["raw_cost"] for row in VECTORS])
+    columns = [[row[key] for row in REWARDS] for key in ("response", "golds")]
+    raw_costs = np.array([row["raw_cost"] for row in REWARDS])
     compared = 0
-    for alpha in {row["alpha"] for row in VECTORS}:
+    for alpha in {row["alpha"] for row in REWARDS}:
         for metric in ("em", "f1"):
             rewards = score(*columns, raw_costs, NAMES, alpha=alpha, metric=metric, normalizer=CostNormalizer())
-            rows = [i for i, row in enumerate(VECTORS) if (row["alpha"], row["metric"]) == (alpha, metric)]
-            np.testing.assert_allclose(rewards.total[rows], [VECTORS[i]["reward"] for i in rows], rtol=0, atol=1e-12)
+            rows = [i for i, row in enumerate(REWARDS) if (row["alpha"], row["metric"]) == (alpha, metric)]
+            np.testing.assert_allclose(rewards.total[rows], [REWARDS[i]["reward"] for i in rows], rtol=0, atol=1e-12)
             compared += len(rows)
-    assert compared == len(VECTORS)
+    assert compared == len(REWARDS)
 
 
-@given(st.lists(st.tuples(st.sampled_from(VECTORS), st.floats(0, 1e4)), max_size=8), st.floats(0, 1))
+@given(st.lists(st.tuples(st.sampled_from(REWARDS), st.floats(0, 1e4)), max_size=8), st.floats(0, 1))
 def test_total_case_by_case(rows, alpha):
     responses, golds = [row["response"] for row, _ in rows], [row["golds"] for row, _ in rows]
     raw_costs = np.array([cost for _, cost in rows])
