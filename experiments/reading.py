@@ -39,7 +39,7 @@ def foreseen(session: Session, params: Params, batches: int) -> dict[str, dict[s
         learning_rate=0.0, warmup=1, total=1, decay=False, weight_decay=0.0, max_grad_norm=1.0
     )
     layout = make_layout(episodes.longest, buckets=1, tokens=config.learner.micro_tokens, rows=episodes.rows)
-    reader = Learner(
+    learner = Learner(
         session.model.base,
         optimizer,
         SupervisedLoss(),
@@ -51,14 +51,14 @@ def foreseen(session: Session, params: Params, batches: int) -> dict[str, dict[s
     names = {card.name for card in all_in_prompts(session.cards, config.pool)}
     for step in range(config.warmstart.steps, config.warmstart.steps + batches):  # as if training went on
         prefix, rows = episodes.batch(step)
-        for row, reading in zip(rows, reader.read(params, prefix, rows), strict=True):
+        for row, scores in zip(rows, learner.score(params, prefix, rows), strict=True):
             said = [session.tokenizer.decode([token]).strip() for token in row.tokens]
             for i in np.flatnonzero(row.mask):
                 if said[i] in names:
                     kind = "name behind a score" if said[i - 1].isdigit() else "name said again"
                 else:
                     kind = "score" if said[i].isdigit() else "other"
-                nats[kind].append(-float(reading.logps[i]))
+                nats[kind].append(-float(scores.logps[i]))
     return {
         kind: {"tokens": len(x), "foreseen": float(np.mean(np.array(x) < np.log(2))), "nats": float(np.mean(x))}
         for kind, x in nats.items()

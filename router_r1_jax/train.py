@@ -1,9 +1,9 @@
-"""Train a router: order of resume sources, warm start, then GRPO (or another policy loss) step by step.
+"""Train a router: resume or warm start, then GRPO (or another policy loss) step by step.
 
     python -m router_r1_jax.train --config=configs/demo.py --workdir=runs/demo [--config.reward.alpha=0.6]
 
 The loop at the end of this file is a training step as papers write it. The same command continues a run that was cut.
-The resume sources are tried in this order:
+The parameters come from the first of these that there is:
 
   1. the latest checkpoint in <workdir>/checkpoints,
   2. config.warmstart.file, a kept warm start,
@@ -153,9 +153,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
             )
             state, metrics = update_policy(config, trainer.learner, run.state, prefix, rows)
             run.advance(state, step, host_state)
-            updated = time.monotonic()
             if not prefetch.begun:
                 run.sync_weights()
+            updated = time.monotonic()
 
             records, sampling_metrics = rollout_metrics(session, rounds, step)
             metrics |= advantage_metrics | sampling_metrics | run.sync_metrics
