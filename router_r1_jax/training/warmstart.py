@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -115,10 +116,7 @@ def train_warm_start(session: Session, writer: MetricsWriter) -> Params:
 def save_warm_start(path: Path, params: Params, session: Session) -> None:
     """Write parameters to one safetensors file, with the recipe that made them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    leaves = {
-        jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(jax.device_get(leaf))
-        for key, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten_dict(params, sep="/").items()}
     save_file(leaves, path, metadata={"recipe": recipe(session)})
 
 
@@ -127,15 +125,12 @@ def load_warm_start(path: Path, session: Session) -> Params:
     rebuild = f"build it anew with {COMMAND}, or set warmstart.file='' to train it in the run"
     try:
         with safe_open(path, framework="numpy") as file:
-            made_by = file.metadata().get("recipe")
+            made_by = (file.metadata() or {}).get("recipe")
             if made_by != recipe(session):
                 raise ConfigError(f"warmstart.file {path} was made by another configuration ({made_by}); {rebuild}")
-
-            def read(key: tuple, target: jax.ShapeDtypeStruct) -> jax.Array:
-                value = file.get_tensor(jax.tree_util.keystr(key, simple=True, separator="/"))
-                return place(value, target.sharding)
-
-            return jax.tree_util.tree_map_with_path(read, session.abstract_base)
+            targets = flatten_dict(session.abstract_base, sep="/").items()
+            leaves = {name: place(file.get_tensor(name).astype(x.dtype), x.sharding) for name, x in targets}
+            return unflatten_dict(leaves, sep="/")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"warmstart.file {path} cannot be read ({error}); {rebuild}") from error
 

@@ -3,6 +3,7 @@
 The kept files are still accepted, so the recipe that they carry has not changed.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from tiny_config import demo_config
 from transformers import AutoTokenizer
 
@@ -335,6 +337,11 @@ def test_a_warm_start_of_another_vocabulary_is_refused(tmp_path):
     with open_session(config, tmp_path / "run", load_source=False) as session:
         warmstart.save_warm_start(file, session.initial_params(0), session)
         load_warm_start(file, session)
+        session.model = dataclasses.replace(session.model, dtype="bfloat16")
+        assert {leaf.dtype for leaf in jax.tree.leaves(load_warm_start(file, session))} == {jnp.dtype("bfloat16")}
+        save_file({"embed": np.zeros(1, np.float32)}, tmp_path / "foreign.safetensors")
+        with pytest.raises(ConfigError, match="made by another configuration"):
+            load_warm_start(tmp_path / "foreign.safetensors", session)
         shutil.copytree(tmp_path / "words", tmp_path / "moved")
         session.config.model.tokenizer = str(tmp_path / "moved")
         load_warm_start(file, session)
