@@ -189,12 +189,13 @@ def merge_caches(into: Path, others: Sequence[Path]) -> int:
 
     If two caches hold different replies to one question, the reply of `into` stays, and otherwise that of the first.
     """
+    for other in others:  # a file that is no call cache is refused before anything is written
+        with _open_recorded(other):
+            pass
     CallCache(into, "record").close()  # creates the file and its tables if there are none
     added = 0
     with closing(sqlite3.connect(into, _LOCK_TIMEOUT, isolation_level=None)) as db:
         for other in others:
-            with _open_recorded(other):
-                pass  # refuses a file that is no call cache before anything is written
             try:
                 db.execute("ATTACH ? AS other", (str(other),))
                 db.execute("BEGIN IMMEDIATE")
@@ -224,7 +225,12 @@ def _open_recorded(path: Path) -> closing[sqlite3.Connection]:
 
 
 def main(stats: str, export: str, merge_into: str, merge: str) -> None:
-    """Print what a call cache holds, or merge several into one."""
+    """Print what a call cache holds, or merge several into one. Raises PoolError if there is nothing to do."""
+    if bool(merge_into) != bool(merge) or not (stats or export or merge):
+        raise PoolError(
+            "nothing to do; name a call cache with --stats or --export, or several with --merge and a file "
+            "for --merge_into"
+        )
     if stats:
         print(json.dumps(count_calls(Path(stats)), indent=2))
     if export:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_r1_jax.errors import UserError
-from router_r1_jax.pool.call_cache import CacheMissError, CallCache, Request, count_calls, main
+from router_r1_jax.pool.call_cache import CacheMissError, CallCache, Request, count_calls, main, merge_caches
 from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 5, "temperature": 0.0}
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_call_cache_is_named(tmp_path):
 _WRITER = """
 import sys
 from router_r1_jax.pool.outcomes import Completion, Outcome
-from router_r1_jax.pool.call_cache import Request, CallCache
+from router_r1_jax.pool.call_cache import Request, CallCache, merge_caches
 path, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 call_cache = CallCache(path, "record")
 for i in range(count):
@@ -202,6 +202,20 @@ def test_export_prints_a_line_per_reply(tmp_path, capsys):
     lines = [json.loads(line) for line in _command(capsys, export=tmp_path / "a").splitlines()]
     assert {line["request"]["messages"]: line["text"] for line in lines} == {"x": "x on a", "y": "y on a"}
     assert [line["key"] for line in lines] == sorted(line["key"] for line in lines)
+
+
+@pytest.mark.parametrize("flags", [{}, {"merge": "a"}, {"merge_into": "a"}, {"stats": "a", "merge": "b"}])
+def test_a_command_without_a_task_is_refused(capsys, flags):
+    with pytest.raises(PoolError, match="nothing to do"):
+        _command(capsys, **flags)
+
+
+def test_a_merge_of_a_file_that_is_no_call_cache_changes_nothing(tmp_path):
+    _record(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("no database")
+    with pytest.raises(PoolError, match="b cannot be used"):
+        merge_caches(tmp_path / "new", [tmp_path / "a", tmp_path / "b"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_merged_call_caches_hold_all_and_the_first_reply_stays(tmp_path, capsys):
