@@ -90,9 +90,11 @@ def _label(panel: _Panel, key: str) -> str:
 def _draw_curves(axes: Axes, panel: _Panel, lines: Metrics) -> None:
     for colour, key in zip(PALETTE, panel.keys, strict=False):
         label, (steps, values) = _label(panel, key), curve(lines, key)
+        if not len(steps):
+            continue
         if key.startswith(VALIDATION_PREFIX):  # only on a few steps, so the values are dots and no mean is taken
             axes.plot(steps, values, "o-", color=colour, markersize=3.5, linewidth=1.2, label=label)
-        elif len(steps):
+        else:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             marker = {"marker": "o", "markersize": 3.5} if len(steps) == 1 else {}  # a line of one point is invisible
             axes.plot(steps, running_mean(values), color=colour, linewidth=1.7, label=label, **marker)

@@ -1,4 +1,4 @@
-"""Timeline of a rollout: when each slot of the decode batch decodes, prefills, or waits for a model's reply."""
+"""Timeline of a rollout: when each slot of the sampling loop decodes, prefills, or waits for a model's reply."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,28 +9,28 @@ from matplotlib.ticker import MaxNLocator
 from router_r1_jax.report.colours import BLUE, ORANGE
 from router_r1_jax.report.plot_style import add_legend, dress, new_figure, save_figure
 
-_KINDS = {"decode": (BLUE, "decoding"), "prefill": (ORANGE, "reading"), "wait": ("#d9d9d9", "waiting for a reply")}
+_KINDS = {"decode": (BLUE, "decode"), "prefill": (ORANGE, "prefill"), "wait": ("#d9d9d9", "wait for a reply")}
 
 
-def slots_over_time(trace: Mapping[str, Any], path: str | Path) -> Path | None:
-    """Timeline of every row of the sampling loop in one rollout, a line per row.
+def slots_over_time(timeline: Mapping[str, Any], path: str | Path) -> Path | None:
+    """Timeline of one rollout, a line per slot.
 
     Args:
-        trace: contents of rollout.json: `step`, `seconds`, `rows`, `idle_share`, `spans` of [row, kind, start, end].
+        timeline: contents of rollout.json: `step`, `seconds`, `rows`, `idle_share`, `spans` of [row, kind, start, end].
         path: PNG to write; its folder is made if it is missing.
 
     Returns:
         The path, or None if there is nothing to draw.
     """
-    if not trace.get("spans"):
+    if not timeline.get("spans"):
         return None
-    rows, seconds = trace["rows"], trace["seconds"]
+    rows, seconds = timeline["rows"], timeline["seconds"]
     figure = new_figure(9.2, 1.6 + min(6.0, 0.09 * rows + 1.0))
     axes = figure.add_subplot()
-    idle = f"seconds; in {100 * trace['idle_share']:.1f} % of them no row could go on by itself"
-    dress(axes, f"Rows of the rollout of step {trace['step']}", "row", idle)
+    idle = f"seconds; all slots of a replica waited in {100 * timeline['idle_share']:.1f} % of the time"
+    dress(axes, f"Slots in the rollout of step {timeline['step']}", "slot", idle)
     for kind, (colour, label) in _KINDS.items():
-        spans = [(row, start, end - start) for row, what, start, end in trace["spans"] if what == kind]
+        spans = [(row, start, end - start) for row, what, start, end in timeline["spans"] if what == kind]
         bottoms, starts, widths = (
             [row - 0.42 for row, _, _ in spans],
             [s for _, s, _ in spans],

@@ -84,6 +84,11 @@ def test_panels_without_data_are_left_out(figures):
     assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["KL to the reference"]
 
 
+def test_without_validation_no_legend_names_one(figures):
+    report.learning_curves([{"step": 1, "em": 0.1}, {"step": 2, "em": 0.2}], "unused.png")
+    assert panel(figures[0], "Exact match").get_legend_handles_labels()[1] == ["train, sampled"]
+
+
 def test_the_most_frequent_faults_have_their_lines(figures):
     """Most frequent first, at most five, and none that never occurred."""
     shares = {"a": 0.1, "no_answer": 0.5, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.05, "never": 0.0}
@@ -224,9 +229,9 @@ def test_slots_show_each_span_where_it_lies(figures):
     (axes,) = figures[0].axes
     bars = {(round(b.get_y() + 0.42), b.get_x(), b.get_x() + b.get_width()) for c in axes.containers for b in c}
     assert bars == {(row, start, end) for row, _, start, end in spans}
-    assert axes.get_title(loc="left") == "Rows of the rollout of step 7" and "25.0 %" in axes.get_xlabel()
+    assert axes.get_title(loc="left") == "Slots in the rollout of step 7" and "25.0 %" in axes.get_xlabel()
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["decoding 33 %", "reading 8 %", "waiting for a reply 12 %"]
+    assert labels == ["decode 33 %", "prefill 8 %", "wait for a reply 12 %"]
     assert axes.get_ylim() == (2.5, -0.5)  # row 0 on top
 
 
