@@ -46,6 +46,7 @@ class Flag(NamedTuple):
 
     default: bool | int | float | str | type
     help: str
+    least: float | None = None  # a smaller number is refused
 
 
 def launch(
@@ -76,7 +77,8 @@ def launch(
         flags = {"workdir": Flag(str, "folder of the run: metrics, checkpoints, episodes, report")} | dict(flags)
     for name, flag in flags.items():
         kind, default = (flag.default, None) if isinstance(flag.default, type) else (type(flag.default), flag.default)
-        holders[name] = _DEFINE[kind](name, default, flag.help)
+        bound = {} if flag.least is None else {"lower_bound": flag.least}
+        holders[name] = _DEFINE[kind](name, default, flag.help, **bound)
 
     def call_main(argv: list[str]) -> int | None:
         if len(argv) > 1:

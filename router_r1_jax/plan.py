@@ -9,7 +9,7 @@ The plan compares three moments:
 - *update*: gradients, the activations that the backward pass keeps (`model.remat`), and the working memory of one block
   or of the head; with rollout.one_step_off_policy also the memory of the rollout;
 - *rollout*: the KV caches of all slots, and the working memory of a step;
-- *push*: new weights on their way to the rollout, gathered on its device and then divided into layers.
+- *weight sync*: new weights on their way to the rollout, gathered on its device and then divided into layers.
 
 Parameters, optimizer, caches and batch are exact. Activations are closed forms: the arrays that JAX keeps of a block
 are counted, and the factors of the working memory were fitted to XLA's buffers for small float32 models on a CPU
@@ -29,7 +29,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from router_r1_jax import model as lm
 from router_r1_jax.config import ConfigError
-from router_r1_jax.distributed.mesh import abstract_mesh
+from router_r1_jax.distributed.mesh import abstract_mesh, row_shares
 from router_r1_jax.launcher import Flag, launch
 from router_r1_jax.learner import Layout
 from router_r1_jax.learner.micro_batches import Rows
@@ -38,14 +38,14 @@ from router_r1_jax.model.attention import query_blocks, rows_at_once
 from router_r1_jax.rollout import StaticShapes, static_shapes
 from router_r1_jax.rollout.replica import cache_lengths
 from router_r1_jax.rollout.stop_tags import STOP_TAGS, build_automaton
-from router_r1_jax.setup.model import random_model
-from router_r1_jax.training.policy_update import learner_layout
+from router_r1_jax.setup.model import random_model, with_settings
+from router_r1_jax.training.policy_update import learner_layout, rows_per_update
 
 GB = 10**9  # a device of "16 GB" has 16 GiB: the 7 % between them are for the runtime itself
 
 
 def plan(config: Any, model: ModelConfig, mesh: Mesh | AbstractMesh, prefix_tokens: int) -> dict[str, dict[str, int]]:
-    """Bytes on the busiest device as {moment: {part: bytes}}; the moments are "update", "rollout" and "push".
+    """Bytes on the busiest device as {moment: {part: bytes}}; the moments are "update", "rollout" and "weight sync".
 
     Args:
       config: the run's configuration. Every row is planned at its longest.
@@ -82,18 +82,13 @@ def plan(config: Any, model: ModelConfig, mesh: Mesh | AbstractMesh, prefix_toke
         "update": resident | update | (sampling if config.rollout.one_step_off_policy else {}),
         "rollout": resident | sampling,
         # The rollout drops its old copy first. A single device reads the learner's parameters in place.
-        "push": resident | {"weights on their way": 0 if mesh.size == 1 else weights},
+        "weight sync": resident | {"weights on their way": 0 if mesh.size == 1 else weights},
     }
-
-
-def rows_per_update(config: Any) -> int:
-    """Rows of one mini-batch."""
-    return config.rollout.prompts_per_step * config.rollout.num_generations // config.learner.minibatches
 
 
 def training_shapes(config: Any, mesh: Mesh | AbstractMesh) -> tuple[Layout, StaticShapes]:
     """The compiled shapes of the learner's micro-batches and of the sampling loop, as training makes them."""
-    layout = learner_layout(config, mesh, rows=rows_per_update(config))
+    layout = learner_layout(config, mesh)
     return layout, static_shapes(config.rollout, config.prompt.question_tokens)
 
 
@@ -110,7 +105,7 @@ def batch_bytes(mesh: Mesh | AbstractMesh, layout: Layout, prefix: int, rows: in
     """
     per_token = 4 * len(dataclasses.fields(Rows))
     tokens = sum(-(-rows // size) * size * (length + 1) for length, size in zip(*layout, strict=True))
-    return per_token * tokens // _row_shares(mesh) + 4 * (prefix + 1 + len(layout.lengths))
+    return per_token * tokens // row_shares(mesh) + 4 * (prefix + 1 + len(layout.lengths))
 
 
 def kept_bytes(model: ModelConfig, mesh: Mesh | AbstractMesh, layout: Layout, prefix: int) -> int:
@@ -120,7 +115,7 @@ def kept_bytes(model: ModelConfig, mesh: Mesh | AbstractMesh, layout: Layout, pr
     gradients, and their gradients from one micro-batch.
     """
     device, T = _PerDevice.of(model, mesh), layout.lengths[-1]
-    tokens = layout.rows[-1] // _row_shares(mesh) * T + prefix
+    tokens = layout.rows[-1] // row_shares(mesh) * T + prefix
     prefix_kv = 3 * 2 * prefix * device.kv_heads * model.head_dim * _itemsize(model)
     return model.num_layers * (tokens * _kept_per_token(model, device) + prefix_kv)
 
@@ -146,7 +141,7 @@ def update_workspace_bytes(
     of logits. LoRA adds its products: 3 more arrays of the feed-forward's width if they are recomputed.
     """
     device, e, T = _PerDevice.of(model, mesh), _itemsize(model), layout.lengths[-1]
-    rows = layout.rows[-1] // _row_shares(mesh)
+    rows = layout.rows[-1] // row_shares(mesh)
     feed_forward = 4 if model.remat != "full" else 9 if model.lora else 6
     queries = query_blocks(T)[0][1]
     together = rows_at_once(rows, queries * model.num_heads // model.num_kv_heads)
@@ -200,15 +195,11 @@ def _itemsize(model: ModelConfig) -> int:
     return jnp.dtype(model.dtype).itemsize
 
 
-def _row_shares(mesh: Mesh | AbstractMesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def planned_model(config: Any, vocab_size: int) -> ModelConfig:
     """The ModelConfig of `config.model`, without network: of a folder, of a hub name with a preset, or of `model.arch`.
 
-    `vocab_size` is the size of the tokenizer's vocabulary, used if `model.arch` names none. Raises ValueError for any
-    other source.
+    `vocab_size` is the size of the tokenizer's vocabulary, used if `model.arch` names none. Raises ConfigError or
+    ValueError for any other source, or a wrong setting.
     """
     m, folder = config.model, Path(config.model.source).expanduser()
     if not m.source:
@@ -217,10 +208,10 @@ def planned_model(config: Any, vocab_size: int) -> ModelConfig:
         model = lm.load_hf_config(folder, m.dtype)
     else:
         try:
-            model = lm.preset(m.source)
+            model = dataclasses.replace(lm.preset(m.source), dtype=m.dtype)
         except ValueError as error:
             raise ValueError(f"model.source: {error}; download the checkpoint and name its folder") from error
-    return dataclasses.replace(model, dtype=m.dtype, remat=m.remat, lora=lm.lora_from(m.lora))
+    return with_settings(model, m)
 
 
 def table(moments: dict[str, dict[str, int]], hbm_gb: float) -> str:
@@ -228,11 +219,11 @@ def table(moments: dict[str, dict[str, int]], hbm_gb: float) -> str:
     parts = list(dict.fromkeys(part for moment in moments.values() for part in moment))
     totals = {name: sum(moment.values()) for name, moment in moments.items()}
     width = max(map(len, parts)) + 2
-    lines = ["GB (10^9 bytes)".ljust(width) + "".join(f"{name:>10}" for name in moments)]
+    lines = ["GB (10^9 bytes)".ljust(width) + "".join(f"{name:>13}" for name in moments)]
     for part in parts:
-        cells = (f"{moment[part] / GB:10.3f}" if part in moment else " " * 10 for moment in moments.values())
+        cells = (f"{moment[part] / GB:13.3f}" if part in moment else " " * 13 for moment in moments.values())
         lines.append(part.ljust(width) + "".join(cells).rstrip())
-    lines.append("total".ljust(width) + "".join(f"{total / GB:10.3f}" for total in totals.values()))
+    lines.append("total".ljust(width) + "".join(f"{total / GB:13.3f}" for total in totals.values()))
     widest = max(totals, key=totals.get)
     verdict = "fits in" if totals[widest] <= hbm_gb * GB else "does not fit in"
     lines += ["", f"{verdict} {hbm_gb:g} GB: the most is {totals[widest] / GB:.3f} GB, in the {widest}"]
@@ -263,10 +254,10 @@ if __name__ == "__main__":
     launch(
         main,
         {
-            "devices": Flag(1, "devices of the planned machine; none of them is needed here"),
-            "hbm_gb": Flag(80.0, "memory of one device in GB"),
-            "prefix_tokens": Flag(1024, "tokens that all prompts share: instructions and model cards"),
-            "vocab_size": Flag(2048, "size of the tokenizer's vocabulary, used if model.arch names none"),
+            "devices": Flag(1, "devices of the planned machine; none of them is needed here", least=1),
+            "hbm_gb": Flag(16.0, "memory of one device in GB", least=0),
+            "prefix_tokens": Flag(1024, "tokens that all prompts share: instructions and model cards", least=0),
+            "vocab_size": Flag(2048, "size of the tokenizer's vocabulary, used if model.arch names none", least=1),
         },
         workdir=False,
     )

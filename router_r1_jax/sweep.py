@@ -381,6 +381,6 @@ if __name__ == "__main__":
         main,
         {
             "dry_run": Flag(False, "print a command per run that is not finished, and start nothing"),
-            "workers": Flag(1, "runs at a time; 0 only gathers"),
+            "workers": Flag(1, "runs at a time; 0 only gathers", least=0),
         },
     )

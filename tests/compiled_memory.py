@@ -14,11 +14,12 @@ from router_r1_jax.config import base_config
 from router_r1_jax.distributed.mesh import RULES, make_mesh
 from router_r1_jax.learner import Learner, PolicyLoss, Row, abstract_state, make_optimizer
 from router_r1_jax.model import ModelConfig, Prefix, RouterLM, abstract_params, empty_cache, unroll
-from router_r1_jax.plan import rows_per_update, training_shapes
+from router_r1_jax.plan import training_shapes
 from router_r1_jax.rollout.decode_batch import empty_caches
 from router_r1_jax.rollout.row_state import empty_rows
 from router_r1_jax.rollout.step import Sampler, step
 from router_r1_jax.rollout.stop_tags import STOP_TAGS, build_automaton
+from router_r1_jax.training.policy_update import rows_per_update
 
 # Machine code is never run here: LLVM need not try at all. Buffers are assigned before it.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -201,7 +201,7 @@ def run_main(*args):
         (["--hbm_gb=80"], 0, ["fits in 80 GB", "3,085.9 M parameters", "data=1, fsdp=8, tensor=1", "KV caches"]),
         (["--hbm_gb=16"], 2, ["does not fit in 16 GB"]),
         (["--hbm_gb=48", "--config.model.lora.rank=16"], 0, ["parameters (29.9 M of them trained)"]),
-        (["--hbm_gb=16", "--config.learner.kl=none"], 2, ["reference parameters (KL)           0.000"]),
+        (["--hbm_gb=16", "--config.learner.kl=none"], 2, ["reference parameters (KL)              0.000"]),
         (["--devices=7"], 1, ["error: mesh is data=1, fsdp=8, tensor=1, which needs 8 devices; there are 7"]),
     ],
 )

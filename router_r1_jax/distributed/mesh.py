@@ -89,6 +89,11 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, spec: NamedSharding(mesh, _fit(spec, x.shape, mesh)), shapes, specs)
 
 
+def row_shares(mesh: Mesh | AbstractMesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array of which every device holds a whole copy."""
     return NamedSharding(mesh, PartitionSpec())

@@ -41,7 +41,7 @@ class HostError(UserError, RuntimeError):
 
 
 class _State:
-    """How this process may end: the state of a process in a multi-host run."""
+    """What this process knows of interrupts and errors in a multi-host run; it decides how the process may end."""
 
     joined = False  # this process is one of several
     interrupted = False  # an interrupt was received; the next `run_on_all` raises it

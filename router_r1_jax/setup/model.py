@@ -30,10 +30,7 @@ class OpenedModel(NamedTuple):
 def open_model(config: ConfigDict, workdir: Path, environment: Environment | None, *, load_source: bool) -> OpenedModel:
     """Open mesh, tokenizer and model; `load_source` also reads the weights of model.source. Raises ConfigError."""
     workdir.mkdir(parents=True, exist_ok=True)
-    try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with multihost.primary_first():
         tokenizer = _load_tokenizer(config, workdir, environment)
     m, initial = config.model, None
@@ -43,12 +40,20 @@ def open_model(config: ConfigDict, workdir: Path, environment: Environment | Non
         found = model.load_hf_config(m.source, m.dtype)
     else:
         found = random_model(config, len(tokenizer))
+    found = with_settings(found, m)
     try:
-        found = dataclasses.replace(found, remat=m.remat, attention=m.attention, lora=model.lora_from(m.lora))
         model.check_attention(found)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
     return OpenedModel(mesh, tokenizer, found, initial)
+
+
+def with_settings(found: ModelConfig, m: ConfigDict) -> ModelConfig:
+    """The model with the remat, attention and LoRA of `config.model`. Raises ConfigError."""
+    try:
+        return dataclasses.replace(found, remat=m.remat, attention=m.attention, lora=model.lora_from(m.lora))
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
 
 
 def random_model(config: ConfigDict, tokens: int) -> ModelConfig:

@@ -52,7 +52,7 @@ class Session:
     _initial: Params | None
     _closing: ExitStack
     _former: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `restore_pools`; process 0 only
-    _spent: float = 0.0
+    spent: float = 0.0  # dollars that all processes have paid, as of the last `pool_states`
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +78,7 @@ class Session:
         mine = (self.pool.ledger.state(), self.pool.ledger.paid, self._former)
         states, paid, former = zip(*multihost.allgather_objects(mine), strict=True)
         self.pool.paid_elsewhere = sum(paid) - self.pool.ledger.paid
-        self._spent = sum(spent_dollars(state) for state in (*states, *former[0]))
+        self.spent = sum(spent_dollars(state) for state in (*states, *former[0]))
         return [*states, *former[0]]
 
     def restore_pools(self, states: Sequence[dict[str, Any]], step: int) -> None:
@@ -97,11 +97,6 @@ class Session:
             self._former.append(ledger.state())
             ledger.close()
             process += 1
-
-    @property
-    def spent(self) -> float:
-        """Dollars that all processes have paid, as of the last `pool_states`."""
-        return self._spent
 
     @property
     def abstract_base(self) -> Params:

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from router_r1_jax import learner as learning
 from router_r1_jax.config import ConfigError
+from router_r1_jax.distributed.mesh import row_shares
 from router_r1_jax.learner import Layout, Learner, PolicyLoss, Row, TokenScores, TrainState
 from router_r1_jax.model import Params
 from router_r1_jax.reward import Rewards
@@ -56,10 +57,15 @@ def make_loss(config: ConfigDict) -> PolicyLoss:
     return PolicyLoss(kl_coef=kl_coef, length=config.rollout.max_row_tokens, **{name: c[name] for name in same})
 
 
-def learner_layout(config: ConfigDict, mesh: Mesh, *, rows: int) -> Layout:
-    """Shapes of the micro-batches in which a learner on this mesh takes batches of so many rows."""
-    c, shares = config.learner, mesh.shape["data"] * mesh.shape["fsdp"]
-    longest = config.rollout.max_row_tokens
+def rows_per_update(config: ConfigDict) -> int:
+    """Rows of one mini-batch."""
+    return config.rollout.prompts_per_step * config.rollout.num_generations // config.learner.minibatches
+
+
+def learner_layout(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Layout:
+    """Shapes of the micro-batches in which a learner on this mesh takes a mini-batch."""
+    c, rows = config.learner, rows_per_update(config)
+    longest, shares = config.rollout.max_row_tokens, row_shares(mesh)
     return learning.make_layout(longest, buckets=c.length_buckets, tokens=c.micro_tokens, rows=rows, shares=shares)
 
 
@@ -74,14 +80,13 @@ def make_trainer(config: ConfigDict, session: Session) -> Trainer:
     critic_optimizer = None
     if c.advantage == "gae":
         critic_optimizer, _ = learning.make_optimizer(learning_rate=c.value_learning_rate, **settings)
-    rows = config.rollout.prompts_per_step * config.rollout.num_generations // c.minibatches
     learner = Learner(
         session.model,
         optimizer,
         make_loss(config),
         mesh,
         session.abstract_params,
-        layout=learner_layout(config, mesh, rows=rows),
+        layout=learner_layout(config, mesh),
         chunk=c.logit_chunk,
         temperature=config.rollout.temperature,
         critic_optimizer=critic_optimizer,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
+from router_r1_jax.distributed.mesh import row_shares
 from router_r1_jax.learner import Learner, Row, SupervisedLoss, init_state, make_layout, make_optimizer
 from router_r1_jax.model import ModelConfig, Params
 
@@ -63,7 +64,7 @@ def train_supervised(
         max_grad_norm=MAX_GRAD_NORM,
     )
     state, step = init_state(optimizer, params, abstract, mesh), first_step
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = row_shares(mesh)
     for phase in phases:
         layout = make_layout(phase.longest, buckets=phase.buckets, tokens=micro_tokens, rows=phase.rows, shares=shares)
         learner = Learner(model, optimizer, SupervisedLoss(), mesh, abstract, layout=layout, chunk=logit_chunk)

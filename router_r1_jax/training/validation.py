@@ -23,9 +23,10 @@ def validate(
 ) -> tuple[dict[str, float], list[Record]]:
     """Answer the validation questions greedily; returns metrics under "val/" and a record per question.
 
-    Costs are always judged by the window of the run's first rollout. A window that follows the policy would call the
-    middle of any policy's own costs cheap, and rewards of two steps could not be compared. Questions go in batches as
-    in an evaluation: on a single draw of candidates, the best checkpoint would be the one that happens to suit it.
+    Costs are judged by a window that each time begins with the costs of the run's first rollout; the validation's own
+    costs enter it too. A window that followed the policy from step to step would call the middle of any policy's costs
+    cheap, and rewards of two steps could not be compared. Questions go in batches as in an evaluation: on a single draw
+    of candidates, the best checkpoint would be the one that happens to suit it.
     """
     normalizer = CostNormalizer(config.reward.window)
     normalizer.restore(first_cost_window)

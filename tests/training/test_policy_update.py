@@ -170,5 +170,5 @@ def test_the_layout_follows_the_configuration():
     config = base_config()
     config.rollout.update(dict(prompts_per_step=4, num_generations=4, max_row_tokens=513))
     config.learner.update(dict(micro_tokens=1024, length_buckets=2, minibatches=2))
-    assert learner_layout(config, abstract_mesh(1, 1, 1, 1), rows=8) == ((256, 512), (4, 2))
-    assert learner_layout(config, abstract_mesh(2, 2, 1, 4), rows=8) == ((256, 512), (8, 8))  # two rows on each device
+    assert learner_layout(config, abstract_mesh(1, 1, 1, 1)) == ((256, 512), (4, 2))
+    assert learner_layout(config, abstract_mesh(2, 2, 1, 4)) == ((256, 512), (8, 8))  # two rows on each device
