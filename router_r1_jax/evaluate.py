@@ -226,15 +226,15 @@ def write_results(folder: Path, results: dict[str, Any], others: Mapping[str, li
     """
     replace_file(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     replace_file(folder / "results.md", tables.results_markdown(results).encode())
-    metrics, trace_file = read_metrics(folder), folder / "rollout.json"
-    trace = json.loads(trace_file.read_text()) if trace_file.exists() else {}
+    metrics, timeline_file = read_metrics(folder), folder / "rollout.json"
+    timeline = json.loads(timeline_file.read_text()) if timeline_file.exists() else {}
     for plot, data in (
         (report.learning_curves, metrics),
         (report.calls_per_model, metrics),
         (report.em_against_cost, results),
         (report.em_by_dataset, results),
         (report.calls_by_dataset, results),
-        (report.slots_over_time, trace),
+        (report.slots_over_time, timeline),
     ):
         path = folder / "plots" / f"{plot.__name__}.png"
         if plot(data, path) is None:

@@ -17,7 +17,7 @@ INFORMATION = "information"
 ANSWER = "answer"
 KINDS = (THINK, SEARCH, INFORMATION, ANSWER)
 
-# Words of the prompt's example call. A router that copies them has asked no model.
+# Placeholders of the published prompt's example call. A router that copies them has asked no model.
 PLACEHOLDERS = ("llm-name", "your-query")
 
 _TAG = re.compile(rf"<(/?)({'|'.join(KINDS)})>")

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from router_r1_jax.model import ModelConfig, Params, RouterLM
-from router_r1_jax.storage.metrics_writer import MissingExtraError
+from router_r1_jax.storage.metrics_writer import import_extra
 
 Features = Callable[[Sequence[str]], np.ndarray]  # n texts -> float32 [n, F]
 
@@ -18,12 +18,7 @@ LENGTH_BUCKET = 32  # questions are padded to a multiple of this length, so that
 
 def require_scikit_learn() -> None:
     """Raise MissingExtraError if scikit-learn is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "baselines need scikit-learn, which is not installed; pip install 'router_r1_jax[baselines]'"
-        ) from error
+    import_extra("sklearn", "baselines", "baselines need scikit-learn")
 
 
 class WordFeatures:

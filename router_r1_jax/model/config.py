@@ -85,7 +85,7 @@ class ModelConfig:
     remat: Remat = "full"
     initializer_range: float = 0.02  # standard deviation of random kernels
     embedding_range: float = 0.02  # that of random embeddings and of an untied head
-    induction_heads: int = 0  # random start: KV heads of the first layer that begin as `init_params` describes
+    induction_heads: int = 0  # random start: KV heads that begin as the `init_params` module describes
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class Card:
       performance: topic -> score in [0, 1].
       description: free text for the prompt.
       aliases: further spellings of `name` that a call may use.
-      simulated: faults of a simulated model, as `config.model_card` lists them; a real model has none.
+      simulated: faults of a simulated model, as `config.model_card` lists them; all 0 for a real model.
       price_changes: (training step, price_in, price_out); each is valid from its step on.
       price_cached: dollars per million prompt tokens that the provider has cached; None if that is price_in.
     """
@@ -196,7 +196,9 @@ def _check_spellings(spellings: Mapping[str, str]) -> None:
                 "and no space at its ends, or no call could spell it"
             )
         if any(placeholder in spelling.lower() for placeholder in PLACEHOLDERS):
-            raise ConfigError(f"{field} is {spelling!r}; {', '.join(PLACEHOLDERS)} are the prompt's placeholders")
+            raise ConfigError(
+                f"{field} is {spelling!r}; {', '.join(PLACEHOLDERS)} are placeholders of the published prompt"
+            )
         other = declared.setdefault(spelling.casefold(), field)
         if other != field:
             raise ConfigError(

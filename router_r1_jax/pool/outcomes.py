@@ -94,11 +94,11 @@ class Reply:
       raw_cost: completion tokens x dollars per million output tokens, the unit of the paper's cost reward.
       charged: dollars at the card's prices for both directions. It does not matter whether the call was paid or came
         from the call cache.
-      spent: dollars really paid. It is 0 for a reply from the call cache, more than `charged` if failed requests of
+      spent: dollars really paid. It is 0 for a hit, more than `charged` if failed requests of
         the call used tokens too, and less if the provider had cached the prompt.
       latency: seconds that the call took when it was made, retries included.
       attempts: number of HTTP requests.
-      hit: whether the reply came from the call cache.
+      hit: whether the reply came from the call cache or from another row's equal request.
       error: the last error in a few words, "" if there was none.
       cached_tokens: how many of the prompt tokens came from the provider's prompt cache; they are charged in full.
     """

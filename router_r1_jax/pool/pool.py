@@ -1,7 +1,8 @@
 """The pool: answers the policy's route calls with replies, from the call cache or over HTTP, within a dollar budget.
 
 It runs beside the rollout: `respond` returns a future at once, and threads make the calls. Every call ends with exactly
-one outcome and one line in the ledger. Equal requests at the same moment are made once (single flight).
+one outcome and one line in the ledger. With a call cache, equal requests at the same moment are made once (single
+flight).
 """
 
 import threading
@@ -191,7 +192,7 @@ def make_reply(card: Card, query: str, used: Completion, made: Completion | None
       card: the model that was asked.
       query: the question.
       used: the completion to use. If another thread or process recorded one first, it is that one.
-      made: the completion that was paid for, or None if `used` comes from the call cache.
+      made: the completion that was paid for, or None for a hit.
     """
     outcome, text = used.outcome, neutralize(used.text[:_LONGEST]).strip()
     if not text and outcome in (Outcome.OK, Outcome.TRUNCATED):

@@ -31,7 +31,7 @@ def episode_cost(kind: str, replies: Sequence[Any], sampled_tokens: int, router_
 
     Args:
         kind: a key of COSTS.
-        replies: the `pool.Reply` of each call.
+        replies: the `pool.outcomes.Reply` of each call.
         sampled_tokens: number of tokens that the router itself has sampled.
         router_price: dollars per million of these.
     """
@@ -62,7 +62,8 @@ def _interpolate(values: np.ndarray, low: float | np.ndarray, high: float | np.n
 def cost_bounds(raw_costs: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
     """5th and 95th percentile of the square roots of raw costs, for `normalize_costs`.
 
-    Percentiles are interpolated linearly. If there are `weights`, one for each cost, percentiles are costs themselves.
+    Percentiles are interpolated linearly. If there are `weights`, one for each cost, a bound is
+    one of the square roots, not interpolated.
     """
     method = "linear" if weights is None else "inverted_cdf"
     low, high = np.quantile(np.sqrt(raw_costs), [_LOW, _HIGH], weights=weights, method=method)
@@ -98,7 +99,7 @@ class CostNormalizer:
         self._sorted: list[float] = []  # the same values in ascending order, so that a percentile needs no sort
 
     def __call__(self, raw_costs: np.ndarray) -> np.ndarray:
-        """Cost components [B] in [0, 1] of raw costs [B] (tokens x dollars per million tokens), which enter the window.
+        """Cost components [B] in [0, 1] of raw costs [B] (in the unit of COSTS), which enter the window.
 
         Raises ValueError, with the window unchanged, for a cost that is negative or not finite.
         """

@@ -40,7 +40,6 @@ class Restored(NamedTuple):
     params: PyTree
     train: PyTree
     run: dict[str, Any]
-    step: int
 
 
 def quiet_orbax() -> None:
@@ -107,10 +106,8 @@ class CheckpointStore(contextlib.AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def save(
-        self, step: int, *, params: PyTree, train: PyTree, run: dict, metric: float | None, wait: bool = False
-    ) -> None:
-        """Copy the state to the host and write it in the background; with `wait`, return when it is on disk.
+    def save(self, step: int, *, params: PyTree, train: PyTree, run: dict, metric: float | None) -> None:
+        """Copy the state to the host and write it in the background (`wait` returns when it is on disk).
 
         The caller may donate or change everything as soon as this returns. `run` holds JSON types only. A higher
         `metric` is better; None or NaN means that this step was not validated.
@@ -128,8 +125,6 @@ class CheckpointStore(contextlib.AbstractContextManager):
             self._checkpointer.save_checkpointables_async(step, {**state, "run": run, "index": index}, force=True)
         except _WRITE_ERRORS as error:
             self._raise_failed_save(error)
-        if wait:
-            self.wait()
 
     def wait(self) -> None:
         """Return when the save in flight is on disk; CheckpointError if it failed. Earlier steps stay usable."""
@@ -181,7 +176,7 @@ class CheckpointStore(contextlib.AbstractContextManager):
         The mesh may differ from the one that saved. Raises CheckpointError if the shapes differ or a file is damaged.
         """
         state = self._load(step, {"params": abstract_params, "train": abstract_train, "run": None})
-        return Restored(state["params"], state["train"], state["run"], step)
+        return Restored(state["params"], state["train"], state["run"])
 
     def restore_params(self, step: int, abstract_params: PyTree) -> PyTree:
         """Only the parameters of `step`, e.g. for evaluation or as the reference policy; otherwise like `restore`."""

@@ -79,7 +79,7 @@ class EpisodeWriter(JsonLines):
 
 
 def up_to_step(resume_step: int | None) -> Callable[[Record], bool]:
-    """Whether a line stays in the file of a run that resumes from this step. If it is None, no line stays.
+    """A test whether a line stays in the file of a run that resumes from this step. If it is None, no line stays.
 
     The warm start counts its own steps and comes before every checkpoint, so its lines stay.
     """
