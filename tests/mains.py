@@ -17,6 +17,7 @@ from router_r1_jax.storage.checkpoint import CheckpointStore
 from router_r1_jax.storage.metrics_writer import read_metrics
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
+WITHOUT_TORCH = Path(__file__).parent / "without_torch"
 CACHE = ("pool.call_cache.mode=record", "steps=6")  # of the run that is killed, stopped and repeated
 TIMEOUT = 300  # seconds; only a run that hangs takes as long
 
@@ -34,8 +35,12 @@ def command(main: str, workdir: Path, *overrides: str, config: Path | str = CONF
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's, with `variables`, and at most one fake device."""
-    return {**os.environ, "XLA_FLAGS": "", **variables}
+    """This process's, with `variables`, at most one fake device, and no torch, which users do not install.
+
+    If transformers finds torch, it imports it, and this takes as long as all other imports of a main.
+    """
+    path = os.pathsep.join(filter(None, (str(WITHOUT_TORCH), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path, **variables}
 
 
 def run(
@@ -59,11 +64,13 @@ def succeed(main: str, workdir: Path, *overrides: str, **settings: Any) -> subpr
 
 
 FORKS = """
-import gc, json, os, runpy, sys
-from router_r1_jax import evaluate, train
+import gc, importlib, json, os, runpy, sys
 
+jobs = json.loads(sys.argv[1])
+for main, _, _ in jobs:
+    importlib.import_module(f"router_r1_jax.{main}")
 gc.freeze()  # or each fork would copy all memory when it collects garbage at its end
-for main, out, argv in json.loads(sys.argv[1]):
+for main, out, argv in jobs:
     if os.fork() == 0:
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT), stream)

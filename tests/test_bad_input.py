@@ -260,8 +260,9 @@ def requests_before(finished_run, step, split):
     return 1 + sum(call["attempts"] for call in calls[:first])
 
 
-@pytest.mark.parametrize("seconds", [3.0, pytest.param(20.0, marks=pytest.mark.slow)])
-def test_the_run_waits_for_the_pool_and_goes_on(finished_run, warm_file, port, tmp_path, seconds):
+@pytest.mark.slow
+def test_the_run_waits_for_the_pool_and_goes_on(finished_run, warm_file, port, tmp_path):
+    seconds = 20.0
     last_good = requests_before(finished_run, 2, "train") + 3
     with FlakyProxy(port, requests=last_good, seconds=seconds) as proxy:
         config = f"{CONFIG}:pool={proxy.base_url}"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import mains
 import pytest
 from compiled_memory import MESHES, SHARDED, compiled_step, compiled_update, make_config, sharded_config
 
@@ -190,23 +191,19 @@ def test_the_model_of_a_configuration(tmp_path):
     assert plan.planned_model(configuration("configs/demo.py"), 1000).vocab_size == 1024  # rounded up, as in training
 
 
-def run_main(*args):
-    command = [sys.executable, "-m", "router_r1_jax.plan", "--config=configs/qwen25_3b_grpo.py", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+EXITS = [
+    (["--hbm_gb=80"], 0, ["fits in 80 GB", "3,085.9 M parameters", "data=1, fsdp=8, tensor=1", "KV caches"]),
+    (["--hbm_gb=16"], 2, ["does not fit in 16 GB"]),
+    (["--hbm_gb=48", "--config.model.lora.rank=16"], 0, ["parameters (29.9 M of them trained)"]),
+    (["--hbm_gb=16", "--config.learner.kl=none"], 2, ["reference parameters (KL)              0.000"]),
+    (["--devices=7"], 1, ["error: mesh is data=1, fsdp=8, tensor=1, which needs 8 devices; there are 7"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("args", "status", "words"),
-    [
-        (["--hbm_gb=80"], 0, ["fits in 80 GB", "3,085.9 M parameters", "data=1, fsdp=8, tensor=1", "KV caches"]),
-        (["--hbm_gb=16"], 2, ["does not fit in 16 GB"]),
-        (["--hbm_gb=48", "--config.model.lora.rank=16"], 0, ["parameters (29.9 M of them trained)"]),
-        (["--hbm_gb=16", "--config.learner.kl=none"], 2, ["reference parameters (KL)              0.000"]),
-        (["--devices=7"], 1, ["error: mesh is data=1, fsdp=8, tensor=1, which needs 8 devices; there are 7"]),
-    ],
-)
-def test_exit_status(args, status, words):
-    done = run_main("--config.mesh.fsdp=8", "--devices=8", *args)
-    assert done.returncode == status, done.stderr[-3000:]
-    for word in words:
-        assert word in done.stdout + done.stderr
+def test_exit_statuses(tmp_path):
+    command = [sys.executable, "-m", "router_r1_jax.plan", f"--config={ROOT / 'configs/qwen25_3b_grpo.py'}"]
+    commands = [[*command, "--config.mesh.fsdp=8", "--devices=8", *args] for args, _, _ in EXITS]
+    for done, (_, status, words) in zip(mains.run_each(tmp_path / "outputs", commands), EXITS, strict=True):
+        assert done.returncode == status, done.stderr[-3000:]
+        for word in words:
+            assert word in done.stdout + done.stderr

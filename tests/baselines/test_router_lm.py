@@ -70,6 +70,7 @@ def taught(session, asked, updates=200):
     )
 
 
+@pytest.mark.slow
 def test_a_language_model_that_knows_the_facts_beats_random_calls_directly_and_with_a_chain_of_thought(tmp_path):
     config = get_config()
     with open_session(config, tmp_path, load_source=False) as session:

@@ -117,6 +117,7 @@ def assert_ready_for_rl(path, workdir):
     assert all(0.1 < share < 0.3 for share in metrics["calls/share"].values()), metrics["calls/share"]
 
 
+@pytest.mark.slow
 def test_the_kept_warm_start_knows_the_format_and_not_whom_to_ask(tmp_path):
     assert_ready_for_rl(DEMO.parent / "demo_warmstart.safetensors", tmp_path)
 
