@@ -128,7 +128,7 @@ class CallCache:
             "SELECT outcome, error, latency FROM faults WHERE key = ? AND episode = ? AND call = ?",
             (key, request.episode, request.call),
         )
-        return Completion("", Outcome(rows[0][0]), 0, 0, rows[0][2], 0, rows[0][1]) if rows else None
+        return Completion("", Outcome(rows[0][0]), latency=rows[0][2], attempts=0, error=rows[0][1]) if rows else None
 
     def _reply(self, key: str) -> Completion | None:
         rows = self._execute(

@@ -1,5 +1,6 @@
 """HTTP client: one query to one model with retry, exponential backoff, deadline, rate limit and circuit breaker."""
 
+import dataclasses
 import json
 import logging
 import random
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from router_r1_jax.pool.cards import Card
-from router_r1_jax.pool.http import Attempt, Transport
+from router_r1_jax.pool.http import Transport
 from router_r1_jax.pool.outcomes import Completion, Outcome, provider_fault
 from router_r1_jax.pool.providers import Provider
 from router_r1_jax.pool.rate_limits import CircuitBreaker, RateLimits
@@ -42,35 +43,26 @@ class Client:
         started = time.monotonic()
         deadline = started + self._config.deadline
         body = json.dumps(self._providers[card.provider].body(card.model, query)).encode()
-        attempts = wasted_prompt_tokens = wasted_completion_tokens = 0
+        completions: list[Completion] = []  # of all attempts
         while True:
-            attempt, sent = self._attempt(card, query, body, deadline)
-            attempts += sent
-            failed = provider_fault(attempt.outcome)
-            if failed:
-                wasted_prompt_tokens += attempt.prompt_tokens
-                wasted_completion_tokens += attempt.completion_tokens
-            if not attempt.retryable:
+            completion, retry_after = self._attempt(card, query, body, deadline)
+            completions.append(completion)
+            if retry_after is None:
                 break
             # Half of the pause is random, so that calls that failed together do not retry together.
-            pause = min(self._config.backoff * 2.0 ** min(attempts - 1, 30), self._config.backoff_max)
-            pause = max(pause * random.uniform(0.5, 1.0), attempt.retry_after)
+            pause = min(self._config.backoff * 2.0 ** min(len(completions) - 1, 30), self._config.backoff_max)
+            pause = max(pause * random.uniform(0.5, 1.0), retry_after)
             if time.monotonic() + pause >= deadline or self._closed.wait(pause):
                 break
-        self._warn_once(card, attempt, attempts)
-        return Completion(
-            text=attempt.text,
-            outcome=attempt.outcome,
-            prompt_tokens=0 if failed else attempt.prompt_tokens,
-            completion_tokens=0 if failed else attempt.completion_tokens,
+        completion = dataclasses.replace(
+            completion,
             latency=time.monotonic() - started,
-            attempts=attempts,
-            error=attempt.error,
-            cached_tokens=attempt.cached_tokens,
-            wasted_prompt_tokens=wasted_prompt_tokens,
-            wasted_completion_tokens=wasted_completion_tokens,
-            served=attempt.served,
+            attempts=sum(c.attempts for c in completions),
+            wasted_prompt_tokens=sum(c.wasted_prompt_tokens for c in completions),
+            wasted_completion_tokens=sum(c.wasted_completion_tokens for c in completions),
         )
+        self._warn_once(card, completion)
+        return completion
 
     def check(self) -> None:
         """Raise PoolError for the first provider that does not answer or refuses the key."""
@@ -88,33 +80,37 @@ class Client:
         for transport in self._transports.values():
             transport.close()
 
-    def _attempt(self, card: Card, query: str, body: bytes, deadline: float) -> tuple[Attempt, bool]:
-        """Send one request when circuit breaker and rate limits permit it; returns also whether it was sent."""
+    def _attempt(self, card: Card, query: str, body: bytes, deadline: float) -> tuple[Completion, float | None]:
+        """Send one request when circuit breaker and rate limits permit it; returns what `Transport.post` returns."""
         provider, breaker = self._providers[card.provider], self._breakers[card.key]
         while delay := breaker.delay(now := time.monotonic()):
             if now + delay >= deadline or self._closed.wait(min(delay, self._config.backoff)):
                 why = f"not sent: the model failed too often (pool.circuit_breaker): {breaker.last_error}"
-                return Attempt(Outcome.UNAVAILABLE, error=why), False
+                return Completion("", Outcome.UNAVAILABLE, attempts=0, error=why), None
         limits, tokens = self._limits[provider.name], provider.tokens_at_most(query)
         pause = limits.take(tokens, now)
         if pause and (now + pause >= deadline or self._closed.wait(pause)):
             limits.cancel(tokens)
             why = f"not sent: {provider.field} lets no request through before the deadline"
-            return Attempt(Outcome.RATE_LIMITED, error=why), False
-        attempt = self._transports[provider.name].post(body, min(time.monotonic() + provider.request_timeout, deadline))
-        if used := attempt.prompt_tokens + attempt.completion_tokens:
+            return Completion("", Outcome.RATE_LIMITED, attempts=0, error=why), None
+        until = min(time.monotonic() + provider.request_timeout, deadline)
+        completion, retry_after = self._transports[provider.name].post(body, until)
+        used = completion.prompt_tokens + completion.completion_tokens
+        used += completion.wasted_prompt_tokens + completion.wasted_completion_tokens
+        if used:
             limits.settle(tokens, used)
-        if attempt.outcome in (Outcome.TIMEOUT, Outcome.UNAVAILABLE):
-            breaker.record_failure(attempt.error, time.monotonic())
+        if completion.outcome in (Outcome.TIMEOUT, Outcome.UNAVAILABLE):
+            breaker.record_failure(completion.error, time.monotonic())
         else:
             breaker.record_success()
-        return attempt, True
+        return completion, retry_after
 
-    def _warn_once(self, card: Card, attempt: Attempt, attempts: int) -> None:
+    def _warn_once(self, card: Card, completion: Completion) -> None:
         """Log the first fault of each kind per model, so that a wrong key is seen before someone reads the ledger."""
-        if provider_fault(attempt.outcome) and (card.key, attempt.outcome) not in self._warned:
-            self._warned.add((card.key, attempt.outcome))
+        outcome = completion.outcome
+        if provider_fault(outcome) and (card.key, outcome) not in self._warned:
+            self._warned.add((card.key, outcome))
             _log.warning(
-                f"model {card.key!r} ({card.provider}): {attempt.outcome} after {attempts} attempts: {attempt.error}; "
-                "further ones only in the ledger"
+                f"model {card.key!r} ({card.provider}): {outcome} after {completion.attempts} attempts: "
+                f"{completion.error}; further ones only in the ledger"
             )

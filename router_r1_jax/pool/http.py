@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
@@ -19,7 +18,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from router_r1_jax.pool.outcomes import Outcome, PoolError
+from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError
 from router_r1_jax.pool.providers import Provider
 
 _RETRIED = {408: Outcome.TIMEOUT, 409: Outcome.UNAVAILABLE, 429: Outcome.RATE_LIMITED}  # and every 5xx
@@ -28,33 +27,6 @@ _MAX_TOKENS = 10**9  # a provider that reports more has not counted
 _SHORTEST_SECRET = 8  # characters; shorter "keys" such as EMPTY are placeholders of local servers and ordinary words
 _BAD_ANSWER = (ValueError, TypeError, LookupError, OverflowError)  # a JSON value is missing or of another type
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The result of one HTTP request.
-
-    Attributes:
-      outcome: how it ended.
-      text: the model's text.
-      prompt_tokens: tokens of the query. A failed request has them too, if the provider counted them.
-      completion_tokens: tokens of the text, or of an answer that could not be read.
-      error: what failed, in a few words.
-      retryable: whether another request may succeed.
-      retry_after: seconds to wait before another request, as the provider's header Retry-After says.
-      cached_tokens: how many of the prompt tokens came from the provider's prompt cache.
-      served: the model's name as the provider reports it.
-    """
-
-    outcome: Outcome
-    text: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: str = ""
-    retryable: bool = False
-    retry_after: float = 0.0
-    cached_tokens: int = 0
-    served: str = ""
 
 
 class Transport:
@@ -69,15 +41,19 @@ class Transport:
         self._empty = self._session.prepare_request(requests.Request("POST", url))
         self._adapter = self._session.get_adapter(url)
 
-    def post(self, body: bytes, deadline: float) -> Attempt:
-        """Send one chat completion request, which has to end by `deadline` (monotonic seconds)."""
+    def post(self, body: bytes, deadline: float) -> tuple[Completion, float | None]:
+        """Send one chat completion request, which has to end by `deadline` (monotonic seconds).
+
+        Returns also the seconds to wait before another request, as the provider's header Retry-After says, or None if
+        no further request can succeed. The completion's latency is left to the caller.
+        """
         try:
             with self._send(body, max(deadline - time.monotonic(), 0.001)) as response:
                 content = _read(response, deadline)
         except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
-            return Attempt(Outcome.TIMEOUT, error="no answer in time", retryable=True)
+            return Completion("", Outcome.TIMEOUT, error="no answer in time"), 0.0
         except _NETWORK_ERRORS as error:
-            return Attempt(Outcome.UNAVAILABLE, error=self._redact(_reason(error)), retryable=True)
+            return Completion("", Outcome.UNAVAILABLE, error=self._redact(_reason(error))), 0.0
         status = response.status_code
         if status == 200:
             return self._parse(content, len(body))
@@ -88,9 +64,9 @@ class Transport:
         error = self._redact(f"HTTP {status}: {message}".rstrip(": "))[:300]
         if status in _RETRIED or status >= 500:
             wait = _retry_after(response.headers.get("Retry-After", ""))
-            return Attempt(_RETRIED.get(status, Outcome.UNAVAILABLE), error=error, retryable=True, retry_after=wait)
+            return Completion("", _RETRIED.get(status, Outcome.UNAVAILABLE), error=error), wait
         refused = _error_field(content, "code") == "content_filter"  # a filter before the model
-        return Attempt(Outcome.REFUSED if refused else Outcome.BAD_REQUEST, error=error)
+        return Completion("", Outcome.REFUSED if refused else Outcome.BAD_REQUEST, error=error), None
 
     def check(self) -> None:
         """Raise PoolError if the provider does not answer or refuses the key.
@@ -130,8 +106,8 @@ class Transport:
         settings = {"verify": session.verify, "cert": session.cert, "proxies": session.proxies}
         return self._adapter.send(prepared, stream=True, timeout=timeout, **settings)
 
-    def _parse(self, content: bytes, request_size: int) -> Attempt:
-        """Read a chat completion. `request_size` is the size of the request in bytes."""
+    def _parse(self, content: bytes, request_size: int) -> tuple[Completion, float | None]:
+        """Read a chat completion; returns what `post` returns. `request_size` is the size of the request in bytes."""
         data: Any = None
         try:
             # If a model wrote half a character, its answer is still used: the half becomes U+FFFD.
@@ -144,21 +120,29 @@ class Transport:
             if not isinstance(text, str) or not all(0 <= count <= _MAX_TOKENS for count in tokens):
                 raise ValueError
         except (*_BAD_ANSWER, AttributeError, RecursionError):
-            error = "HTTP 200, but not a chat completion"
-            return Attempt(Outcome.UNAVAILABLE, "", *_used_tokens(data), error=error, retryable=True)
+            prompt_tokens, completion_tokens = _used_tokens(data)
+            failed = Completion(
+                "",
+                Outcome.UNAVAILABLE,
+                error="HTTP 200, but not a chat completion",
+                wasted_prompt_tokens=prompt_tokens,
+                wasted_completion_tokens=completion_tokens,
+            )
+            return failed, 0.0
         outcome = Outcome.TRUNCATED if choice.get("finish_reason") == "length" else Outcome.OK
         if not text.strip():
             outcome = Outcome.EMPTY
         if choice.get("finish_reason") == "content_filter" or (outcome == Outcome.EMPTY and message.get("refusal")):
             outcome = Outcome.REFUSED
         served = data.get("model")
-        return Attempt(
-            outcome,
+        completion = Completion(
             self._redact(text),
+            outcome,
             *tokens,
             cached_tokens=min(_cached_tokens(usage), tokens[0]),
             served=self._redact(served)[:200] if isinstance(served, str) else "",
         )
+        return completion, None
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text

@@ -69,10 +69,10 @@ class Completion:
 
     text: str
     outcome: Outcome
-    prompt_tokens: int
-    completion_tokens: int
-    latency: float
-    attempts: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    latency: float = 0.0
+    attempts: int = 1
     error: str = ""
     cached_tokens: int = 0
     wasted_prompt_tokens: int = 0
