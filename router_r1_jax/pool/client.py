@@ -15,7 +15,7 @@ from router_r1_jax.pool.cards import Card
 from router_r1_jax.pool.http import Transport
 from router_r1_jax.pool.outcomes import Completion, Outcome, provider_fault
 from router_r1_jax.pool.providers import Provider
-from router_r1_jax.pool.rate_limits import CircuitBreaker, RateLimits
+from router_r1_jax.pool.rate_limits import CircuitBreaker, TokenBucket
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ class Client:
         self._config = pool_config
         self._providers = dict(providers)
         self._transports = {name: Transport(provider) for name, provider in providers.items()}
-        self._limits = {name: RateLimits(p.requests_per_minute, p.tokens_per_minute) for name, p in providers.items()}
+        self._requests = {name: TokenBucket(provider.requests_per_minute) for name, provider in providers.items()}
+        self._tokens = {name: TokenBucket(provider.tokens_per_minute) for name, provider in providers.items()}
         # Card.key -> circuit breaker
         self._breakers = defaultdict(lambda: CircuitBreaker(**pool_config.circuit_breaker))
         self._closed = threading.Event()
@@ -87,10 +88,12 @@ class Client:
             if now + delay >= deadline or self._closed.wait(min(delay, self._config.backoff)):
                 why = f"not sent: the model failed too often (pool.circuit_breaker): {breaker.last_error}"
                 return Completion("", Outcome.UNAVAILABLE, attempts=0, error=why), None
-        limits, tokens = self._limits[provider.name], provider.tokens_at_most(query)
-        pause = limits.take(tokens, now)
+        requests, tokens = self._requests[provider.name], self._tokens[provider.name]
+        reserved = provider.tokens_at_most(query)
+        pause = max(requests.take(1, now), tokens.take(reserved, now))
         if pause and (now + pause >= deadline or self._closed.wait(pause)):
-            limits.cancel(tokens)
+            requests.give_back(1)
+            tokens.give_back(reserved)
             why = f"not sent: {provider.field} lets no request through before the deadline"
             return Completion("", Outcome.RATE_LIMITED, attempts=0, error=why), None
         until = min(time.monotonic() + provider.request_timeout, deadline)
@@ -98,7 +101,7 @@ class Client:
         used = completion.prompt_tokens + completion.completion_tokens
         used += completion.wasted_prompt_tokens + completion.wasted_completion_tokens
         if used:
-            limits.settle(tokens, used)
+            tokens.give_back(reserved - used)
         if completion.outcome in (Outcome.TIMEOUT, Outcome.UNAVAILABLE):
             breaker.record_failure(completion.error, time.monotonic())
         else:

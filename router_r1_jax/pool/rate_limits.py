@@ -40,27 +40,6 @@ class TokenBucket:
                 self._level = min(self._level + amount, self._burst)
 
 
-class RateLimits:
-    """A provider's limits of requests and tokens per minute; 0 is no limit."""
-
-    def __init__(self, requests_per_minute: float, tokens_per_minute: float) -> None:
-        self._requests = TokenBucket(requests_per_minute)
-        self._tokens = TokenBucket(tokens_per_minute)
-
-    def take(self, tokens: float, now: float) -> float:
-        """Reserve one request of at most `tokens` tokens; returns the seconds to wait before it may be sent."""
-        return max(self._requests.take(1, now), self._tokens.take(tokens, now))
-
-    def cancel(self, tokens: float) -> None:
-        """Return the reservation of a request that is not sent."""
-        self._requests.give_back(1)
-        self._tokens.give_back(tokens)
-
-    def settle(self, reserved: float, used: float) -> None:
-        """Correct the reservation of a request that has used `used` tokens."""
-        self._tokens.give_back(reserved - used)
-
-
 class CircuitBreaker:
     """Stops requests to a model that keeps failing. Thread-safe.
 
