@@ -20,7 +20,7 @@ from router_r1_jax.config import ConfigError
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.distributed import multihost
 from router_r1_jax.model import ModelConfig, Params
-from router_r1_jax.pool.cards import Card, at_step, candidate_settings, draw_candidates, route_names
+from router_r1_jax.pool.cards import Card, at_step, draw_candidates, route_names
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.reward import episode_cost
@@ -162,7 +162,7 @@ class Router:
 
     def draw_candidates(self, *seed: int) -> tuple[Card, ...]:
         """The cards as one batch of prompts shows them: selected, shuffled and renamed as the configuration says."""
-        return draw_candidates(self.cards, np.random.default_rng(seed), **candidate_settings(self.config.pool))
+        return draw_candidates(self.cards, np.random.default_rng(seed), self.config.pool)
 
     def prompt_ids(self, question: str, cards: Sequence[Card]) -> tuple[int, ...]:
         """Token ids of a question's whole prompt."""

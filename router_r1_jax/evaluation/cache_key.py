@@ -8,11 +8,13 @@ from ml_collections import ConfigDict
 
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.evaluation.answering import GREEDY, SamplingParams
-from router_r1_jax.pool.cards import Card, candidate_settings
+from router_r1_jax.pool.cards import Card
 from router_r1_jax.prompts import load_template
 
 # Fields of config.rollout that change how long an evaluation takes, or that evaluations do not read.
 _NO_INFLUENCE = ("replicas", "driver", "temperature")
+# Fields of config.pool that an evaluation depends on, beside providers and cards.
+_POOL = ("candidates", "shuffle", "rename", "names", "max_tokens", "temperature")
 
 
 def episodes_key(
@@ -31,7 +33,6 @@ def episodes_key(
       sampling: how they are answered.
       weights: fingerprint of the parameters.
     """
-    pool = candidate_settings(config.pool) | {name: config.pool[name] for name in ("max_tokens", "temperature")}
     return {
         "weights": weights,
         "model": config.model.to_dict(),
@@ -40,7 +41,7 @@ def episodes_key(
         "prompt": config.prompt.to_dict(),
         "template": load_template(config.prompt.template),
         "rollout": config.rollout.to_dict() | dict.fromkeys(_NO_INFLUENCE),
-        "pool": pool,
+        "pool": {name: config.pool[name] for name in _POOL},
         "providers": {provider.name: provider.parameters.to_dict() for provider in config.pool.providers},
         "cards": [dataclasses.asdict(card) for card in cards],
         "questions": [(q.dataset, q.id, q.question) for q in questions],

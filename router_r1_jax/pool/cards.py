@@ -75,20 +75,10 @@ def cards_from_config(pool_config: ConfigDict) -> tuple[Card, ...]:
     return cards
 
 
-def draw_candidates(
-    cards: Sequence[Card],
-    rng: np.random.Generator,
-    *,
-    candidates: int = 0,
-    shuffle: bool,
-    rename: bool,
-    names: Sequence[str] = (),
-) -> tuple[Card, ...]:
-    """Draw the candidate models of one batch of prompts. Every card keeps its `key`.
+def draw_candidates(cards: Sequence[Card], rng: np.random.Generator, pool_config: ConfigDict) -> tuple[Card, ...]:
+    """Draw the candidate models of one batch of prompts from `cards`. Every card keeps its `key`.
 
-    Args:
-      cards: all models.
-      rng: the random generator.
+    `config.pool` says what is drawn:
       candidates: how many models are drawn; 0 takes all. A router that meets other models in each batch gains nothing
         from knowing one of them by heart.
       shuffle: whether the order of the models is drawn.
@@ -96,24 +86,19 @@ def draw_candidates(
       names: the names to draw from. If there are none, the names of all cards are drawn with their aliases, also those
         of cards that are no candidates. Names are never invented, so that tokenizer and router know all of them.
     """
-    order = rng.permutation(len(cards)) if shuffle else np.arange(len(cards))
-    if candidates:
-        kept = rng.choice(len(cards), size=candidates, replace=False)
+    order = rng.permutation(len(cards)) if pool_config.shuffle else np.arange(len(cards))
+    if pool_config.candidates:
+        kept = rng.choice(len(cards), size=pool_config.candidates, replace=False)
         order = order[np.isin(order, kept)]
     chosen = [cards[i] for i in order]
-    if rename:
-        spellings = [(name, ()) for name in names] or [(card.name, card.aliases) for card in cards]
+    if pool_config.rename:
+        spellings = [(name, ()) for name in pool_config.names] or [(card.name, card.aliases) for card in cards]
         sampled = [spellings[i] for i in rng.permutation(len(spellings))[: len(chosen)]]
         chosen = [
             dataclasses.replace(card, name=name, aliases=aliases)
             for card, (name, aliases) in zip(chosen, sampled, strict=True)
         ]
     return tuple(chosen)
-
-
-def candidate_settings(pool_config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `draw_candidates` as `config.pool` sets them."""
-    return {name: pool_config[name] for name in ("candidates", "shuffle", "rename", "names")}
 
 
 def all_in_prompts(cards: Sequence[Card], pool_config: ConfigDict) -> tuple[Card, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from router_r1_jax import prompts
 from router_r1_jax.config import ConfigError
 from router_r1_jax.learner import ROW_MULTIPLE, Row
-from router_r1_jax.pool.cards import all_in_prompts, candidate_settings, draw_candidates
+from router_r1_jax.pool.cards import all_in_prompts, draw_candidates
 from router_r1_jax.router import Router
 from router_r1_jax.synthetic.scripted_episodes import recited_lines, repeating_sequences
 from router_r1_jax.training.supervised import Phase
@@ -53,9 +53,10 @@ def _copied_rows(router: Router, rng: np.random.Generator, count: int, shortest:
 
 def _read_rows(router: Router, rng: np.random.Generator, count: int, models: int, lines: int) -> list[Row]:
     """Rows of `lines` lines of a table of `models` models, and names that are recited from them."""
-    settings, rows = candidate_settings(router.config.pool) | {"candidates": models}, []
+    pool, rows = router.config.pool.copy_and_resolve_references(), []
+    pool.candidates = models
     for _ in range(count):
-        cards = draw_candidates(router.cards, rng, **settings)
+        cards = draw_candidates(router.cards, rng, pool)
         table, *recited = recited_lines(cards, rng, lines=lines, count=_recited_names(models, lines))
         prompt, _ = token_ids(router, [table])
         rows.append(Row(prompt, *token_ids(router, recited)))

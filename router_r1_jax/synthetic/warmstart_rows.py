@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from router_r1_jax.learner import Row
-from router_r1_jax.pool.cards import Card, all_in_prompts, candidate_settings, draw_candidates
+from router_r1_jax.pool.cards import Card, all_in_prompts, draw_candidates
 from router_r1_jax.rollout import common_prefix
 from router_r1_jax.router import Router
 from router_r1_jax.synthetic.curriculum import curriculum_phase, token_ids
@@ -68,7 +68,7 @@ def _prompted_rows(
     pool, template = router.config.pool, router.template
 
     def draw() -> tuple[Card, ...]:
-        return draw_candidates(router.cards, rng, **candidate_settings(pool))
+        return draw_candidates(router.cards, rng, pool)
 
     candidates = [draw() for _ in range(count)] if rows_differ_in_cards(pool) else [draw()] * count
     questions = world.questions("train")

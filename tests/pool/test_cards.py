@@ -10,7 +10,6 @@ from router_r1_jax.config import ConfigError, base_config, model_card, provider
 from router_r1_jax.pool.cards import (
     all_in_prompts,
     at_step,
-    candidate_settings,
     cards_from_config,
     draw_candidates,
     route_names,
@@ -93,6 +92,13 @@ def test_invalid_names_are_refused_if_they_would_be_used(pool_config, fields, me
     assert [card.name for card in all_in_prompts(cards_from_config(config), config)] == ["Titan", "Pico"]
 
 
+def _draws(**fields):
+    """The settings of `config.pool` by which candidates are drawn."""
+    config = base_config().pool
+    config.update(fields)
+    return config
+
+
 def _cards(count):
     config = base_config().pool
     config.providers = (provider(name="p"),)
@@ -106,7 +112,7 @@ def _cards(count):
 @given(count=st.integers(1, 7), seed=st.integers(0, 2**32), shuffle=st.booleans(), rename=st.booleans())
 def test_candidates_get_another_order_and_other_names_and_nothing_else(count, seed, shuffle, rename):
     cards = _cards(count)
-    shown = draw_candidates(cards, np.random.default_rng(seed), shuffle=shuffle, rename=rename)
+    shown = draw_candidates(cards, np.random.default_rng(seed), _draws(shuffle=shuffle, rename=rename))
     by_key = {card.key: card for card in cards}
     assert sorted(card.key for card in shown) == sorted(by_key)
     for card in shown:
@@ -123,7 +129,8 @@ def test_candidates_get_another_order_and_other_names_and_nothing_else(count, se
 @given(count=st.integers(1, 7), seed=st.integers(0, 2**32), shuffle=st.booleans(), rename=st.booleans())
 def test_some_candidates_get_names_of_all_cards(count, seed, shuffle, rename):
     cards = _cards(7)
-    chosen = draw_candidates(cards, np.random.default_rng(seed), candidates=count, shuffle=shuffle, rename=rename)
+    draws = _draws(candidates=count, shuffle=shuffle, rename=rename)
+    chosen = draw_candidates(cards, np.random.default_rng(seed), draws)
     by_key, names = {card.key: card for card in cards}, {(card.name, card.aliases) for card in cards}
     assert len({card.key for card in chosen}) == len({card.name for card in chosen}) == len(chosen) == count
     for card in chosen:
@@ -137,9 +144,8 @@ def test_some_candidates_get_names_of_all_cards(count, seed, shuffle, rename):
 @given(names=st.integers(3, 9), seed=st.integers(0, 2**32))
 def test_names_of_the_configuration_replace_those_of_the_models(names, seed):
     """Each at most once, none with the aliases of a model; and all of them stand on cards that a prompt can show."""
-    cards, config = _cards(7), base_config().pool
-    config.update(dict(candidates=3, rename=True, names=tuple("ABCDEFGHI"[:names])))
-    chosen = draw_candidates(cards, np.random.default_rng(seed), **candidate_settings(config))
+    cards, config = _cards(7), _draws(candidates=3, rename=True, names=tuple("ABCDEFGHI"[:names]))
+    chosen = draw_candidates(cards, np.random.default_rng(seed), config)
     names_drawn = [card.name for card in chosen]
     assert len(chosen) == len(set(names_drawn)) == 3 and set(names_drawn) <= set(config.names)
     by_key = {card.key: card for card in cards}
@@ -152,11 +158,8 @@ def test_names_of_the_configuration_replace_those_of_the_models(names, seed):
 
 
 def test_every_selection_order_and_naming_is_drawn_about_equally_often():
-    cards, rng = _cards(3), np.random.default_rng(0)
-    drawn = [
-        tuple((c.key, c.name) for c in draw_candidates(cards, rng, candidates=2, shuffle=True, rename=True))
-        for _ in range(7200)
-    ]
+    cards, rng, draws = _cards(3), np.random.default_rng(0), _draws(candidates=2, shuffle=True, rename=True)
+    drawn = [tuple((c.key, c.name) for c in draw_candidates(cards, rng, draws)) for _ in range(7200)]
     counts = np.unique([str(each) for each in drawn], return_counts=True)[1]
     assert len(counts) == 36  # six ordered pairs of cards, six of names
     assert abs(counts - 200).max() < 5 * math.sqrt(200)
@@ -166,9 +169,9 @@ def test_every_selection_order_and_naming_is_drawn_about_equally_often():
 def test_every_arrangement_is_drawn_about_equally_often(switch):
     cards = _cards(3)
     rng = np.random.default_rng(0)
-    switches = {"shuffle": False, "rename": False, switch: True}
+    draws = _draws(**{"shuffle": False, "rename": False, switch: True})
     field = "key" if switch == "shuffle" else "name"
-    drawn = [tuple(getattr(card, field) for card in draw_candidates(cards, rng, **switches)) for _ in range(3000)]
+    drawn = [tuple(getattr(card, field) for card in draw_candidates(cards, rng, draws)) for _ in range(3000)]
     counts = np.unique(drawn, axis=0, return_counts=True)[1]
     assert len(counts) == 6
     assert abs(counts - 500).max() < 5 * math.sqrt(500)  # 5 standard deviations
@@ -177,14 +180,13 @@ def test_every_arrangement_is_drawn_about_equally_often(switch):
 def test_order_and_names_are_drawn_apart_from_each_other():
     cards = _cards(3)
     rng = np.random.default_rng(0)
-    drawn = {
-        tuple((c.key, c.name) for c in draw_candidates(cards, rng, shuffle=True, rename=True)) for _ in range(1000)
-    }
+    draws = _draws(shuffle=True, rename=True)
+    drawn = {tuple((c.key, c.name) for c in draw_candidates(cards, rng, draws)) for _ in range(1000)}
     assert len(drawn) == 36
 
 
 def test_every_spelling_finds_the_name_in_the_prompt():
-    cards = draw_candidates(_cards(5), np.random.default_rng(1), shuffle=True, rename=True)
+    cards = draw_candidates(_cards(5), np.random.default_rng(1), _draws(shuffle=True, rename=True))
     names = route_names(cards)
     for card in cards:
         for spelling in (card.name, card.name.upper(), *card.aliases):

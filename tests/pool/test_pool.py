@@ -156,8 +156,10 @@ def test_a_reply_without_text_is_empty_and_charged(serve, pool_config, open_pool
 
 def test_a_renamed_candidate_calls_the_model_behind_the_name(serve, pool_config, open_pool):
     scripted = serve(lambda n, b: completion(b["model"]))
-    pool, cards = open_pool(pool_config(scripted.base_url))
-    shown = draw_candidates(cards, np.random.default_rng(2), shuffle=True, rename=True)
+    config = pool_config(scripted.base_url)
+    config.rename = True
+    pool, cards = open_pool(config)
+    shown = draw_candidates(cards, np.random.default_rng(2), config)
     assert {card.key: card.name for card in shown} == {"Titan": "Pico", "Pico": "Titan"}
     for card in shown:
         reply = _ask(pool, shown, f"{card.name}: Who?")
