@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class CallCache:
         self._lock = threading.Lock()
         if mode == "strict" and not self._path.exists():
             raise PoolError(f"call cache {self._path} does not exist; record it first with pool.call_cache.mode=record")
-        try:
+        with _pool_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # In autocommit mode each statement is one transaction, and no larger one is needed here.
             self._db = sqlite3.connect(self._path, _LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
@@ -81,8 +81,6 @@ class CallCache:
             # Processes record different episodes. So a fault that a reply replaces was here at the start, or comes from
             # this process.
             self._may_hold_faults = bool(self._db.execute("SELECT 1 FROM faults LIMIT 1").fetchall())
-        except (sqlite3.Error, OSError) as error:
-            raise _unusable(self._path, error) from error
 
     def find(self, request: Request) -> Completion | None:
         """The recorded completion (attempts 0), or None if the call has to be made; CacheMissError in strict mode."""
@@ -137,11 +135,8 @@ class CallCache:
         return Completion(rows[0][0], Outcome(rows[0][1]), *rows[0][2:], attempts=0) if rows else None
 
     def _execute(self, statement: str, values: tuple) -> list[tuple]:
-        try:
-            with self._lock:
-                return self._db.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise _unusable(self._path, error) from error
+        with _pool_errors(self._path), self._lock:
+            return self._db.execute(statement, values).fetchall()
 
 
 def _use_wal(db: sqlite3.Connection) -> sqlite3.Cursor:
@@ -156,10 +151,15 @@ def _use_wal(db: sqlite3.Connection) -> sqlite3.Cursor:
         time.sleep(0.01)
 
 
-def _unusable(path: Path, error: Exception) -> PoolError:
-    return PoolError(
-        f"call cache {path} cannot be used ({error}); make room, correct pool.call_cache.path or remove the file"
-    )
+@contextmanager
+def _pool_errors(path: Path) -> Iterator[None]:
+    """Raise errors of SQLite and of the file system as PoolError."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise PoolError(
+            f"call cache {path} cannot be used ({error}); make room, correct pool.call_cache.path or remove the file"
+        ) from error
 
 
 def count_calls(path: Path) -> dict[str, Any]:
@@ -194,34 +194,28 @@ def merge_caches(into: Path, others: Sequence[Path]) -> int:
             pass
     CallCache(into, "record").close()  # creates the file and its tables if there are none
     added = 0
-    with closing(sqlite3.connect(into, _LOCK_TIMEOUT, isolation_level=None)) as db:
+    with _pool_errors(into), closing(sqlite3.connect(into, _LOCK_TIMEOUT, isolation_level=None)) as db:
         for other in others:
-            try:
-                db.execute("ATTACH ? AS other", (str(other),))
-                db.execute("BEGIN IMMEDIATE")
-                added += db.execute("INSERT OR IGNORE INTO replies SELECT * FROM other.replies").rowcount
-                db.execute("INSERT OR IGNORE INTO faults SELECT * FROM other.faults")
-                db.execute("COMMIT")
-                db.execute("DETACH other")
-            except sqlite3.Error as error:
-                raise _unusable(into, error) from error
+            db.execute("ATTACH ? AS other", (str(other),))
+            db.execute("BEGIN IMMEDIATE")
+            added += db.execute("INSERT OR IGNORE INTO replies SELECT * FROM other.replies").rowcount
+            db.execute("INSERT OR IGNORE INTO faults SELECT * FROM other.faults")
+            db.execute("COMMIT")
+            db.execute("DETACH other")
     return added
 
 
-def _open_recorded(path: Path) -> closing[sqlite3.Connection]:
+@contextmanager
+def _open_recorded(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to an existing call cache; raises PoolError if there is none."""
     if not path.exists():
         raise PoolError(
             f"call cache {path} does not exist; name a file that a run with pool.call_cache.mode=record has left"
         )
-    db = sqlite3.connect(path, _LOCK_TIMEOUT)
-    db.row_factory = sqlite3.Row
-    try:
+    with _pool_errors(path), closing(sqlite3.connect(path, _LOCK_TIMEOUT)) as db:
+        db.row_factory = sqlite3.Row
         db.execute("SELECT count(*) FROM replies")
-    except sqlite3.Error as error:
-        db.close()
-        raise _unusable(path, error) from error
-    return closing(db)
+        yield db
 
 
 def main(stats: str, export: str, merge_into: str, merge: str) -> None:
