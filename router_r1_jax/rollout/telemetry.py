@@ -7,7 +7,6 @@ callback carries the number of steps so far. Times of steps between two callback
 import dataclasses
 import itertools
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +46,6 @@ class RolloutStats:
       decode_batch_wait_share: share of the rows' steps in which they had tokens to read but were outside the batch.
       calls: replies that came in time.
       truncated_replies: replies of which only the first rollout.reply_tokens tokens entered the context.
-      stops: number of episodes for each stop reason.
       spans: timeline of every row, for a plot; rows are numbered over all replicas.
       call_times: times (asked, answered) of each call, on the clock of the spans.
     """
@@ -70,7 +68,6 @@ class RolloutStats:
     decode_batch_wait_share: float = _merged("mean")
     calls: int
     truncated_replies: int
-    stops: dict[str, int] = _merged("count")
     spans: tuple[Span, ...] = _merged("chain")
     call_times: tuple[tuple[float, float], ...] = _merged("chain")
 
@@ -106,7 +103,6 @@ def concat_stats(parts: Sequence[RolloutStats]) -> RolloutStats:
         "sum": sum,
         "max": max,
         "mean": lambda values: float(np.average(values, weights=weights)),
-        "count": lambda values: dict(sum(map(Counter, values), Counter())),
         "chain": lambda values: sum(values, ()),
     }
     ways = {f.name: merge[f.metadata.get("merge", "sum")] for f in dataclasses.fields(RolloutStats)}
@@ -123,7 +119,6 @@ class Timeline:
         self._waits: list[Span] = []
         self._since: dict[int, float] = {}  # row -> when its prefill or its wait began
         self._calls = 0
-        self._stops: Counter[str] = Counter()
         self.call_times: list[tuple[float, float]] = []  # asked, answered; the pool's threads append to it
         self.idle_seconds = self.prefix_seconds = 0.0
         self.callback_bytes = self.truncated_replies = 0
@@ -150,7 +145,6 @@ class Timeline:
         """A row's episode is over. If the row was waiting, the wait ends too."""
         self._end_wait(row)
         self._calls += len(episode.replies)
-        self._stops[episode.stop] += 1
 
     def _end_wait(self, row: int) -> None:
         if row in self._since:
@@ -197,7 +191,6 @@ class Timeline:
             decode_batch_wait_share=waits / max(1, self._slots * steps),
             calls=self._calls,
             truncated_replies=self.truncated_replies,
-            stops=dict(self._stops),
             spans=spans,
             call_times=tuple((asked - began, answered - began) for asked, answered in self.call_times),
         )

@@ -127,7 +127,7 @@ def test_sampled_tokens_of_an_episode_are_limited(params):
     for episode in episodes:
         naive = NaiveEpisode(params, episode, prefix_length=stats.prefix_tokens, limit=9)
         assert (episode.tokens, episode.stop) == (naive.tokens, naive.stop)
-    assert stats.stops["token_limit"] > 3 and max(sum(e.sampled) for e in episodes) == 9
+    assert [e.stop for e in episodes].count("token_limit") > 3 and max(sum(e.sampled) for e in episodes) == 9
     assert any(e.stop == "token_limit" and e.replies for e in episodes)
 
 
@@ -281,9 +281,8 @@ def test_replies_that_never_come_end_their_episodes_and_not_the_run(run, expecte
     def respond(route, *, episode, call):
         return Future() if episode in dead else at_once()(route, episode=episode, call=call)
 
-    episodes, stats = run(driver, respond=respond)
-    lost = [e for e in episodes if e.stop == "no_reply"]
-    assert lost and stats.stops["no_reply"] == len(lost)
+    episodes, _ = run(driver, respond=respond)
+    assert any(e.stop == "no_reply" for e in episodes)
     for episode in episodes:
         whole = expected[episode.id]
         if episode.id in dead and whole.replies:

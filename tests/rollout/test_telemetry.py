@@ -115,7 +115,7 @@ def test_stats_of_a_run():
     assert stats.decoded_tokens == sum(sum(e.sampled) for e in episodes)
     # All but the last token of a question is prefilled, and with a reply the last token of the turn before it.
     assert stats.prefilled_tokens == sum(len(e.prompt) - 9 - 1 + len(e.tokens) - sum(e.sampled) for e in episodes)
-    assert stats.calls == len(pool.calls) and sum(stats.stops.values()) == 24
+    assert stats.calls == len(pool.calls)
     assert 0 < stats.latency(50) <= stats.latency(95) and 1 <= stats.calls_in_flight <= SHAPES.slots
     assert stats.decode_batch_wait_share == 0
     assert 0 < stats.slots_used <= 1 and 0 <= stats.idle_share < 1 and stats.callback_bytes > 0
@@ -130,7 +130,7 @@ def test_stats_of_a_run():
     entered = [reply for e in episodes for reply in e.replies[: count_runs(e, sampled=False)]]
     assert stats.truncated_replies == sum(len(reply.text.split()) > REPLY_TOKENS for reply in entered) > 0
     names = {f.name for f in dataclasses.fields(stats)} | {"calls_in_flight", "latency_p50", "latency_p95"}
-    assert stats.metrics().keys() == names - {"stops", "spans", "call_times"}
+    assert stats.metrics().keys() == names - {"spans", "call_times"}
     check_concat(stats)
 
 
@@ -150,5 +150,4 @@ def check_concat(part):
     for name in ("seconds", "prefix_tokens", "idle_share", "slots_used", "decode_batch_wait_share"):
         assert getattr(both, name) == pytest.approx(getattr(part, name)), name
     assert both.calls_in_flight == 2 * part.calls_in_flight and both.latency(50) == pytest.approx(part.latency(50))
-    assert both.stops == {reason: 2 * count for reason, count in part.stops.items()}
     assert len(both.spans) == 2 * len(part.spans) and {s.row for s in both.spans} == set(range(both.rows))
