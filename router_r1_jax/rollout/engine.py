@@ -174,8 +174,8 @@ class Engine:
             for thread in threads:
                 while thread.is_alive():
                     thread.join(timeout=0.1)  # a join without timeout cannot be interrupted
-        except BaseException:
-            work_queue.stopping = True
+        except BaseException as error:
+            work_queue.fail(error)
             until = time.monotonic() + STOP_SECONDS
             for thread in threads:
                 thread.join(timeout=max(0.0, until - time.monotonic()))

@@ -112,14 +112,14 @@ class HostCallback:
             self._turn_ended(self._active[int(report.row[i])], i, report)
         self._end_overdue()
         deliveries = self._deliveries([])
-        if not deliveries and report.idle and self._active and not self.work_queue.over:
+        if not deliveries and report.idle and self._active and self.work_queue.error is None:
             started = time.monotonic()
             with contextlib.suppress(queue.Empty):
                 deliveries = self._reply_delivery(*self._replies.get(timeout=PATIENCE))
             self.timeline.idle_seconds += time.monotonic() - started
             deliveries = self._deliveries(deliveries)
         finished = not self._active and self.work_queue.empty
-        return self._result(deliveries, stop=finished or self.work_queue.over)
+        return self._result(deliveries, stop=finished or self.work_queue.error is not None)
 
     def _turn_ended(self, active: _Active, i: int, report: ToHost) -> None:
         episode, n, reason = active.episode, int(report.turn_length[i]), int(report.reason[i])

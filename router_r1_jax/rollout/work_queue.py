@@ -1,4 +1,4 @@
-"""Work queue that the replicas of one run share: prompts to begin, finished episodes, the first error, and the stop."""
+"""Work queue that the replicas of one run share: prompts to begin, finished episodes, and the first error."""
 
 import threading
 from collections import deque
@@ -21,17 +21,11 @@ class WorkQueue:
         self._lock = threading.Lock()
         self.finished: list[Episode] = []
         self.error: BaseException | None = None
-        self.stopping = False
 
     @property
     def empty(self) -> bool:
         """Whether every prompt has been taken."""
         return not self._pending
-
-    @property
-    def over(self) -> bool:
-        """Whether every replica must leave its loop."""
-        return self.stopping or self.error is not None
 
     def can_take(self, occupied: int) -> bool:
         """Whether `take` would give a prompt now."""
@@ -59,5 +53,5 @@ class WorkQueue:
                 self._on_finish(episode)
 
     def fail(self, error: BaseException) -> None:
-        """End the run with this error, if it is the first."""
+        """End the run with this error, if it is the first. Every replica then leaves its loop."""
         self.error = self.error or error

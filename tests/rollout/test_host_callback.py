@@ -205,7 +205,7 @@ def test_an_episode_whose_time_is_over_waits_no_longer_and_begins_no_turn():
 def test_stopping_and_errors_leave_the_loop():
     callback, pool = open_callback()
     callback(*report())
-    callback.work_queue.stopping = True
+    callback.work_queue.fail(KeyboardInterrupt())
     assert callback(*report((0, ROUTE, "<search> w1 </search>"), idle=True)).stop
 
     callback, pool = open_callback(2)
