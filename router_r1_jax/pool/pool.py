@@ -22,7 +22,7 @@ from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.protocol import RouteFault, neutralize, parse_route
 
 _PATIENCE = 1.0  # seconds in which running calls may end after Ctrl-C; later ones are paid and lost
-_LONGEST = 100_000  # characters of a reply that are used; no token budget needs more, and tokenizing more takes seconds
+_LONGEST = 100_000  # characters of a reply that are used; no token budget needs more, and 16 MB take 6 s to neutralise
 
 
 class Pool:

@@ -285,6 +285,13 @@ def test_route_text(turn, route):
     assert route_text(turn) == route
 
 
+def test_a_reply_of_few_tokens_is_read_to_sixteen_characters_for_each_token_of_its_budget():
+    text = "w1" + " " * (16 * (REPLY_TOKENS + 1) - 4)
+    whole, cut = (ids(f"<information> {words} </information>") for words in ("w1 w2", "w1"))
+    assert reply_ids(TOKENIZER, text + "w2", REPLY_TOKENS) == (whole, False)
+    assert reply_ids(TOKENIZER, text + "  w2", REPLY_TOKENS) == (cut, True)
+
+
 @pytest.mark.parametrize("n", [0, 1, REPLY_TOKENS - 1, REPLY_TOKENS, REPLY_TOKENS + 1, 1000])
 def test_a_reply_is_truncated_before_its_closing_tag(n):
     words = [f"w{i % 60}" for i in range(n)]
