@@ -22,14 +22,10 @@ def build_automaton(tags: Sequence[str], tokens: Sequence[bytes]) -> np.ndarray:
     does not change within a token, and counts as state 0 for the next one.
 
     Args:
-      tags: the stop tags. Raises ValueError if one lies inside another.
+      tags: the stop tags, none of which lies inside another.
       tokens: the bytes of each token of the vocabulary, b"" for special tokens.
     """
-    encoded = [tag.encode() for tag in tags]
-    for tag in encoded:
-        if any(tag != other and tag in other for other in encoded):
-            raise ValueError(f"stop tag {tag.decode()!r} lies inside another one; tags must not contain each other")
-    table = _byte_table(encoded)
+    table = _byte_table([tag.encode() for tag in tags])
     longest = max((len(t) for t in tokens), default=0)
     padded = np.zeros((len(tokens), longest), np.uint8)
     lengths = np.array([len(t) for t in tokens])

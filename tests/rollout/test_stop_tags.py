@@ -61,11 +61,6 @@ def test_the_first_tag_completed_inside_one_token_counts():
     assert automaton_states(TAGS, [b"x</answer></search>", b"</search></answer>"]) == [2, 1]
 
 
-def test_a_tag_inside_another_is_refused():
-    with pytest.raises(ValueError, match="'</a' lies inside another"):
-        build_automaton(["</a", "</answer>"], [b"a"])
-
-
 def test_the_table_is_small():
     automaton = build_automaton(TAGS, [b"a", b""])
     assert automaton.dtype == np.uint8
