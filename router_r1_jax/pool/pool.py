@@ -80,16 +80,16 @@ class Pool:
           The future reply. It raises CacheMissError for a call that a strict call cache does not hold, and PoolError if
           ledger or call cache cannot be written. A provider's fault is an outcome and raises nothing. A fault of the
           policy is answered at once.
+
+        Raises:
+          PoolError: the ledger cannot be written at a fault of the policy.
         """
         source = {"step": step, "split": split, "episode": episode, "call": call}
         route = parse_route(route_text, route_names(cards))
         if isinstance(route, RouteFault):
+            outcome = Outcome(route.reason)
             done: Future[Reply] = Future()
-            try:
-                outcome = Outcome(route.reason)
-                done.set_result(self._record(Reply(FAULT_TEXT[outcome], outcome, query=route_text.strip()), source))
-            except Exception as error:  # noqa: BLE001  the caller is a JAX callback, which must not raise
-                done.set_exception(error)
+            done.set_result(self._record(Reply(FAULT_TEXT[outcome], outcome, query=route_text.strip()), source))
             return done
         card = next(card for card in cards if card.name == route.name)
         future = self._threads[card.provider].submit(self._answer, card, route.query, source)

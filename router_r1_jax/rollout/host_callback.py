@@ -177,13 +177,12 @@ class HostCallback:
         return deliveries
 
     def _reply_delivery(self, active: _Active, reply: Any, ids: list[int], truncated: bool) -> list[_Delivery]:
-        """The delivery of a reply; none if it comes too late, is an error, or has no room in its row."""
+        """The delivery of a reply; none if it comes too late or has no room in its row. Raises a reply's error."""
         row, episode, shapes = active.row, active.episode, self._shapes
         if self._active.get(row) is not active:
             return []
         if isinstance(reply, BaseException):
-            self.work_queue.fail(reply)
-            return []
+            raise reply
         active.asked = None
         episode.replies.append(reply)
         position = len(episode.prompt) - self._prefix_length + len(episode.tokens)
@@ -191,9 +190,6 @@ class HostCallback:
         tokens = [episode.tokens[-1], *ids]
         if len(tokens) > shapes.prefill_tokens or position + len(ids) + 2 > shapes.row_tokens:
             self._finish(active, "row_full")
-            return []
-        if time.monotonic() - active.began > self._limits.episode_seconds:
-            self._finish(active, "time_limit")
             return []
         episode.inject(ids)
         self.timeline.truncated_replies += truncated
