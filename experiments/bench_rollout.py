@@ -231,7 +231,8 @@ def our_rollout(
     limits = EpisodeLimits(max_calls=CALLS, reply_tokens=REPLY)
     devices = jax.local_devices()[:slots]
     shapes = static_shapes(slots // len(devices), decode_batch // len(devices))
-    runner = Engine(config, shapes, make_tokenizer(config.vocab_size), limits, driver=driver, devices=devices)
+    where = {"driver": driver, "devices": devices, "tensor": 1}
+    runner = Engine(config, shapes, make_tokenizer(config.vocab_size), limits, **where)
     runner.sync_weights(params)
     with ThreadPoolExecutor(slots) as threads:
 

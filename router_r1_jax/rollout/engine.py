@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from router_r1_jax.model import ModelConfig, Params
-from router_r1_jax.rollout.episode import Episode, Prompt, PromptError, Respond, common_prefix
+from router_r1_jax.rollout.episode import Episode, Prompt, PromptError, Respond
 from router_r1_jax.rollout.host_callback import EpisodeLimits, HostCallback
 from router_r1_jax.rollout.replica import Replica
 from router_r1_jax.rollout.row_state import StaticShapes
@@ -84,17 +84,14 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         limits: EpisodeLimits,
         *,
-        driver: str = "jit",
-        devices: Sequence[jax.Device] | None = None,
-        tensor: int = 1,
+        driver: str,
+        devices: Sequence[jax.Device],
+        tensor: int,
     ) -> None:
-        """Make one replica for each `tensor` of the `devices` (by default the first of this process's devices).
+        """Make one replica for each `tensor` of the devices; nothing is compiled before the first run.
 
-        Nothing is compiled before the first run. Raises ValueError if `tensor` does not divide the devices.
+        The number of devices is a multiple of `tensor`.
         """
-        devices = jax.local_devices()[:1] if devices is None else list(devices)
-        if tensor < 1 or len(devices) % tensor:
-            raise ValueError(f"rollout.tensor is {tensor}; it must divide the rollout's devices ({len(devices)})")
         self._shapes, self._tokenizer, self._limits = shapes, tokenizer, limits
         next_state = build_automaton(STOP_TAGS, token_bytes(tokenizer, model.vocab_size))
         end_of_text = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -119,41 +116,39 @@ class Engine:
         *,
         temperature: float,
         seed: int,
+        prefix_tokens: int,
         truncation: Truncation | None = None,
-        prefix_tokens: int | None = None,
         on_finish: Callable[[Episode], None] | None = None,
     ) -> tuple[list[Episode], RolloutStats]:
         """Sample one episode per prompt; returns them in the prompts' order.
 
-        `seed` and each prompt's `episode` decide every random draw. All prompts share their first `prefix_tokens`
-        tokens, by default their longest common prefix; processes that share a run's prompts must agree on it. Raises
-        PromptError, the error of a reply's future, and, promptly, KeyboardInterrupt.
+        `seed` and each prompt's `episode`, which is unique, decide every random draw. All prompts share their first
+        `prefix_tokens` tokens; processes that share a run's prompts must agree on it. Raises PromptError, an error of
+        `respond` or of a future, and, promptly, KeyboardInterrupt.
         """
         began = time.monotonic()
-        shared = common_prefix([p.tokens for p in prompts]) if prefix_tokens is None else prefix_tokens
-        self._check(prompts, shared)
+        self._check(prompts, prefix_tokens)
         self._work_queue = work_queue = WorkQueue(prompts, replicas=len(self._replicas), on_finish=on_finish)
-        args = self._shapes, self._tokenizer, work_queue, shared, respond, self._limits
+        args = self._shapes, self._tokenizer, work_queue, prefix_tokens, respond, self._limits
         callbacks = [HostCallback(*args) for _ in self._replicas]
-        settings = {"prefix": list(prompts[0].tokens[:shared]), "temperature": temperature, "truncation": truncation}
+        prefix = list(prompts[0].tokens[:prefix_tokens])
+        settings = {"prefix": prefix, "temperature": temperature, "truncation": truncation}
         pairs = zip(self._replicas, callbacks, strict=True)
         runs = [functools.partial(replica.run, callback, seed=seed, **settings) for replica, callback in pairs]
         self._run_threads(work_queue, runs)
         by_id = {episode.id: episode for episode in work_queue.finished}
-        stats = concat_stats([c.timeline.stats(began=began, prefix_tokens=shared) for c in callbacks])
+        stats = concat_stats([c.timeline.stats(began=began, prefix_tokens=prefix_tokens) for c in callbacks])
         return [by_id[p.episode] for p in prompts], stats
 
-    def _check(self, prompts: Sequence[Prompt], shared: int) -> None:
+    def _check(self, prompts: Sequence[Prompt], prefix_tokens: int) -> None:
         longest, row_tokens = self._shapes.prefill_tokens, self._shapes.row_tokens
         for prompt in prompts:
-            rest = len(prompt.tokens) - shared
+            rest = len(prompt.tokens) - prefix_tokens
             if rest > longest or rest + 2 > row_tokens:
                 raise PromptError(
                     f"episode {prompt.episode} has {rest} prompt tokens behind the shared prefix; raise "
                     f"prompt.question_tokens ({longest}) or rollout.max_row_tokens ({row_tokens}), or shorten it"
                 )
-        if len({p.episode for p in prompts}) != len(prompts):
-            raise ValueError("two prompts carry the same episode number; numbers must be unique within a run")
 
     def _run_threads(self, work_queue: WorkQueue, runs: Sequence[Callable[[], None]]) -> None:
         """Run each in a thread until all have ended; raise the first error."""

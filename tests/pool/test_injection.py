@@ -23,7 +23,7 @@ from router_r1_jax.pool.outcomes import Completion, Outcome
 from router_r1_jax.pool.pool import make_reply
 from router_r1_jax.protocol import KINDS, find_tags, information_block, parse_response
 from router_r1_jax.reward.format import check_format
-from router_r1_jax.rollout import Engine, EpisodeLimits, Prompt, StaticShapes
+from router_r1_jax.rollout import Engine, EpisodeLimits, Prompt, StaticShapes, common_prefix
 from router_r1_jax.rollout.host_callback import reply_ids, route_text
 from router_r1_jax.rollout.stop_tags import STOP_TAGS, build_automaton, token_bytes
 
@@ -179,7 +179,8 @@ def engine():
         callback_rows=8,
         poll_every=4,
     )
-    made = Engine(model, shapes, tok, EpisodeLimits(max_calls=3, reply_tokens=BUDGET))
+    where = {"driver": "jit", "devices": jax.devices()[:1], "tensor": 1}
+    made = Engine(model, shapes, tok, EpisodeLimits(max_calls=3, reply_tokens=BUDGET), **where)
     made.sync_weights(init_params(model, make_mesh(1, 1, 1, jax.devices()[:1]), seed=0))
     return made, tok
 
@@ -199,7 +200,8 @@ def assert_engine_unharmed(texts, seed):
         return future
 
     prompts = [Prompt(8 * seed + i, tuple(tok.encode(f"Question {i}:"))) for i in range(8)]
-    for episode in made.run(prompts, respond, temperature=1.0, seed=seed)[0]:
+    shared = common_prefix([prompt.tokens for prompt in prompts])
+    for episode in made.run(prompts, respond, temperature=1.0, seed=seed, prefix_tokens=shared)[0]:
         turns, blocks = [], []
         for own, part in itertools.groupby(zip(episode.sampled, episode.tokens, strict=True), key=lambda x: x[0]):
             (turns if own else blocks).append([token for _, token in part])

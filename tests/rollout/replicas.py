@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import Future
 
 import jax
-from tiny_router import SEED, SHAPES, Latecomers, Reply, make_engine, make_prompts, reply_text
+from tiny_router import SHAPES, Latecomers, Reply, make_engine, make_prompts, reply_text, sample
 
 from router_r1_jax.rollout import common_prefix
 
@@ -50,7 +50,7 @@ def run(replicas, tensor, prompts=PROMPTS, devices=None, decode_batch=SHAPES.dec
     engine = make_engine("jit", devices=devices, tensor=tensor, decode_batch=decode_batch)
     together = (replicas - 1) * SHAPES.slots + 1
     pool = HeldBack(together) if tensor == 1 and together < len(prompts) / 2 else Latecomers(DELAYS)
-    return engine.run(prompts, pool, temperature=1.0, seed=SEED, **kwargs)
+    return sample(engine, prompts, pool, **kwargs)
 
 
 def main():

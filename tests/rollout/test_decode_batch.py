@@ -12,7 +12,7 @@ import tiny_router
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import Placing, check_against_naive, check_schedule, latencies, orders
-from tiny_router import MODEL, SEED, SHAPES, Latecomers, Reply, at_once, make_engine, make_prompts
+from tiny_router import MODEL, SHAPES, Latecomers, Reply, at_once, make_engine, make_prompts, sample
 
 from router_r1_jax.rollout import engine as engine_module
 from router_r1_jax.rollout.decode_batch import Caches, empty_caches, should_swap, swap
@@ -108,7 +108,7 @@ def run(engines):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine_module, "HostCallback", Placing)
             Placing.order = tuple(places)
-            return engines[driver].run(prompts, respond or at_once(), temperature=1.0, seed=SEED)
+            return sample(engines[driver], prompts, respond or at_once())
 
     return run
 
@@ -122,7 +122,7 @@ def expected(run):
 def test_episodes_are_those_of_the_naive_rollout_and_of_a_full_batch(run, driver):
     episodes, stats = run(driver)
     check_against_naive(tiny_router.make_params(), episodes, stats)
-    whole, _ = make_engine("jit", slots=B).run(PROMPTS, at_once(), temperature=1.0, seed=SEED)
+    whole, _ = sample(make_engine("jit", slots=B), PROMPTS, at_once())
     for few, all_rows in zip(episodes, whole, strict=True):
         assert (few.tokens, few.stop) == (all_rows.tokens, all_rows.stop)
         np.testing.assert_allclose(few.logps, all_rows.logps, atol=1e-5, rtol=0)
@@ -194,6 +194,6 @@ def test_the_batch_is_given_in_the_order_of_requests(monkeypatch):
         return caches, rows
 
     monkeypatch.setattr(replica, "_step", watched)
-    episodes, stats = engine.run(make_prompts(60), at_once(), temperature=1.0, seed=SEED)
+    episodes, stats = sample(engine, make_prompts(60), at_once())
     assert len(episodes) == 60 and stats.decode_batch_wait_share > 0.3
     assert min(begun[row] for row in range(B)) > 0.5 * sum(begun.values()) / B  # no slot is worked off late

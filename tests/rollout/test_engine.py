@@ -19,7 +19,6 @@ from tiny_router import (
     MAX_CALLS,
     MODEL,
     REPLY_TOKENS,
-    SEED,
     SHAPES,
     TOKENIZER,
     Latecomers,
@@ -27,6 +26,7 @@ from tiny_router import (
     at_once,
     make_engine,
     make_prompts,
+    sample,
 )
 
 from router_r1_jax.config import base_config
@@ -59,9 +59,9 @@ def engines():
 def run(engines):
     """Runs an engine of a driver: (episodes, stats)."""
 
-    def run(driver, prompts=PROMPTS, respond=None, *, temperature=1.0, **kwargs):
+    def run(driver, prompts=PROMPTS, respond=None, **kwargs):
         respond = respond or at_once()
-        return engines[driver].run(prompts, respond, temperature=temperature, seed=SEED, **kwargs)
+        return sample(engines[driver], prompts, respond, **kwargs)
 
     return run
 
@@ -123,7 +123,7 @@ def test_truncation_is_that_of_the_textbook_and_both_log_probs_are_kept(params, 
 def test_sampled_tokens_of_an_episode_are_limited(params):
     """Over all turns: replies and questions do not count."""
     engine = make_engine("jit", episode_tokens=9)
-    episodes, stats = engine.run(PROMPTS, at_once(), temperature=1.0, seed=SEED)
+    episodes, stats = sample(engine, PROMPTS, at_once())
     for episode in episodes:
         naive = NaiveEpisode(params, episode, prefix_length=stats.prefix_tokens, limit=9)
         assert (episode.tokens, episode.stop) == (naive.tokens, naive.stop)
@@ -143,9 +143,7 @@ def test_one_prompt_for_all_draws_apart_and_a_single_one_runs(params, run):
 
 
 def test_the_seed_decides_the_draws(engines):
-    sampled = [
-        [e.tokens for e in engines["jit"].run(PROMPTS, at_once(), temperature=1.0, seed=seed)[0]] for seed in (1, 1, 2)
-    ]
+    sampled = [[e.tokens for e in sample(engines["jit"], PROMPTS, at_once(), seed=seed)[0]] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -206,7 +204,7 @@ def test_no_schedule_changes_an_episode_many_times(params, shapes, monkeypatch):
         some = copy.copy(engines[driver])
         some._replicas = [some._replicas[i] for i in chosen]
         Placing.order = tuple(places)
-        return some.run(prompts, respond, temperature=1.0, seed=SEED)
+        return sample(some, prompts, respond)
 
     expected = {episode.id: episode for episode in run("host", PROMPTS, at_once())[0]}
     check_against_naive(params, *run("jit", PROMPTS, at_once()))
@@ -297,7 +295,7 @@ def test_hundreds_of_calls_in_flight_and_thousands_in_a_run():
     engine = make_engine("jit", slots=256, callback_rows=64, prefill_rows=64)
     prompts = [Prompt(i, PROMPTS[i % len(PROMPTS)].tokens) for i in range(4000)]
     pool = Latecomers((0.0, 0.01, 0.002), threads=256)
-    episodes, stats = engine.run(prompts, pool, temperature=1.0, seed=SEED)
+    episodes, stats = sample(engine, prompts, pool)
     asked = collections.Counter((episode, call) for _, episode, call in pool.calls)
     assert set(asked.values()) == {1} and len(asked) == stats.calls == sum(len(e.replies) for e in episodes) >= 5000
     held = threading.Event()
@@ -316,7 +314,7 @@ def test_hundreds_of_calls_in_flight_and_thousands_in_a_run():
                     other.set_result(reply)
         return future
 
-    again, stats = engine.run(first, respond, temperature=1.0, seed=SEED, prefix_tokens=stats.prefix_tokens)
+    again, stats = sample(engine, first, respond, prefix_tokens=stats.prefix_tokens)
     assert stats.calls_in_flight == 256
     by_id = {e.id: e for e in episodes}
     assert all(e.tokens == by_id[e.id].tokens for e in again)
@@ -363,9 +361,7 @@ def test_ctrl_c_ends_a_run_whose_replies_never_come(run, expected, driver):
     assert {episode.id: episode for episode in run(driver)[0]} == expected
 
 
-def test_prompts_that_cannot_run_are_refused(run):
-    with pytest.raises(ValueError, match="the same episode number"):
-        run("jit", [PROMPTS[0], PROMPTS[0]])
+def test_a_prompt_that_is_too_long_is_refused(run):
     long = [Prompt(0, (50, 51)), Prompt(3, (50,) * 20)]
     with pytest.raises(
         ValueError, match=r"episode 3 has 19 prompt tokens behind the shared prefix.*prompt.question_tokens \(14\)"

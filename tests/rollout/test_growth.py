@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_router import SEED, SHAPES, Latecomers, make_engine, make_prompts
+from tiny_router import SHAPES, Latecomers, make_engine, make_prompts, sample
 
 from router_r1_jax.rollout import EpisodeLimits, replica
 from router_r1_jax.rollout.replica import cache_lengths
@@ -39,7 +39,7 @@ def long_engine():
 
 def sampled(engine, delays=(0.0,)):
     pool = Latecomers(delays, texts=long_texts)
-    return engine.run(PROMPTS, pool, temperature=1.0, seed=SEED)[0]
+    return sample(engine, PROMPTS, pool)[0]
 
 
 @pytest.fixture(scope="module", params=[4, 7], ids=["all rows in the decode batch", "some rows outside"])

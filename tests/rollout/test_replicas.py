@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_router
 from naive_rollout import NaiveEpisode
-from tiny_router import SEED, SHAPES, at_once, make_engine, make_prompts
+from tiny_router import SHAPES, at_once, make_engine, make_prompts, sample
 
 from router_r1_jax.rollout.episode import Episode, Prompt
 from router_r1_jax.rollout.work_queue import WorkQueue
@@ -96,15 +96,10 @@ def test_a_failing_replica_ends_the_run_for_all():
         return at_once()(route, episode=episode, call=call)
 
     with pytest.raises(RuntimeError, match="the pool is down"):
-        engine.run(make_prompts(24), respond, temperature=1.0, seed=SEED)
+        sample(engine, make_prompts(24), respond)
     assert [t for t in threading.enumerate() if t.name == "rollout" and t.is_alive()] == []
-    episodes, stats = engine.run(make_prompts(24), at_once(), temperature=1.0, seed=SEED)
+    episodes, stats = sample(engine, make_prompts(24), at_once())
     assert len(episodes) == 24 and {s.row // SHAPES.slots for s in stats.spans} == {0, 1}
-
-
-def test_devices_that_tensor_does_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"rollout.tensor is 2; it must divide the rollout's devices \(1\)"):
-        make_engine(devices=jax.devices()[:1], tensor=2)
 
 
 # The queue that replicas share.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_router import REPLY_TOKENS, SEED, SHAPES, Latecomers, make_engine, make_prompts
+from tiny_router import REPLY_TOKENS, SHAPES, Latecomers, make_engine, make_prompts, sample
 
 from router_r1_jax.rollout import telemetry as module
 from router_r1_jax.rollout.episode import Episode
@@ -111,7 +111,7 @@ def count_runs(episode, *, sampled):
 def test_stats_of_a_run():
     """What was counted agrees with the episodes; no row does two things at once."""
     engine, pool = make_engine("jit"), Latecomers((0.0, 0.02, 0.005))
-    episodes, stats = engine.run(make_prompts(24), pool, temperature=1.0, seed=SEED)
+    episodes, stats = sample(engine, make_prompts(24), pool)
     assert stats.decoded_tokens == sum(sum(e.sampled) for e in episodes)
     # All but the last token of a question is prefilled, and with a reply the last token of the turn before it.
     assert stats.prefilled_tokens == sum(len(e.prompt) - 9 - 1 + len(e.tokens) - sum(e.sampled) for e in episodes)

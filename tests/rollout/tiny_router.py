@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from router_r1_jax.distributed.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, abstract_params
-from router_r1_jax.rollout import Engine, EpisodeLimits, Prompt, StaticShapes
+from router_r1_jax.rollout import Engine, EpisodeLimits, Prompt, StaticShapes, common_prefix
 
 # Many words end a tag, some in their middle, so that random sampling makes calls and answers often.
 CLOSING = [f"{a}</search>{b}" for a in ("", "a", "b", "c") for b in ("", ".", "!")]
@@ -66,15 +66,14 @@ def make_params():
 
 
 def make_engine(driver: str = "jit", *, devices=None, tensor: int = 1, episode_limits=None, **shapes: int) -> Engine:
-    """An engine of this model with its random parameters; `shapes` replace those of SHAPES.
+    """An engine of this model with its random parameters, on the first device; `shapes` replace those of SHAPES.
 
     Without `decode_batch` all rows are in the decode batch.
     """
     shapes = {"decode_batch": shapes.get("slots", SHAPES.slots)} | shapes
     episode_limits = episode_limits or EpisodeLimits(max_calls=MAX_CALLS, reply_tokens=REPLY_TOKENS)
-    engine = Engine(
-        MODEL, SHAPES._replace(**shapes), TOKENIZER, episode_limits, driver=driver, devices=devices, tensor=tensor
-    )
+    where = {"driver": driver, "devices": devices or jax.devices()[:1], "tensor": tensor}
+    engine = Engine(MODEL, SHAPES._replace(**shapes), TOKENIZER, episode_limits, **where)
     engine.sync_weights(make_params())
     return engine
 
@@ -85,6 +84,12 @@ def make_prompts(n: int, *, shared: int = 9, seed: int = 0) -> list[Prompt]:
     head = rng.integers(20, len(WORDS), size=shared).tolist()
     tails = [[30 + i, *rng.integers(20, len(WORDS), size=rng.integers(0, 10)).tolist()] for i in range(n)]
     return [Prompt(int(rng.integers(1 << 20)) * n + i, tuple(head + tail)) for i, tail in enumerate(tails)]
+
+
+def sample(engine: Engine, prompts, respond, *, seed: int = SEED, **kwargs):
+    """Episodes and stats of a run whose prefix is the prompts' common one, at temperature 1."""
+    settings = {"temperature": 1.0, "prefix_tokens": common_prefix([p.tokens for p in prompts])} | kwargs
+    return engine.run(prompts, respond, seed=seed, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
