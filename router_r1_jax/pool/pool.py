@@ -38,9 +38,8 @@ class Pool:
         self, pool_config: ConfigDict, cards: Sequence[Card], *, ledger_path: str | Path, cache_path: str | Path
     ) -> None:
         providers = providers_from_config(pool_config)
-        self._providers = {
-            card.provider: providers[card.provider] for card in cards
-        }  # without those that serve no card
+        # Without those that serve no card.
+        self._providers = {card.provider: providers[card.provider] for card in cards}
         mode = pool_config.call_cache.mode
         self._budget = pool_config.budget
         self.paid_elsewhere = 0.0

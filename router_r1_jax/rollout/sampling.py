@@ -109,7 +109,7 @@ def sample(
     top = jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(scaled - top)
     kept = weights if truncation is None else jnp.where(_kept(weights, truncation), weights, 0.0)
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key))(keys)
+    uniforms = jax.vmap(jax.random.uniform)(keys)
     ids = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), inverse_cdf(kept, uniforms))
     chosen = jnp.take_along_axis(scaled, ids[:, None], axis=-1)[:, 0] - top[:, 0]
     whole, left = jnp.sum(weights, axis=-1), jnp.sum(kept, axis=-1)
