@@ -45,7 +45,7 @@ class RolloutStats:
       slots_used: share of the rows' time in which they held an episode.
       decode_batch_wait_share: share of the rows' steps in which they had tokens to read but were outside the batch.
       calls: replies that came in time.
-      truncated_replies: replies of which only the first rollout.reply_tokens tokens entered the context.
+      truncated_replies: replies of which only a beginning, at most rollout.reply_tokens tokens, entered the context.
       spans: timeline of every row, for a plot; rows are numbered over all replicas.
       call_times: times (asked, answered) of each call, on the clock of the spans.
     """
