@@ -40,8 +40,6 @@ from router_r1_jax.storage.json_lines import EPISODES_FOLDER, read_lines, replac
 def main(config: ConfigDict, workdir: Path, only: str, tries: int) -> None:
     """Measure the baselines of --only that have no episodes yet; write and print their table."""
     split = config.evaluation.split
-    if tries < 1:
-        raise ConfigError(f"--tries is {tries}; it is a number of train questions, at least 1")
     if split == "train":
         raise ConfigError("evaluation.split is 'train', on which baselines are fitted; choose validation or test")
     with open_session(with_call_cache(config, workdir), workdir, load_source=True) as session:
@@ -110,6 +108,6 @@ def file_name(split: str, name: str) -> str:
 if __name__ == "__main__":
     flags = {
         "only": Flag("", "comma-separated baselines; all if empty"),
-        "tries": Flag(500, "train questions that every model answers, to fit baselines on"),
+        "tries": Flag(500, "train questions that every model answers, to fit baselines on", least=1),
     }
     launch(main, flags)
