@@ -1,10 +1,11 @@
 """The interface of baselines that choose a model per question, the examples they are fitted on, and model utilities."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from router_r1_jax.baselines.features import Features, WordFeatures
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.pool.outcomes import Reply
 from router_r1_jax.reward import cost_bounds, normalize_costs
@@ -23,7 +24,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question, and how every model answered it (`Card.key` -> Trial)."""
+    """A question, and how every model answered it (`Card.key` -> Trial, in the order of the session's cards)."""
 
     question: str
     trials: Mapping[str, Trial]
@@ -47,50 +48,57 @@ class Baseline:
 class UtilityBaseline(Baseline):
     """A baseline that predicts each model's utility and chooses the best model; among equals, the cheapest.
 
-    `fit` sets `_keys`, the models of the train examples; other models are never chosen.
+    A kind of baseline implements `_learn` and `_predict`.
     """
 
-    _keys: tuple[str, ...] = ()
+    def __init__(
+        self, alpha: float, seed: int = 0, make_features: Callable[[Sequence[str]], Features] = WordFeatures
+    ) -> None:
+        """`alpha` weighs cost in a model's utility; `make_features` makes the features from the train questions."""
+        self._alpha, self._seed, self._make_features = alpha, seed, make_features
 
-    def _predict(self, question: str) -> np.ndarray:
-        """Utility of each of `_keys`, [M]."""
-        raise NotImplementedError
+    def fit(self, examples: Sequence[Example]) -> None:
+        """Learn from the informative questions."""
+        examples = informative(examples)
+        self._keys = tuple(examples[0].trials)
+        texts = [example.question for example in examples]
+        self._features = self._make_features(texts)
+        self._learn(self._features(texts), examples)
 
     def choose(self, question: str, cards: Sequence[Card]) -> str:
-        """The known card of the greatest predicted utility. Raises ValueError if none is known."""
-        utility = dict(zip(self._keys, self._predict(question), strict=True))
-        known = [card for card in cards if card.key in utility]
-        if not known:
-            raise ValueError(f"none of {', '.join(card.key for card in cards)} was tried in the examples of fit")
-        return max(known, key=lambda card: (utility[card.key], -card.price_out)).key
+        """The card of the greatest predicted utility. The cards are among the models of the examples."""
+        (predicted,) = self._predict(self._features([question]))
+        utility = dict(zip(self._keys, predicted, strict=True))
+        return max(cards, key=lambda card: (utility[card.key], -card.price_out)).key
+
+    def _learn(self, features: np.ndarray, examples: Sequence[Example]) -> None:
+        """Learn from the examples; `features` are those of their questions, [n, F]."""
+        raise NotImplementedError
+
+    def _predict(self, features: np.ndarray) -> np.ndarray:
+        """A score of each model, in the order of the examples' trials: [n, F] -> [n, M]. Only its order matters."""
+        raise NotImplementedError
 
 
-def tried_models(examples: Sequence[Example]) -> tuple[str, ...]:
-    """Keys of the models that answered every example, in the examples' order. Raises ValueError for no examples."""
-    if not examples:
-        raise ValueError("there are no train examples to fit on; try all models on at least one train question")
-    return tuple(key for key in examples[0].trials if all(key in example.trials for example in examples))
-
-
-def exact_matches(examples: Sequence[Example], keys: Sequence[str]) -> np.ndarray:
+def exact_matches(examples: Sequence[Example]) -> np.ndarray:
     """Exact match of each model's answer, [n, M]."""
-    return np.array([[example.trials[key].exact_match for key in keys] for example in examples])
+    return np.array([[trial.exact_match for trial in example.trials.values()] for example in examples])
 
 
-def raw_costs(examples: Sequence[Example], keys: Sequence[str]) -> np.ndarray:
+def raw_costs(examples: Sequence[Example]) -> np.ndarray:
     """Raw cost of each model's answer, [n, M]."""
-    return np.array([[example.trials[key].reply.raw_cost for key in keys] for example in examples])
+    return np.array([[trial.reply.raw_cost for trial in example.trials.values()] for example in examples])
 
 
-def utilities(examples: Sequence[Example], keys: Sequence[str], alpha: float) -> np.ndarray:
+def utilities(examples: Sequence[Example], alpha: float) -> np.ndarray:
     """Utility of each model's answer, [n, M] in [0, 1 + TIE]: the published reward of an episode of this one call.
 
     Costs are normalised by the 5th and 95th percentile of these trials' costs and not by a sliding window, because no
     policy changes here. Among models of equal utility, the cheaper one gets a little more.
     """
-    costs = raw_costs(examples, keys)
+    costs = raw_costs(examples)
     cost_components = normalize_costs(costs, *cost_bounds(costs))
-    return exact_matches(examples, keys) * (1 - alpha + alpha * cost_components + TIE * cost_components)
+    return exact_matches(examples) * (1 - alpha + alpha * cost_components + TIE * cost_components)
 
 
 def informative(examples: Sequence[Example]) -> list[Example]:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router_r1_jax.baselines.base import Baseline, Example, exact_matches, raw_costs, tried_models
-from router_r1_jax.baselines.features import require_scikit_learn
+from router_r1_jax.baselines.base import Baseline, Example, exact_matches, raw_costs
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.reward import cost_bounds, normalize_costs
 
@@ -24,13 +23,14 @@ class Cascade(Baseline):
     """The cascade. `alpha` weighs cost as in the published reward; of equally good lists the cheaper is taken."""
 
     def __init__(self, cards: Sequence[Card], alpha: float) -> None:
-        self._prices, self._alpha = {card.key: card.price_out for card in cards}, alpha
+        """`cards` are the models of the examples, in the same order."""
+        self._cards, self._alpha = cards, alpha
 
     def fit(self, examples: Sequence[Example]) -> None:
         """Fit the scorers, then search the list and its thresholds."""
-        require_scikit_learn()
-        keys = sorted((key for key in tried_models(examples) if key in self._prices), key=self._prices.__getitem__)
-        em, costs = exact_matches(examples, keys), raw_costs(examples, keys)
+        order = np.argsort([card.price_out for card in self._cards], stable=True)
+        keys = [self._cards[i].key for i in order]
+        em, costs = exact_matches(examples)[:, order], raw_costs(examples)[:, order]
         self._scorers, scores = {}, np.empty(em.shape)
         for i, key in enumerate(keys):
             texts = [_text(example.question, example.trials[key].reply.text) for example in examples]
@@ -38,15 +38,13 @@ class Cascade(Baseline):
         self._thresholds = {keys[i]: threshold for i, threshold in search(em, costs, scores, self._alpha)}
 
     def choose(self, question: str, cards: Sequence[Card]) -> str:
-        """The first model of the list that is among `cards`; if there is none, the cheapest card."""
+        """The first model of the list that is among `cards`: the last of the list is never rejected."""
         left = {card.key for card in cards}
-        cheapest = min(cards, key=lambda card: card.price_out)
-        return next((key for key in self._thresholds if key in left), cheapest.key)
+        return next(key for key in self._thresholds if key in left)
 
     def accept(self, question: str, key: str, reply: str) -> bool:
-        """Whether the reply's score reaches the model's threshold; it is 0 for the last model and outside the list."""
-        threshold = self._thresholds.get(key, 0.0)
-        return threshold == 0.0 or _score(self._scorers[key], _text(question, reply)) >= threshold
+        """Whether the reply's score reaches the model's threshold, which is 0 for the last model of the list."""
+        return _score(self._scorers[key], _text(question, reply)) >= self._thresholds[key]
 
 
 def search(em: np.ndarray, costs: np.ndarray, scores: np.ndarray, alpha: float) -> list[tuple[int, float]]:

@@ -9,23 +9,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from router_r1_jax.model import ModelConfig, Params, RouterLM
-from router_r1_jax.storage.metrics_writer import import_extra
 
 Features = Callable[[Sequence[str]], np.ndarray]  # n texts -> float32 [n, F]
 
 LENGTH_BUCKET = 32  # questions are padded to a multiple of this length, so that few shapes are compiled
 
 
-def require_scikit_learn() -> None:
-    """Raise MissingExtraError if scikit-learn is not installed."""
-    import_extra("sklearn", "baselines", "baselines need scikit-learn")
-
-
 class WordFeatures:
     """TF-IDF of a text's words; vocabulary and frequencies come from `texts`."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        require_scikit_learn()
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32).fit(texts)

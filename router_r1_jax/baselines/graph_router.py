@@ -2,8 +2,7 @@
 
 Query-model edges carry what is known of an answer: right or wrong, and its cost. Query-task edges say which task a
 query belongs to. Tasks are not given here; they are clusters of the questions' words. In each update a random part of
-the queries hides its edges and is predicted from the rest. A new question is one more query with hidden edges. Model
-nodes start from their cards, so a model without any edge can be chosen too.
+the queries hides its edges and is predicted from the rest. A new question is one more query with hidden edges.
 """
 
 from collections.abc import Sequence
@@ -16,17 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from router_r1_jax.baselines.base import (
-    TIE,
-    Baseline,
-    Example,
-    exact_matches,
-    informative,
-    raw_costs,
-    tried_models,
-    utilities,
-)
-from router_r1_jax.baselines.features import WordFeatures
+from router_r1_jax.baselines.base import TIE, Example, UtilityBaseline, exact_matches, raw_costs, utilities
 from router_r1_jax.baselines.optimize import minimize
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.reward import cost_bounds, normalize_costs
@@ -73,50 +62,24 @@ class GraphNet(nn.Module):
         return dense(q + graph.member @ t) @ dense(m).T / np.sqrt(WIDTH)
 
 
-class GraphRouter(Baseline):
-    """The baseline. `cards` are the models tried in training; `alpha` weighs cost in a model's utility."""
+class GraphRouter(UtilityBaseline):
+    """The baseline: STEPS updates; in each, other queries hide their edges."""
 
     def __init__(self, cards: Sequence[Card], alpha: float, seed: int) -> None:
-        self._cards, self._alpha, self._seed = {card.key: card for card in cards}, alpha, seed
-        self._topics = sorted({topic for card in cards for topic in card.performance})
+        """`cards` are the models of the examples, in the same order."""
+        super().__init__(alpha, seed)
+        self._cards = cards
 
-    def fit(self, examples: Sequence[Example]) -> None:
-        """STEPS updates; in each, other queries hide their edges."""
-        examples = informative(examples)
-        self._keys = tuple(key for key in tried_models(examples) if key in self._cards)
-        texts = [example.question for example in examples]
-        self._features = WordFeatures(texts)
+    def _learn(self, features: np.ndarray, examples: Sequence[Example]) -> None:
         from sklearn.cluster import KMeans
 
-        self._x = self._features(texts)
-        self._clusters = KMeans(min(TASKS, len(texts)), n_init=1, random_state=self._seed).fit(self._x)
-        costs = raw_costs(examples, self._keys)
+        self._x = features
+        self._clusters = KMeans(min(TASKS, len(features)), n_init=1, random_state=self._seed).fit(features)
+        costs = raw_costs(examples)
         components = normalize_costs(costs, *cost_bounds(costs))
-        self._edges = np.stack([exact_matches(examples, self._keys), components], axis=-1)
-        # In [0, 1], as targets of a sigmoid.
-        self._utility = utilities(examples, self._keys, self._alpha) / (1 + TIE)
-        self._params = self._learn([self._cards[key] for key in self._keys])
-
-    def choose(self, question: str, cards: Sequence[Card]) -> str:
-        """The card of the greatest predicted utility, tried in training or not."""
-        order = sorted(cards, key=lambda card: card.key)
-        logits = np.asarray(self._score(self._params, self._graph(order, [question])))[-1]
-        return order[int(logits.argmax())].key
-
-    def _graph(self, cards: Sequence[Card], new: Sequence[str]) -> Graph:
-        """The train questions with these model nodes, and behind them new questions with hidden edges."""
-        x = np.concatenate([self._x, self._features(new)]) if new else self._x
-        member = np.eye(self._clusters.n_clusters)[self._clusters.predict(x.astype(self._x.dtype))]
-        edges, visible = np.zeros((len(x), len(cards), 2)), np.zeros((len(x), len(cards)))
-        for i, card in enumerate(cards):
-            if card.key in self._keys:
-                edges[: len(self._x), i] = self._edges[:, self._keys.index(card.key)]
-                visible[: len(self._x), i] = 1.0
-        parts = (x, self._clusters.cluster_centers_, card_features(cards, self._topics), member, edges, visible)
-        return Graph(*(np.asarray(part, np.float32) for part in parts))
-
-    def _learn(self, cards: Sequence[Card]) -> Any:
-        graph, net = jax.tree.map(jnp.asarray, self._graph(cards, [])), GraphNet()
+        self._edges = np.stack([exact_matches(examples), components], axis=-1)
+        self._utility = utilities(examples, self._alpha) / (1 + TIE)  # in [0, 1], as targets of a sigmoid
+        graph, net = jax.tree.map(jnp.asarray, self._graph(features[:0], range(len(self._keys)))), GraphNet()
         utility = jnp.asarray(self._utility)
         init_key, update_key = jax.random.split(jax.random.key(self._seed))
         self._score = jax.jit(net.apply)
@@ -127,10 +90,28 @@ class GraphRouter(Baseline):
             losses = optax.sigmoid_binary_cross_entropy(logits, utility)
             return jnp.sum(losses * hidden[:, None]) / jnp.maximum(jnp.sum(hidden) * losses.shape[1], 1)
 
-        return minimize(loss, net.init(init_key, graph), optax.adamw(3e-3, weight_decay=1e-3), update_key, STEPS)
+        optimizer = optax.adamw(3e-3, weight_decay=1e-3)
+        self._params = minimize(loss, net.init(init_key, graph), optimizer, update_key, STEPS)
+
+    def _predict(self, features: np.ndarray) -> np.ndarray:
+        """New questions of one call share the task nodes, so their logits depend on each other."""
+        order = np.argsort(self._keys)  # in another order, sums over models would be rounded in another way
+        logits = np.asarray(self._score(self._params, self._graph(features, order)))[-len(features) :]
+        return logits[:, np.argsort(order)]
+
+    def _graph(self, new: np.ndarray, order: Sequence[int]) -> Graph:
+        """The train questions, and behind them new questions with hidden edges; model nodes in this order."""
+        x = np.concatenate([self._x, new])
+        member = np.eye(self._clusters.n_clusters)[self._clusters.predict(x)]
+        edges, visible = np.zeros((len(x), len(order), 2)), np.zeros((len(x), len(order)))
+        edges[: len(self._x)], visible[: len(self._x)] = self._edges[:, order], 1.0
+        models = card_features([self._cards[i] for i in order])
+        parts = (x, self._clusters.cluster_centers_, models, member, edges, visible)
+        return Graph(*(np.asarray(part, np.float32) for part in parts))
 
 
-def card_features(cards: Sequence[Card], topics: Sequence[str]) -> np.ndarray:
+def card_features(cards: Sequence[Card]) -> np.ndarray:
     """Features of the cards [M, C]: logarithms of the prices, and the score of each topic (0 if the card has none)."""
+    topics = sorted({topic for card in cards for topic in card.performance})
     prices = np.log1p([[card.price_in, card.price_out] for card in cards])
     return np.concatenate([prices, [[card.performance.get(topic, 0.0) for topic in topics] for card in cards]], axis=1)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from router_r1_jax.baselines.base import Example, UtilityBaseline, informative, tried_models, utilities
-from router_r1_jax.baselines.features import WordFeatures
+from router_r1_jax.baselines.base import Example, UtilityBaseline, utilities
 from router_r1_jax.baselines.optimize import minimize
 
 TEMPERATURE = 0.1  # of the cosines in both losses
@@ -61,25 +60,14 @@ def sample_sample_loss(queries: jax.Array, cluster: jax.Array) -> jax.Array:
 
 
 class RouterDC(UtilityBaseline):
-    """The baseline. `alpha` weighs cost in a model's utility."""
+    """The baseline: STEPS Adam updates on random batches."""
 
-    def __init__(self, alpha: float, seed: int) -> None:
-        self._alpha, self._seed = alpha, seed
-
-    def fit(self, examples: Sequence[Example]) -> None:
-        """STEPS Adam updates on random batches."""
-        examples = informative(examples)
-        self._keys = tried_models(examples)
-        texts = [example.question for example in examples]
-        self._features = WordFeatures(texts)
+    def _learn(self, features: np.ndarray, examples: Sequence[Example]) -> None:
         from sklearn.cluster import KMeans
 
-        x, utility = self._features(texts), utilities(examples, self._keys, self._alpha).astype(np.float32)
-        cluster = KMeans(min(CLUSTERS, len(texts)), n_init=1, random_state=self._seed).fit_predict(x)
-        self._params = self._learn(jnp.asarray(x), jnp.asarray(utility), jnp.asarray(cluster))
-        self._score = jax.jit(_cosines)
-
-    def _learn(self, x: jax.Array, utility: jax.Array, cluster: jax.Array) -> Any:
+        clusters = KMeans(min(CLUSTERS, len(features)), n_init=1, random_state=self._seed)
+        x, cluster = jnp.asarray(features), jnp.asarray(clusters.fit_predict(features))
+        utility = jnp.asarray(utilities(examples, self._alpha), jnp.float32)
         init_key, update_key = jax.random.split(jax.random.key(self._seed))
         encoder_key, models_key = jax.random.split(init_key)
         encoder = QueryEncoder()
@@ -93,12 +81,13 @@ class RouterDC(UtilityBaseline):
             clustering = sample_sample_loss(encoder.apply(params["encoder"], x[rows]), cluster[rows])
             return sample_model_loss(_cosines(params, x[rows]), utility[rows]) + CLUSTER_WEIGHT * clustering
 
-        return minimize(loss, params, optax.adam(3e-3), update_key, STEPS)
+        self._params = minimize(loss, params, optax.adam(3e-3), update_key, STEPS)
 
-    def _predict(self, question: str) -> np.ndarray:
-        return np.asarray(self._score(self._params, self._features([question])))[0]
+    def _predict(self, features: np.ndarray) -> np.ndarray:
+        return np.asarray(_cosines(self._params, features))
 
 
+@jax.jit
 def _cosines(params: Any, x: jax.Array) -> jax.Array:
     """Cosine of each query with each model, [B, M]."""
     models = params["models"] / jnp.linalg.norm(params["models"], axis=-1, keepdims=True)

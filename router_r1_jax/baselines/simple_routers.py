@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from router_r1_jax.baselines.base import Baseline, Example, UtilityBaseline, informative, tried_models, utilities
-from router_r1_jax.baselines.features import Features, WordFeatures, require_scikit_learn
+from router_r1_jax.baselines.base import Baseline, Example, UtilityBaseline, utilities
 from router_r1_jax.pool.cards import Card
 
 NEIGHBOURS = 20
@@ -41,30 +40,21 @@ class RandomModel(Baseline):
         return cards[rng.integers(len(cards))].key
 
 
-class _WordRegression(UtilityBaseline):
+class _Regression(UtilityBaseline):
     """A scikit-learn regressor from TF-IDF vectors to each model's utility."""
 
-    def __init__(self, alpha: float) -> None:
-        self._alpha = alpha
+    def _learn(self, features: np.ndarray, examples: Sequence[Example]) -> None:
+        self._model = self._regressor(len(examples)).fit(features, utilities(examples, self._alpha))
 
-    def fit(self, examples: Sequence[Example]) -> None:
-        """Fit on the informative questions."""
-        examples = informative(examples)
-        self._keys = tried_models(examples)
-        texts = [example.question for example in examples]
-        self._features = WordFeatures(texts)
-        self._model = self._regressor(len(texts))
-        self._model.fit(self._features(texts), utilities(examples, self._keys, self._alpha))
-
-    def _predict(self, question: str) -> np.ndarray:
-        return np.atleast_1d(self._model.predict(self._features([question]))[0])
+    def _predict(self, features: np.ndarray) -> np.ndarray:
+        return self._model.predict(features).reshape(len(features), -1)  # of one model, some regressors give [n]
 
     def _regressor(self, questions: int) -> Any:
         """The regressor before it is fitted, for this number of train questions."""
         raise NotImplementedError
 
 
-class KNNRouter(_WordRegression):
+class KNNRouter(_Regression):
     """kNN: the mean utility of each model on the nearest train questions, by cosine of TF-IDF (RouterBench)."""
 
     def _regressor(self, questions: int) -> Any:
@@ -73,12 +63,8 @@ class KNNRouter(_WordRegression):
         return KNeighborsRegressor(min(NEIGHBOURS, questions), metric="cosine")
 
 
-class MLPRouter(_WordRegression):
+class MLPRouter(_Regression):
     """An MLP with one hidden layer from TF-IDF vectors to each model's utility (RouterBench)."""
-
-    def __init__(self, alpha: float, seed: int) -> None:
-        super().__init__(alpha)
-        self._seed = seed
 
     def _regressor(self, questions: int) -> Any:
         from sklearn.neural_network import MLPRegressor
@@ -94,26 +80,19 @@ class LinearClassifier(UtilityBaseline):
     With the router's hidden states as embedding it stands for BERT classifiers, which need weights of their own.
     """
 
-    def __init__(self, features: Features, alpha: float) -> None:
-        self._features, self._alpha = features, alpha
-
-    def fit(self, examples: Sequence[Example]) -> None:
-        """Fit on the best model of each informative question."""
-        require_scikit_learn()
+    def _learn(self, features: np.ndarray, examples: Sequence[Example]) -> None:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        examples = informative(examples)
-        self._keys = tried_models(examples)
-        best = utilities(examples, self._keys, self._alpha).argmax(axis=1)
+        best = utilities(examples, self._alpha).argmax(axis=1)
         self._classes = np.unique(best)
         if len(self._classes) > 1:
             self._model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-            self._model.fit(self._features([example.question for example in examples]), best)
+            self._model.fit(features, best)
 
-    def _predict(self, question: str) -> np.ndarray:
-        probabilities = np.zeros(len(self._keys))
+    def _predict(self, features: np.ndarray) -> np.ndarray:
+        probabilities = np.zeros((len(features), len(self._keys)))
         single = len(self._classes) == 1
-        probabilities[self._classes] = 1.0 if single else self._model.predict_proba(self._features([question]))[0]
+        probabilities[:, self._classes] = 1.0 if single else self._model.predict_proba(features)
         return probabilities

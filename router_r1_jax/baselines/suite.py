@@ -27,7 +27,7 @@ from router_r1_jax.router import RolloutBatch, provider_answered
 from router_r1_jax.setup.policy_weights import fingerprint, first_cost_window
 from router_r1_jax.setup.session import Session
 from router_r1_jax.storage.checkpoint import CheckpointStore
-from router_r1_jax.storage.metrics_writer import MetricsWriter
+from router_r1_jax.storage.metrics_writer import MetricsWriter, import_extra
 from router_r1_jax.training.warmstart import warm_start
 
 INSTRUCTIONS = {"direct": router_lm.DIRECT, "chain of thought": router_lm.CHAIN_OF_THOUGHT}
@@ -58,7 +58,9 @@ class BaselineSuite:
             "largest": lambda: simple_routers.SingleModel(simple_routers.largest(cards).key),
             "knn": lambda: simple_routers.KNNRouter(alpha),
             "mlp": lambda: simple_routers.MLPRouter(alpha, seed),
-            "classifier": lambda: simple_routers.LinearClassifier(self._features(), alpha),
+            "classifier": lambda: simple_routers.LinearClassifier(
+                alpha, make_features=lambda _: RouterFeatures(session.model, self.params, session.tokenizer)
+            ),
             "routerdc": lambda: RouterDC(alpha, seed),
             "graphrouter": lambda: GraphRouter(cards, alpha, seed),
             "cascade": lambda: Cascade(cards, alpha),
@@ -103,10 +105,14 @@ class BaselineSuite:
         return examples
 
     def fitted(self, name: str) -> Baseline:
-        """The single-call baseline of this name, ready to choose models."""
+        """The single-call baseline of this name, ready to choose models.
+
+        Raises MissingExtraError if it needs scikit-learn and that is not installed.
+        """
         if name not in self._fitted:
             baseline = self.makers[name]()
             if not isinstance(baseline, (simple_routers.RandomModel, simple_routers.SingleModel)):
+                import_extra("sklearn", "baselines", f"baseline {name!r} needs scikit-learn")  # before tries are paid
                 baseline.fit(self.examples)
             self._fitted[name] = baseline
         return self._fitted[name]
@@ -119,9 +125,8 @@ class BaselineSuite:
         if name == ORACLE:
             episodes = model_calls.oracle_episodes(self._try_all_models(questions, split, name), session.cards)
         else:
-            baseline, decompose = self.fitted(name.removesuffix(STAR)), None
-            if name.endswith(STAR):
-                decompose = self._decompose()
+            baseline = self.fitted(name.removesuffix(STAR))
+            decompose = self._decompose() if name.endswith(STAR) else None
             running = model_calls.run_baseline(
                 session.pool, session.cards, baseline, questions, split=split, name=name, decompose=decompose
             )
@@ -174,9 +179,6 @@ class BaselineSuite:
     def _decompose(self) -> Decompose:
         environment = self.session.environment
         return environment.decompose if environment else by_model(simple_routers.largest(self.session.cards))
-
-    def _features(self) -> RouterFeatures:
-        return RouterFeatures(self.session.model, self.params, self.session.tokenizer)
 
     def _try_all_models(self, questions: Sequence[QuestionRecord], split: str, label: str) -> list[Example]:
         tried = model_calls.try_all_models(self.session.pool, self.session.cards, questions, split=split)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from router_r1_jax.model import ModelConfig, abstract_params, init_params, lora_
 from router_r1_jax.model.lora import split_trainable
 from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply
 from router_r1_jax.storage.json_lines import EpisodeWriter
+from router_r1_jax.storage.metrics_writer import MissingExtraError
 
 NAMES = ("direct", "prompt only", "fine-tuned", "random", "knn*", "classifier*", "oracle of one call")
 
@@ -178,6 +180,13 @@ def test_without_a_train_question_that_all_models_answered_the_failing_model_is_
     suite = BaselineSuite(get_config(), session, 3)
     with pytest.raises(PoolError, match=r"each of the 3 train questions .* 3 at Aria bad_request \(HTTP 404\)"):
         suite.fitted("knn")
+
+
+def test_a_missing_scikit_learn_is_named_before_a_call_is_paid(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    suite = BaselineSuite(get_config(), SimpleNamespace(workdir=tmp_path, cards=CARDS), 3)
+    with pytest.raises(MissingExtraError, match=r"baseline 'cascade' needs scikit-learn .*router_r1_jax\[baselines\]"):
+        suite.fitted("cascade")
 
 
 def test_baselines_are_not_measured_on_the_questions_that_they_are_fitted_on(tmp_path, monkeypatch):
