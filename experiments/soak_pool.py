@@ -38,7 +38,7 @@ from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.ledger import read_ledger, spent_dollars
 from router_r1_jax.pool.outcomes import Outcome, Reply, provider_fault
 from router_r1_jax.pool.pool import Pool
-from router_r1_jax.synthetic.server import simulated_providers, start_server
+from router_r1_jax.synthetic.server import start_server
 from router_r1_jax.synthetic.simulated_models import SimulatedModels
 from router_r1_jax.synthetic.world import World
 
@@ -135,9 +135,9 @@ def soak(calls: int) -> dict[str, float]:
     config = make_config()
     cards = cards_from_config(config.pool)
     with tempfile.TemporaryDirectory() as folder, start_server(config.synthetic.world, cards) as base_url:
-        settings = simulated_providers(config.pool, base_url)
+        config.pool.providers[0].base_url = base_url
         ledger = Path(folder) / "ledger.jsonl"
-        with Pool(settings, cards, ledger_path=ledger, cache_path=Path(folder) / "call_cache.sqlite") as pool:
+        with Pool(config.pool, cards, ledger_path=ledger, cache_path=Path(folder) / "call_cache.sqlite") as pool:
             replies, growth, seconds = run(pool, cards, calls)
             reported = spent_dollars(pool.ledger.state())
         lines = read_ledger(ledger)

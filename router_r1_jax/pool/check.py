@@ -42,9 +42,9 @@ def main(config: ConfigDict) -> int:
     """Call all models at once and print the table; the exit status is 0 if every model answers."""
     cards = cards_from_config(config.pool)
     environment = open_environment(config, cards)
-    with environment.serve(config.pool) if environment else nullcontext(config.pool) as pool_config:
-        providers = providers_from_config(pool_config)
-        client = Client(pool_config, {card.provider: providers[card.provider] for card in cards})
+    with environment.serve(config.pool) if environment else nullcontext():
+        providers = providers_from_config(config.pool)
+        client = Client(config.pool, {card.provider: providers[card.provider] for card in cards})
         with ThreadPoolExecutor(len(cards)) as threads:
             completions = list(threads.map(lambda card: client.complete(card, QUESTION), cards))
         client.close()

@@ -23,8 +23,8 @@ class Environment(Protocol):
     def train_tokenizer(self, template: str, folder: Path) -> None:
         """Train a tokenizer on the world's texts and the prompt template's text, and write it into `folder`."""
 
-    def serve(self, pool_config: ConfigDict) -> AbstractContextManager[ConfigDict]:
-        """Start the simulated models' server; gives `pool_config` with the server's address."""
+    def serve(self, pool_config: ConfigDict) -> AbstractContextManager[None]:
+        """Start the simulated models' server, and write its address into the provider "simulated" of `pool_config`."""
 
     def recipe(self) -> dict[str, Any]:
         """What the warm start depends on, as JSON under names that a renamed field does not change."""

@@ -124,10 +124,9 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
     opened = open_model(config, workdir, environment, load_source=load_source)
     with ExitStack() as opening:
         shared = _share_of_limits(config, jax.process_count())
-        pool_config = shared.pool
         if config.synthetic.simulate_models:
-            pool_config = opening.enter_context(environment.serve(pool_config))
-        pool = opening.enter_context(_open_pool(pool_config, workdir, cards))
+            opening.enter_context(environment.serve(shared.pool))
+        pool = opening.enter_context(_open_pool(shared.pool, workdir, cards))
         pool.check()
         router = Router(shared, opened.config, opened.tokenizer, cards, pool, opened.mesh)
         return Session(

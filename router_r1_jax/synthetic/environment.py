@@ -12,7 +12,7 @@ from router_r1_jax.pool.cards import Card, all_in_prompts
 from router_r1_jax.router import Router
 from router_r1_jax.synthetic import oracle, tfds_builder, tokenizer
 from router_r1_jax.synthetic.decompose import by_pattern
-from router_r1_jax.synthetic.server import simulated_providers, start_server
+from router_r1_jax.synthetic.server import start_server
 from router_r1_jax.synthetic.warmstart_rows import warmstart_phases
 from router_r1_jax.synthetic.world import World
 from router_r1_jax.training.supervised import Phase
@@ -38,10 +38,13 @@ class SyntheticEnvironment:
         tokenizer.train_tokenizer(texts, folder)
 
     @contextmanager
-    def serve(self, pool_config: ConfigDict) -> Iterator[ConfigDict]:
-        """Start the simulated models' server; gives `pool_config` with the server's address."""
+    def serve(self, pool_config: ConfigDict) -> Iterator[None]:
+        """Start the simulated models' server, and write its address into the provider "simulated" of `pool_config`."""
         with start_server(self._config.synthetic.world, self._cards) as base_url:
-            yield simulated_providers(pool_config, base_url)
+            for provider in pool_config.providers:
+                if provider.name == "simulated":
+                    provider.base_url = base_url
+            yield
 
     def recipe(self) -> dict[str, Any]:
         """What the warm start depends on. If a field of the configuration is renamed, its key here stays the same."""

@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from router_r1_jax.config import ConfigError
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.pool.outcomes import PoolError
@@ -157,17 +155,6 @@ def start_server(world_config: Mapping[str, int], cards: Sequence[Card], port: i
         if not said.isdigit():
             raise PoolError(f"the simulated models' server did not start: {said or 'it ended without a word'}")
         yield f"http://{_HOST}:{said}/v1"
-
-
-def simulated_providers(pool_config: ConfigDict, base_url: str) -> ConfigDict:
-    """A copy of `config.pool` whose provider "simulated" is at `base_url`."""
-    settings = pool_config.copy_and_resolve_references()
-    # The copy shares the tuple's entries with the run's configuration, whose hash must not hold a free port.
-    settings.providers = tuple(entry.copy_and_resolve_references() for entry in settings.providers)
-    for entry in settings.providers:
-        if entry.name == "simulated":
-            entry.base_url = base_url
-    return settings
 
 
 def main() -> None:
