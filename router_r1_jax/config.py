@@ -47,8 +47,6 @@ def model_card(**fields: object) -> ConfigDict:
     card.simulated.dropped_rate = 0.0  # share of requests whose connection is closed without an answer
     card.simulated.outage = (0, 0)  # (first, end): requests of these numbers, counted from 0, get HTTP 503
     card.simulated.slow_start = (0, 0.0)  # (requests, seconds): the first requests are answered so much later
-    # (first, model): from this request on, another model's skill answers under the old name.
-    card.simulated.downgrade = (0, "")
     card.simulated.requests_per_minute = 0  # further requests get HTTP 429 with Retry-After; 0: no limit
     card.lock()
     card.simulated.update(fields.pop("simulated", {}))

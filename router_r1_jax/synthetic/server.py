@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault:
             self._send(200, *_BROKEN_ANSWERS[fault])
         else:
-            answer = models.answer(model, query, max_tokens, number)
+            answer = models.answer(model, query, max_tokens)
             finish_reason = "length" if answer.truncated else "stop"
             message = {"role": "assistant", "content": answer.text}
             usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}

@@ -25,41 +25,20 @@ class Answer(NamedTuple):
     truncated: bool
 
 
-class Faults(NamedTuple):
-    """What the server does wrong for one model; `config.model_card` explains each field."""
-
-    failure_rate: float = 0.0
-    malformed_rate: float = 0.0
-    wrong_type_rate: float = 0.0
-    dropped_rate: float = 0.0
-    outage: tuple[int, int] = (0, 0)
-    slow_start: tuple[int, float] = (0, 0.0)
-    downgrade: tuple[int, str] = (0, "")
-    requests_per_minute: int = 0
-
-
 class SimulatedModels:
     """The models of the cards, by the provider's model id. Text and tokens depend on model and query alone."""
 
     def __init__(self, world: World, cards: Sequence[Card]) -> None:
-        """Raises ConfigError if two cards have the same model id, or if a downgrade names an unknown one."""
+        """Raises ConfigError if two cards have the same model id."""
         self._world = world
         self._cards = {card.model: card for card in cards}
-        self._faults = {card.model: Faults(**card.simulated) for card in cards}
         uses = Counter(card.model for card in cards)
-        for card in cards:
-            if uses[card.model] > 1:
-                raise ConfigError(
-                    f"pool.models holds two simulated models of model id {card.model!r}; give each its own id"
-                )
-            _, other = self._faults[card.model].downgrade
-            if other and other not in uses:
-                raise ConfigError(
-                    f"the simulated downgrade of model {card.model!r} is to {other!r}; name a served model id"
-                )
+        for model, count in uses.items():
+            if count > 1:
+                raise ConfigError(f"pool.models holds two simulated models of model id {model!r}; give each its own id")
         self._asked: Counter[tuple[str, str]] = Counter()
         self._requests: Counter[str] = Counter()
-        self._limits = {model: TokenBucket(faults.requests_per_minute) for model, faults in self._faults.items()}
+        self._limits = {card.model: TokenBucket(card.simulated["requests_per_minute"]) for card in cards}
         self._lock = threading.Lock()
 
     @property
@@ -80,11 +59,9 @@ class SimulatedModels:
             self._limits[model].give_back(1)
         return wait
 
-    def answer(self, model: str, query: str, max_tokens: int | None = None, number: int = 0) -> Answer:
-        """The model's reply to request `number`, truncated to `max_tokens` tokens. KeyError for an unknown model."""
-        first, other = self._faults[model].downgrade
-        skill = self._cards[other if other and number >= first else model].performance
-        text = self._world.reply(query, skill)
+    def answer(self, model: str, query: str, max_tokens: int | None = None) -> Answer:
+        """The model's reply, truncated to `max_tokens` tokens. KeyError for an unknown model."""
+        text = self._world.reply(query, self._cards[model].performance)
         ends = [match.end() for match in TOKEN.finditer(text)]
         truncated = max_tokens is not None and len(ends) > max_tokens
         if truncated:
@@ -98,22 +75,24 @@ class SimulatedModels:
         In an outage every request fails. Otherwise a hash decides, over the model, the query and how often the query
         has been asked before; so a retry may succeed.
         """
-        faults = self._faults[model]
+        faults = self._cards[model].simulated
         with self._lock:
             asked = self._asked[model, query]
             self._asked[model, query] += 1
-        if faults.outage[0] <= number < faults.outage[1]:
+        first, end = faults["outage"]
+        if first <= number < end:
             return "failure"
         digest = hashlib.blake2b(f"{model}\n{asked}\n{query}".encode("utf-8", "replace"), digest_size=8).digest()
         draw = int.from_bytes(digest) / 2**64
         for kind in ("failure", "malformed", "wrong_type", "dropped"):
-            draw -= getattr(faults, f"{kind}_rate")
+            draw -= faults[f"{kind}_rate"]
             if draw < 0:
                 return kind
         return ""
 
     def latency(self, model: str, number: int = 0) -> float:
         """Seconds that request `number` takes: log-normal around the card's latency, and random in every run."""
-        requests, seconds = self._faults[model].slow_start
+        card = self._cards[model]
+        requests, seconds = card.simulated["slow_start"]
         slow = seconds if number < requests else 0.0
-        return slow + (self._cards[model].latency or 0.0) * math.exp(random.gauss(0.0, _LATENCY_SPREAD))
+        return slow + (card.latency or 0.0) * math.exp(random.gauss(0.0, _LATENCY_SPREAD))

@@ -190,7 +190,8 @@ _PARENT = """
 import json, sys, time
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.synthetic.server import start_server
-with start_server(json.loads(sys.argv[1]), [Card("a", "a", "p", "a", 1.0, 1.0, 0.0, {}, "", ())]) as base_url:
+reel = Card("Reel", "Reel", "p", "reel", 1.0, 1.0, 0.0, {}, "", (), model_card().simulated.to_dict())
+with start_server(json.loads(sys.argv[1]), [reel]) as base_url:
     print(base_url, flush=True)
     time.sleep(600)
 """
@@ -282,17 +283,3 @@ def test_all_faults_at_once_are_retried_to_an_answer():
 def test_a_rate_limited_model_says_when_to_come_again():
     first, second = _faulty({"requests_per_minute": 10}, 2, deadline=3.0)
     assert (first.outcome, second.outcome, second.attempts) == (Outcome.OK, Outcome.RATE_LIMITED, 1)
-
-
-def test_a_downgraded_model_answers_at_another_ones_skill_under_its_own_name():
-    config = _config()
-    config.models[0].simulated.downgrade = (1, "aria")
-    world = World(WORLD)
-    fact = next(fact for fact in world.facts if fact.relation == "director")
-    body = {"model": "reel", "messages": [{"role": "user", "content": query_text(fact.relation, fact.subject)}]}
-    with start_server(WORLD, cards_from_config(config)) as downgraded:
-        answers = [_post(downgraded, body).json() for _ in range(3)]
-    query = body["messages"][0]["content"]
-    said = [answer["choices"][0]["message"]["content"] for answer in answers]
-    assert said == [world.reply(query, {"film": skill}) for skill in (1.0, 0.0, 0.0)]
-    assert {answer["model"] for answer in answers} == {"reel"}

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from router_r1_jax.config import ConfigError
+from router_r1_jax.config import ConfigError, model_card
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.synthetic.simulated_models import SimulatedModels
 from router_r1_jax.synthetic.world import count_tokens
@@ -19,10 +19,9 @@ class Parrot:
         return f"{query} {skill['film']:.2f}!"
 
 
-def _card(name, *, film=0.5, failure_rate=0.0, latency=0.0):
-    return Card(
-        name, name, "p", f"{name}-id", 1.0, 2.0, latency, {"film": film}, "", (), {"failure_rate": failure_rate}
-    )
+def _card(name, *, film=0.5, latency=0.0, **faults):
+    simulated = model_card(simulated=faults).simulated.to_dict()
+    return Card(name, name, "p", f"{name}-id", 1.0, 2.0, latency, {"film": film}, "", (), simulated)
 
 
 def test_each_model_answers_with_its_own_skill():
@@ -76,6 +75,5 @@ def test_two_models_of_one_id_cannot_be_told_apart():
 
 
 def test_the_first_requests_are_slow_where_a_slow_start_is_scripted():
-    slow = Card("a", "a", "p", "a", 1.0, 1.0, 0.0, {}, "", (), {"slow_start": (2, 1.5)})
-    models = SimulatedModels(Parrot(), [slow])
-    assert [models.latency("a", models.next_request("a")) for _ in range(4)] == [1.5, 1.5, 0.0, 0.0]
+    models = SimulatedModels(Parrot(), [_card("a", slow_start=(2, 1.5))])
+    assert [models.latency("a-id", models.next_request("a-id")) for _ in range(4)] == [1.5, 1.5, 0.0, 0.0]
