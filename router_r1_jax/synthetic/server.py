@@ -25,7 +25,6 @@ from router_r1_jax.synthetic.simulated_models import SimulatedModels
 from router_r1_jax.synthetic.world import World
 
 _HOST = "127.0.0.1"
-_MAX_BODY = 1 << 20  # bytes
 _BROKEN_ANSWERS = {"malformed": ("application/json", b'{"choices": [{'), "wrong_type": ("text/html", b"<html></html>")}
 
 
@@ -42,15 +41,15 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One keep-alive connection: POST /v1/chat/completions and GET /v1/models."""
+    """One keep-alive connection. It serves chat completions to `pool.http`, whose requests are well-formed."""
 
     server: _Server
-    protocol_version = default_request_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1  # head and body are sent in one write
 
     def handle(self) -> None:
-        """Answer requests until the client closes the connection, or until one cannot be read to its end."""
+        """Answer requests until the client closes the connection."""
         try:
             super().handle()
         except ConnectionError:
@@ -59,36 +58,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Print nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802  the name is http.server's
-        """List the models."""
-        if self.path != "/v1/models":
-            return self._refuse(404, f"GET {self.path} is not served here")
-        models = [{"id": name, "object": "model", "owned_by": "simulated"} for name in self.server.models.names]
-        self._send_json(200, {"object": "list", "data": models})
-
     def do_POST(self) -> None:  # noqa: N802  the name is http.server's
         """Complete a chat."""
-        length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers:
-            return self.send_error(411, "send the body with a Content-Length")
-        if not length.isdigit():
-            return self.send_error(400, "Content-Length is not a number")
-        if int(length) > _MAX_BODY:
-            return self.send_error(413, f"the body is longer than {_MAX_BODY} bytes")
-        body = self.rfile.read(int(length))
-        if self.path != "/v1/chat/completions":
-            return self._refuse(404, f"POST {self.path} is not served here")
-        try:
-            request = json.loads(body)
-            model, query = request["model"], request["messages"][-1]["content"]
-            max_tokens = request.get("max_tokens")
-            if not isinstance(query, str) or not (max_tokens is None or max_tokens > 0):
-                raise ValueError
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return self._refuse(400, "the body is not a chat completion request")
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model, query = request["model"], request["messages"][-1]["content"]
         if model not in self.server.models.names:
             return self._refuse(404, f"there is no model {model!r}")
-        self._complete(model, query, max_tokens)
+        self._complete(model, query, request.get("max_tokens"))
 
     def _complete(self, model: str, query: str, max_tokens: int | None) -> None:
         models = self.server.models
@@ -121,8 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _refuse(self, status: int, message: str, headers: Mapping[str, str] = {}) -> None:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        self._send_json(status, {"error": {"message": message, "type": kind}}, headers)
+        self._send_json(status, {"error": {"message": message}}, headers)
 
     def _send_json(self, status: int, answer: Mapping[str, Any], headers: Mapping[str, str] = {}) -> None:
         self._send(status, "application/json", json.dumps(answer).encode(), headers)
@@ -146,11 +121,8 @@ def start_server(world_config: Mapping[str, int], cards: Sequence[Card], port: i
         [sys.executable, "-m", "router_r1_jax.synthetic.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with process:  # closes standard input at the end, and waits for the process
-        try:
-            pickle.dump((dict(world_config), tuple(cards), port), process.stdin)
-            process.stdin.flush()
-        except BrokenPipeError:  # it has ended already, perhaps with a message
-            process.stdin.raw.close()  # drops what could not be written
+        pickle.dump((dict(world_config), tuple(cards), port), process.stdin)
+        process.stdin.flush()
         said = process.stdout.readline().decode().strip()
         if not said.isdigit():
             raise PoolError(f"the simulated models' server did not start: {said or 'it ended without a word'}")
