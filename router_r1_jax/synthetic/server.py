@@ -52,8 +52,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer requests until the client closes the connection."""
         try:
             super().handle()
-        except ConnectionError:
-            pass  # the client is gone
+        except (ConnectionError, json.JSONDecodeError):
+            pass  # the client is gone, perhaps in the middle of a request
 
     def log_message(self, *args: object) -> None:
         """Print nothing."""

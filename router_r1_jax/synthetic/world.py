@@ -104,7 +104,7 @@ class World:
     """
 
     def __init__(self, config: Mapping[str, int]) -> None:
-        """`config` is config.synthetic.world. Raises ConfigError if a count is below 3, or if there are too few names."""
+        """`config` is config.synthetic.world. Raises ConfigError if a count is below 3, or names are too few."""
         _check(config)
         rng = np.random.default_rng(config["seed"])
         self.names = _draw_names(config, rng)
