@@ -15,13 +15,10 @@ def question_key(question: str) -> bytes:
     """Hash of a normalised question, 16 bytes.
 
     Two questions have the same key if they differ only in case, marks, articles, white space or compatible letters.
+    The probability that any two of a million other questions have the same key is 1e-27.
     """
     words = _WORD.findall(unicodedata.normalize("NFKC", question).casefold())
-    return hash_text(" ".join(word for word in words if word not in _ARTICLES) or question)
-
-
-def hash_text(text: str) -> bytes:
-    """Hash of a text, 16 bytes: among a million texts, two have the same hash with a probability of 1e-27."""
+    text = " ".join(word for word in words if word not in _ARTICLES) or question
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

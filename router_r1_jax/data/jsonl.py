@@ -1,20 +1,20 @@
 """FlashRAG JSONL (`id`, `question`, `golden_answers`, `metadata`): questions are parsed and checked line by line.
 
 A line that cannot be used is reported with its file, number and reason; it is never skipped silently. The files may
-hold anything, so the length of a line is bounded, and memory holds only 16 bytes for each question's text and id.
+hold anything, so the length of a line is bounded, and memory holds only the id and a hash of each question.
 """
 
 import dataclasses
 import json
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from router_r1_jax.data.decontamination import hash_text, key_array, question_key
-from router_r1_jax.data.questions import DataError, is_blank
+from router_r1_jax.data.decontamination import key_array, question_key
+from router_r1_jax.data.questions import DataError
+from router_r1_jax.protocol import neutralize
 
 MAX_LINE = 4 << 20  # bytes; a question with twenty paragraphs of context takes about 20 KB
 MAX_BAD_LINES = 10_000  # a longer report helps nobody
@@ -104,13 +104,13 @@ def _parse_line(line: bytes) -> RawQuestion:
             raise _LineError(f"{name} is missing")
     texts = {name: _parse_text(entry[name], name) for name in ("id", "question")}
     for name, text in texts.items():
-        if is_blank(text):
+        if _is_blank(text):
             raise _LineError(f"{name} is empty")
     answers = entry["golden_answers"]
     if not isinstance(answers, list):
         raise _LineError(f"golden_answers is {_shorten(answers)}; it must be a list of texts")
     golds = [_parse_text(answer, f"golden_answers[{i}]") for i, answer in enumerate(answers)]
-    kept = tuple(gold for gold in golds if not is_blank(gold))
+    kept = tuple(gold for gold in golds if not _is_blank(gold))
     if not kept:
         raise _LineError("golden_answers holds no answer")
     return RawQuestion(**texts, golds=kept, blank_golds=len(golds) - len(kept))
@@ -129,6 +129,11 @@ def _parse_text(value: object, name: str) -> str:
     return value.strip()
 
 
+def _is_blank(text: str) -> bool:
+    """Whether a text has only white space and invisible characters, so that nothing of it would reach a prompt."""
+    return not neutralize(text).strip()
+
+
 def _shorten(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
@@ -139,38 +144,35 @@ def scan_file(path: Path, name: str, *, max_bad: float) -> FileScan:
 
     Raises DataError if more than the share `max_bad` of the lines is bad, or if no line is usable.
     """
-    numbers, ids, keys, bad = array("q"), bytearray(), bytearray(), {}
+    first_line: dict[str, int] = {}  # id -> number of the first line that has it
+    numbers, keys, bad = [], bytearray(), []
     counts = dict.fromkeys(("lines", "questions", "bad_lines", "blank_lines", "blank_answers"), 0)
     for number, found in read_questions(path, name):
         counts["lines"] = number
         if isinstance(found, RawQuestion):
-            numbers.append(number)
-            ids += hash_text(found.id)
-            keys += question_key(found.question)
             counts["blank_answers"] += found.blank_golds
+            first = first_line.setdefault(found.id, number)
+            if first == number:
+                numbers.append(number)
+                keys += question_key(found.question)
+            else:
+                bad.append(f"{name}:{number}: id is that of line {first}")
         elif found is None:
             counts["blank_lines"] += 1
         else:
-            bad[number] = found
-            if len(bad) > MAX_BAD_LINES:
-                _refuse(name, bad, f"more than {MAX_BAD_LINES}", "the most that is reported")
-    usable = np.frombuffer(numbers, np.int64)
-    _, first, inverse = np.unique(key_array(ids), return_index=True, return_inverse=True)
-    first = first[inverse]  # index of the first question with the same id
-    repeats = np.flatnonzero(first != np.arange(len(usable)))
-    for number, same in zip(usable[repeats], usable[first[repeats]], strict=True):
-        bad[number] = f"{name}:{number}: id is that of line {same}"
+            bad.append(found)
+        if len(bad) > MAX_BAD_LINES:
+            _refuse(name, bad, f"more than {MAX_BAD_LINES}", "the most that is reported")
     filled = counts["lines"] - counts["blank_lines"]
     if len(bad) > max_bad * filled:
         _refuse(name, bad, f"{len(bad)} of {filled}", f"more than the share --max_bad={max_bad:g}")
-    if not len(usable):
+    if not numbers:
         raise DataError(f"{name} holds no question; name a source whose {name} is JSONL with one question a line")
-    counts |= {"bad_lines": len(bad), "questions": len(usable) - len(repeats)}
-    bad_lines = [bad[number] for number in sorted(bad)]
-    return FileScan(counts, bad_lines, np.delete(usable, repeats), np.delete(key_array(keys), repeats))
+    counts |= {"bad_lines": len(bad), "questions": len(numbers)}
+    return FileScan(counts, bad, np.array(numbers, np.int64), key_array(keys))
 
 
-def _refuse(name: str, bad: dict[int, str], count: str, rule: str) -> None:
-    lines = [bad[number] for number in sorted(bad)][:SHOWN_BAD_LINES] + ["..."] * (len(bad) > SHOWN_BAD_LINES)
+def _refuse(name: str, bad: list[str], count: str, rule: str) -> None:
+    lines = bad[:SHOWN_BAD_LINES] + ["..."] * (len(bad) > SHOWN_BAD_LINES)
     shown = "".join(f"\n  {line}" for line in lines)
     raise DataError(f"{name}: {count} lines cannot be used, {rule}; correct them or the source:{shown}")
