@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from router_r1_jax.errors import UserError
-from router_r1_jax.protocol import neutralize
 
 OPEN_QA = "open_qa"  # name of `tfds_builder.OpenQA`; each data set from JSONL is one of its configurations
 
@@ -48,8 +47,7 @@ def damage_as_data_error(folder: str | Path) -> Iterator[None]:
 class StoredQuestions(Sequence[QuestionRecord]):
     """One split of a prepared data set, in the order of its files. Each access reads one question from disk.
 
-    Raises DataError if the folder holds no readable data set, or not this split. Access raises DataError for a question
-    without text or gold answer.
+    Raises DataError if the folder holds no readable data set, or not this split.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
@@ -71,13 +69,7 @@ class StoredQuestions(Sequence[QuestionRecord]):
         if not 0 <= index < self._length:
             raise IndexError(index)
         with damage_as_data_error(self._folder):
-            record = _to_record(self._source[index], self.dataset)
-        what = f"question {record.id!r} in {self._folder}"
-        if is_blank(record.question):
-            raise DataError(f"{what} is empty; correct or remove it and prepare the data again")
-        if all(map(is_blank, record.golds)):
-            raise DataError(f"{what} has no gold answer; add one and prepare the data again")
-        return record
+            return _to_record(self._source[index], self.dataset)
 
 
 def _to_record(example: Mapping[str, Any], dataset: str) -> QuestionRecord:
@@ -91,11 +83,6 @@ def _to_record(example: Mapping[str, Any], dataset: str) -> QuestionRecord:
         domains=tuple(domain.decode() for domain in example.get("domains", ())),
         relations=tuple(relation.decode() for relation in example.get("relations", ())),
     )
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has only white space and invisible characters, so that nothing of it would reach a prompt."""
-    return not neutralize(text).strip()
 
 
 class QuestionIterator:

@@ -4,9 +4,7 @@ import collections
 import json
 import shutil
 
-import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,43 +39,6 @@ def test_a_damaged_data_set_is_named_with_the_way_out(prepared, tmp_path, damage
         (folder / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match=f"{folder} cannot be read .*; remove the folder and prepare the data again"):
         list(questions.StoredQuestions(folder, "test"))
-
-
-class Broken(tfds.core.GeneratorBasedBuilder):
-    """A data set with one bad question, with the features that the project's data sets have."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="question"), tfds.core.BuilderConfig(name="gold")]
-
-    def _info(self):
-        text = tfds.features.Text()
-        several = tfds.features.Sequence(tfds.features.Text())
-        features = {"id": text, "question": text, "golden_answers": several, "domains": several, "relations": several}
-        features["hops"] = tfds.features.Scalar(dtype=np.int32)
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"test": self._generate_examples()}
-
-    def _generate_examples(self):
-        empty = {"question": ("  ", ["b"]), "gold": ("a", [" "])}[self.builder_config.name]
-        for i, (question, golds) in enumerate([("é?", ["ü", ""]), empty]):
-            yield (
-                i,
-                {"id": f"q{i}", "question": question, "golden_answers": golds, "hops": 1}
-                | {
-                    "domains": [],
-                    "relations": [],
-                },
-            )
-
-
-@pytest.mark.parametrize(("config", "message"), [("question", "'q1' in .* is empty"), ("gold", "'q1' in .* no gold")])
-def test_an_empty_question_is_refused_with_its_id(tmp_path, config, message):
-    builder = Broken(data_dir=tmp_path, config=config, file_format="array_record")
-    builder.download_and_prepare()
-    with pytest.raises(DataError, match=message):
-        list(questions.StoredQuestions(builder.data_dir, "test"))
 
 
 RECORDS = [QuestionRecord(str(i), "set", "?", ("a",), 1, (), ()) for i in range(23)]
