@@ -8,11 +8,13 @@ the seven sets of the paper (`--sets=paper`) the URL is
     --source=https://huggingface.co/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main
 
 With a commit in place of `main`, the files stay the same. Any other set is one of your own and comes from a folder. The
-command prints the result for each file, every line that cannot be used, and how many test questions a train split has
-too. A set that is already prepared is left alone, and a command that was interrupted resumes when it is run again. The
-sets go to `--dir`; a configuration finds them by `data.dir`.
+command prints the result for each file and every line that cannot be used. For each test split and each train split it
+prints how many test questions the train split has too, but for case, marks and articles; `data.decontaminate`, which is
+the default, leaves them out of training. A set that is already prepared is left alone, and a command that was
+interrupted resumes when it is run again. The sets go to `--dir`; a configuration finds them by `data.dir`.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +29,6 @@ from router_r1_jax.data.decontamination import question_keys
 from router_r1_jax.data.questions import OPEN_QA, DataError, StoredQuestions, damage_as_data_error
 from router_r1_jax.data.tfds_builder import SPLIT_FILES, OpenQA, QuestionFiles
 from router_r1_jax.launcher import Flag, launch
-from router_r1_jax.report.tables import Table
 
 
 def find_split_files(dataset: str, source: str) -> dict[str, str]:
@@ -112,29 +113,14 @@ def describe(dataset: str, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def count_contaminated(folders: Mapping[str, Path]) -> dict[str, dict[str, int]]:
-    """Set with a test split -> set with a train split -> number of test questions that the train split has too."""
+def count_contaminated(folders: Mapping[str, Path]) -> dict[tuple[str, str], int]:
+    """(set with a test split, set with a train split) -> number of test questions that the train split has too."""
     keys: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
     for dataset, folder in folders.items():
         for split in keys.keys() & _metadata(folder)["splits"]:
             keys[split][dataset] = question_keys(record.question for record in StoredQuestions(folder, split))
-    return {
-        test: {train: int(np.isin(asked, known).sum()) for train, known in keys["train"].items()}
-        for test, asked in keys["test"].items()
-    }
-
-
-def contamination_table(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """`count_contaminated` as text; empty if no set has a train split."""
-    trains = list(next(iter(counts.values()), ()))
-    if not trains:
-        return ""
-    rows = [[test, *map(str, row.values())] for test, row in counts.items()]
-    return (
-        "test questions that stand in a train split too, but for case, marks and articles:\n"
-        f"{Table(['', *trains], rows).text()}\n"
-        "data.decontaminate, which is the default, leaves them out of training"
-    )
+    pairs = itertools.product(keys["test"].items(), keys["train"].items())
+    return {(test, train): int(np.isin(asked, known).sum()) for (test, asked), (train, known) in pairs}
 
 
 def main(*, sets: str, source: str, dir: str = "data", checksums: str = "", max_bad: float = 0.01) -> None:
@@ -160,7 +146,8 @@ def main(*, sets: str, source: str, dir: str = "data", checksums: str = "", max_
         for dataset in datasets:
             folders[dataset] = prepare_dataset(dataset, source, Path(dir), checksums=expected, max_bad=max_bad)
             print(describe(dataset, folders[dataset]), flush=True)
-        print(contamination_table(count_contaminated(folders)))
+        for (test, train), count in count_contaminated(folders).items():
+            print(f"test questions of {test} that the train split of {train} has too: {count}")
     except OSError as error:
         error.filename = error.filename or dir  # a full disk is reported without a name
         raise
