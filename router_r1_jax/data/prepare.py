@@ -139,8 +139,6 @@ def main(*, sets: str, source: str, dir: str = "data", checksums: str = "", max_
         raise DataError(f"--max_bad is {max_bad}; it is a share of the lines, in [0, 1)")
     if download.is_url(source):
         download.check_url(source)
-    elif not Path(source).is_dir():
-        raise DataError(f"--source is {source!r}, which is no folder; give one, or a URL that begins with https://")
     folders, expected = {}, Path(checksums) if checksums else None
     try:
         for dataset in datasets:
