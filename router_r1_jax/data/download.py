@@ -3,15 +3,13 @@
 import hashlib
 import time
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import requests
 from tqdm import tqdm
 
 from router_r1_jax.data.questions import DataError
-from router_r1_jax.storage.json_lines import replace_file
 
-CHECKSUM_FILE = "SHA256SUMS"  # in the format of sha256sum
 ATTEMPTS = 5  # consecutive attempts that bring nothing new
 BACKOFF = 1.0  # seconds before the second attempt; doubles
 TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
@@ -43,12 +41,12 @@ def check_url(source: str) -> None:
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """File name -> SHA-256 in hex, read from the output of sha256sum; empty if the file does not exist.
+    """File name -> SHA-256 in hex, read from the output of sha256sum.
 
     Raises DataError for a line that is no checksum.
     """
     checksums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         checksum, _, name = line.strip().partition(" ")
         name = name.strip().removeprefix("*").removeprefix("./")
         if not name or len(checksum) != 64 or set(checksum.lower()) - set("0123456789abcdef"):
@@ -76,25 +74,6 @@ def verify_checksum(path: Path, name: str, found: str, checksum_file: Path) -> N
             f"{path}: {name} has the SHA-256 {found}, and {checksum_file} says {expected}; it was damaged or is "
             f"another version: remove {path}, and correct {checksum_file} if the new one is meant"
         )
-
-
-def download_all(base: str, names: list[str], folder: Path) -> None:
-    """Download `base`/name to `folder`/name for each name, unless that file exists.
-
-    CHECKSUM_FILE in `folder` records the checksum of each new file. A file whose checksum was recorded before is
-    verified, whether it existed or is downloaded again. Raises DataError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    recorded = folder / CHECKSUM_FILE
-    for name in names:
-        path, checksums = folder / name, read_checksums(recorded)
-        if not path.exists():
-            download(f"{base.rstrip('/')}/{quote(name)}", path)
-        if name in checksums:
-            verify_checksum(path, name, sha256(path), recorded)
-            continue
-        lines = [f"{checksum}  {other}\n" for other, checksum in {**checksums, name: sha256(path)}.items()]
-        replace_file(recorded, "".join(lines).encode())
 
 
 def download(url: str, path: Path) -> None:

@@ -70,25 +70,21 @@ def prepare_dataset(
     config = dataset if dataset in SPLIT_FILES else QuestionFiles(name=dataset, files=files)
     builder = OpenQA(data_dir=root, config=config, file_format="array_record")
     names = [f"{dataset}/{stem}.jsonl" for stem in dict.fromkeys(files.values())]
-    folder, hint = Path(source), ""
-    if download.is_url(source):
-        folder = root / "downloads"
-        download.download_all(source, names, folder)
-        recorded = folder / download.CHECKSUM_FILE
-        hint = f"\nto download anew, remove {folder / dataset} and its lines of {recorded}"
+    folder = root / "downloads" if download.is_url(source) else Path(source)
     for name in names:
-        if not (folder / name).is_file():
-            raise DataError(f"{folder / name} does not exist; --source is a folder with <set>/<file>.jsonl, or a URL")
+        path = folder / name
+        if download.is_url(source) and not path.exists():
+            download.download(f"{source.rstrip('/')}/{name}", path)
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; --source is a folder with <set>/<file>.jsonl, or an https:// URL")
         if checksums:
-            download.verify_checksum(folder / name, name, download.sha256(folder / name), checksums)
+            download.verify_checksum(path, name, download.sha256(path), checksums)
     builder.max_bad, builder.origin = max_bad, source
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
     except RuntimeError as error:  # array_record raises it if the disk is full
         message = f"{dataset} cannot be written ({error}); free space or correct --dir, then run again"
         raise DataError(message) from error
-    except DataError as error:
-        raise DataError(f"{error}{hint}") from error
     return built
 
 

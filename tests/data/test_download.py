@@ -1,7 +1,5 @@
 """Downloads over HTTP from a server that breaks connections and changes files: a file is the served one, or missing."""
 
-import hashlib
-
 import pytest
 from file_server import serving
 from hypothesis import given, settings
@@ -99,27 +97,6 @@ def test_a_server_that_keeps_failing_is_an_error(tmp_path):
     with pytest.raises(DataError, match="/f failed 5 times in a row"):
         download.download(f"{server.url}/f", tmp_path / "g")  # nobody listens there any more
     assert names(tmp_path) == ["f"]
-
-
-def test_the_first_download_records_checksums_and_later_ones_must_have_them(tmp_path):
-    files = {"/nq/train.jsonl": BODY, "/nq/a b.jsonl": b"x", "/nq/a%20b.jsonl": b"y"}
-    with serving(files) as server:
-        download.download_all(f"{server.url}/", ["nq/train.jsonl", "nq/a b.jsonl"], tmp_path)
-        sums = {
-            name: hashlib.sha256(body).hexdigest()
-            for name, body in {"nq/train.jsonl": BODY, "nq/a b.jsonl": b"y"}.items()
-        }
-        assert download.read_checksums(tmp_path / "SHA256SUMS") == sums
-        download.download_all(server.url, ["nq/train.jsonl"], tmp_path)
-        assert len(server.requests) == 2  # an existing file is not downloaded again
-        server.files["/nq/train.jsonl"] = b"another version"
-        (tmp_path / "nq/train.jsonl").unlink()
-        with pytest.raises(DataError, match="nq/train.jsonl has the SHA-256 .* and .*SHA256SUMS says"):
-            download.download_all(server.url, ["nq/train.jsonl"], tmp_path)
-        (tmp_path / "nq/a b.jsonl").write_bytes(b"damaged")
-        with pytest.raises(DataError, match="nq/a b.jsonl has the SHA-256"):
-            download.download_all(server.url, ["nq/a b.jsonl"], tmp_path)
-        assert download.read_checksums(tmp_path / "SHA256SUMS") == sums
 
 
 def test_checksums_are_read_in_the_format_of_sha256sum(tmp_path):
