@@ -54,7 +54,10 @@ class UtilityBaseline(Baseline):
     def __init__(
         self, alpha: float, seed: int = 0, make_features: Callable[[Sequence[str]], Features] = WordFeatures
     ) -> None:
-        """`alpha` weighs cost in a model's utility; `make_features` makes the features from the train questions."""
+        """`alpha` is the weight of cost in a model's utility, `seed` that of random draws.
+
+        `make_features` is given the train questions.
+        """
         self._alpha, self._seed, self._make_features = alpha, seed, make_features
 
     def fit(self, examples: Sequence[Example]) -> None:

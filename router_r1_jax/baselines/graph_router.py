@@ -79,7 +79,8 @@ class GraphRouter(UtilityBaseline):
         components = normalize_costs(costs, *cost_bounds(costs))
         self._edges = np.stack([exact_matches(examples), components], axis=-1)
         self._utility = utilities(examples, self._alpha) / (1 + TIE)  # in [0, 1], as targets of a sigmoid
-        graph, net = jax.tree.map(jnp.asarray, self._graph(features[:0], range(len(self._keys)))), GraphNet()
+        graph = jax.tree.map(jnp.asarray, self._graph(features[:0], range(len(self._keys))))
+        net = GraphNet()
         utility = jnp.asarray(self._utility)
         init_key, update_key = jax.random.split(jax.random.key(self._seed))
         self._score = jax.jit(net.apply)

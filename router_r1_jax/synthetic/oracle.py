@@ -21,6 +21,8 @@ from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.reward import cost_bounds, normalize_costs
 from router_r1_jax.synthetic.world import Fact, Question, World, claim, count_tokens, query_text
 
+ALPHAS = (0.0, 0.6)  # weights of cost for which `reference_policies` has the best policies
+
 
 class Path(NamedTuple):
     """One way to answer a question: a sequence of calls, and the result.
@@ -145,14 +147,12 @@ def _mean(weighted: Sequence[tuple[float, Path]], questions: int) -> PolicyValue
     return PolicyValue(*(float(weights @ value) / questions for value in values))
 
 
-def reference_policies(
-    world: World, questions: Sequence[Question], cards: Sequence[Card], alphas: Sequence[float] = (0.0, 0.6)
-) -> dict[str, PolicyValue]:
+def reference_policies(world: World, questions: Sequence[Question], cards: Sequence[Card]) -> dict[str, PolicyValue]:
     """Policies to compare a router with, by name: oracle, best by domain, each model alone, random choice."""
     forest = trees(world, questions, cards)
     bounds = random_cost_bounds(forest)
-    named = {f"oracle (alpha {alpha:g})": oracle(forest, alpha, bounds) for alpha in alphas}
-    for alpha in alphas:
+    named = {f"oracle (alpha {alpha:g})": oracle(forest, alpha, bounds) for alpha in ALPHAS}
+    for alpha in ALPHAS:
         named[f"best by domain (alpha {alpha:g})"] = best_by_domain(forest, alpha, bounds)
     for card in cards:
         named[f"{card.key} alone"] = policy_value(forest, always(cards, card.key))
