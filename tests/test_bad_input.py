@@ -16,7 +16,6 @@ from mains import assert_same_checkpoint, repeatable, train_lines
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.pool.ledger import read_ledger
 from router_r1_jax.storage.checkpoint import CheckpointStore
-from router_r1_jax.synthetic import tfds_builder
 from router_r1_jax.synthetic.server import start_server
 
 CONFIG = Path(__file__).with_name("bad_config.py")
@@ -55,7 +54,7 @@ SILENT_URL = f"http://127.0.0.1:{SILENT.getsockname()[1]}/v1"
 CLOSED_URL = f"http://127.0.0.1:{closed_port()}/v1"
 BAD, SEE = f"--config={CONFIG}:", "router_r1_jax/config.py"
 
-# Arguments after the usual flags, and pieces of the line that they must lead to. {blank}: data with an empty question.
+# Arguments after the usual flags, and pieces of the line that they must lead to.
 REFUSED = {
     "unknown field": ("rollout.grup=8", "--config.rollout.grup=8: there is no such field", SEE),
     "unknown field in the file": (BAD + "unknown_field", "bad_config.py, line ", "c.rollout.grup = 8", SEE),
@@ -105,52 +104,37 @@ REFUSED = {
         "start it or correct pool.providers[0].base_url",
     ),
     "unreachable pool, evaluated": ("evaluate " + BAD + "pool=" + CLOSED_URL, CLOSED_URL, "connection refused"),
-    "empty question": ("data.dir={blank}", "question '", "' in {blank}/", "is empty; correct or remove it"),
     "no such checkpoint": ("evaluate --checkpoint=7", "/checkpoints: no checkpoint '7'; choose", "0, 2, 4"),
     "another cost window": ("reward.window=7", "window is 1000 values long and this one 7; set reward.window=1000"),
     "no such split": ("evaluate evaluation.split=dev", "evaluation.split is 'dev'; choose one of train"),
-    "no run": ("evaluate --workdir={blank}/none", "none/checkpoints: no such checkpoint folder; train first"),
+    "no run": ("evaluate --workdir=none", "none/checkpoints: no such checkpoint folder; train first"),
 }
-
-
-def with_an_empty_question(generate):
-    """The synthetic data set's generator, but one question is blank, as in hand-made data."""
-
-    def generate_examples(builder, world, split):
-        for i, (key, example) in enumerate(generate(builder, world, split)):
-            yield key, example | ({"question": " "} if (split, i) == ("train", 5) else {})
-
-    return generate_examples
 
 
 @pytest.fixture(scope="module")
 def refusals(finished_run, tmp_path_factory):
     """All cases against a copy of a finished run: the finished processes, and the copy's files before and after."""
     root = tmp_path_factory.mktemp("refused")
-    workdir, blank = shutil.copytree(finished_run, root / "run"), root / "blank"
-    with pytest.MonkeyPatch.context() as patched:
-        generate = tfds_builder.Synthetic._generate_examples
-        patched.setattr(tfds_builder.Synthetic, "_generate_examples", with_an_empty_question(generate))
-        tfds_builder.prepare(tiny_config().synthetic.world, blank)
+    workdir = shutil.copytree(finished_run, root / "run")
     commands = []
     for words, *_ in REFUSED.values():
-        words = words.format(blank=blank).split()
+        words = words.split()
         main = words.pop(0) if words[0] == "evaluate" else "train"
         config = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else mains.CONFIG
         commands.append(mains.command(main, workdir, *words, config=config))
     before = contents(workdir)
     done = dict(zip(REFUSED, mains.run_each(root / "outputs", commands), strict=True))
-    return done, blank, before, contents(workdir)
+    return done, before, contents(workdir)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_one_line_names_the_fault_and_the_fix(refusals, case):
-    done, blank, _, _ = refusals
-    assert_refused(done[case], *(piece.replace("{blank}", str(blank)) for piece in REFUSED[case][1:]))
+    done, _, _ = refusals
+    assert_refused(done[case], *REFUSED[case][1:])
 
 
 def test_refused_commands_leave_the_run_as_it_was(refusals):
-    _, _, before, after = refusals
+    _, before, after = refusals
     assert after.keys() == before.keys()
     assert [name for name in before if after[name] != before[name]] == []
 
