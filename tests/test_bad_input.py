@@ -107,7 +107,7 @@ REFUSED = {
     "no such checkpoint": ("evaluate --checkpoint=7", "/checkpoints: no checkpoint '7'; choose", "0, 2, 4"),
     "another cost window": ("reward.window=7", "window is 1000 values long and this one 7; set reward.window=1000"),
     "no such split": ("evaluate evaluation.split=dev", "evaluation.split is 'dev'; choose one of train"),
-    "no run": ("evaluate --workdir=none", "none/checkpoints: no such checkpoint folder; train first"),
+    "no run": ("evaluate --workdir=/nowhere/none", "none/checkpoints: no such checkpoint folder; train first"),
 }
 
 
