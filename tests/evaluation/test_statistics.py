@@ -51,21 +51,6 @@ def test_seed_decides():
     assert bootstrap(values, resamples=200, seed=1) != bootstrap(values, resamples=200, seed=2)
 
 
-@pytest.mark.parametrize(
-    ("sets", "message"),
-    [
-        ([], "sets is empty"),
-        ([[]], r"sets\[0\] has shape \(0,\)"),
-        ([[[1.0]]], r"sets\[0\] has shape \(1, 1\)"),
-        ([[1.0, float("nan")]], r"sets\[0\]\[1\] is nan"),
-        ([[1.0], [float("inf")]], r"sets\[1\]\[0\] is inf"),
-    ],
-)
-def test_bad_input_is_named(sets, message):
-    with pytest.raises(ValueError, match=message):
-        bootstrap_mean_of_sets(sets, resamples=10, seed=0)
-
-
 def test_sets_weigh_the_same_and_questions_are_drawn_within_theirs():
     big, small = np.r_[np.zeros(300), np.ones(100)], np.r_[np.zeros(5), np.ones(5)]
     got = bootstrap_mean_of_sets([big, small], resamples=20_000, seed=0)
