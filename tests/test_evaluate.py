@@ -201,7 +201,7 @@ def test_other_questions_are_refused_before_anything_is_asked(finished_run, tmp_
         mains.command("evaluate", run, "--checkpoint=no/such/folder"),
     ]
     says = [
-        "13 of the 20 questions of the second evaluation are not in the first one's 7",
+        "13 questions of the two evaluations, of 7 and 20 questions, differ in id, text or gold answers",
         "holds no results.json of an evaluation",
         "--change=drop=Nova: there is no model 'Nova'; choose one of Titan, Reel",
         "pool.candidates is 5, and --change=drop=Titan leaves 4 models; show them all with --config.pool.candidates=0",

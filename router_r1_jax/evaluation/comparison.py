@@ -66,19 +66,12 @@ def check_same_questions(after: Sequence[Mapping[str, Any]], before: Sequence[Ma
     first, second = (
         {(r["dataset"], r["id"]): (r["question"], tuple(r["golds"])) for r in side} for side in (after, before)
     )
-    for name, asked, other_name, other in (("first", first, "second", second), ("second", second, "first", first)):
-        if missing := [question for question in asked if question not in other]:
-            dataset, number = missing[0]
-            raise CompareError(
-                f"{len(missing)} of the {len(asked)} questions of the {name} evaluation are not in the {other_name} "
-                f"one's {len(other)} (question {number!r} of set {dataset!r}); evaluate both with the same data and "
-                "the same evaluation.split and evaluation.questions"
-            )
-    if changed := [question for question, text in first.items() if second[question] != text]:
-        dataset, number = changed[0]
+    if different := [question for question in first | second if first.get(question) != second.get(question)]:
+        dataset, number = different[0]
         raise CompareError(
-            f"{len(changed)} questions have one id and two texts or gold answers (question {number!r} of set "
-            f"{dataset!r}); evaluate both with the same data"
+            f"{len(different)} questions of the two evaluations, of {len(first)} and {len(second)} questions, differ in "
+            f"id, text or gold answers (such as question {number!r} of set {dataset!r}); evaluate both with the same "
+            "data and the same evaluation.split and evaluation.questions"
         )
 
 

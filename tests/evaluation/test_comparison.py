@@ -38,11 +38,11 @@ def test_a_policy_does_not_differ_from_itself():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r[:-1], "1 of the 50 questions of the first evaluation are not in the second one's 49"),
-        (lambda r: [*r, record(77)], "1 of the 51 questions of the second evaluation are not in the first one's 50"),
-        (lambda r: [*r[1:], r[0] | {"dataset": "popqa"}], "question 'nq-0' of set 'nq'"),
-        (lambda r: [*r[1:], r[0] | {"question": "another?"}], "1 questions have one id and two texts"),
-        (lambda r: [*r[1:], r[0] | {"golds": ["another"]}], "1 questions have one id and two texts"),
+        (lambda r: r[:-1], "1 questions of the two evaluations, of 50 and 49 questions, differ in id, text or gold"),
+        (lambda r: [*r, record(77)], "1 questions of the two evaluations, of 50 and 51 questions, differ"),
+        (lambda r: [*r[1:], r[0] | {"dataset": "popqa"}], "2 questions .* question 'nq-0' of set 'nq'"),
+        (lambda r: [*r[1:], r[0] | {"question": "another?"}], "1 questions .* question 'nq-0' of set 'nq'"),
+        (lambda r: [*r[1:], r[0] | {"golds": ["another"]}], "1 questions .* question 'nq-0' of set 'nq'"),
     ],
 )
 def test_other_questions_are_refused(change, message):
