@@ -25,6 +25,7 @@ EPISODE_METRICS: dict[str, Callable[[Record], float]] = {
     "malformed_share": lambda r: float(r["reward"]["format"] < 0),
 }
 REWARD_PARTS = ("total", "format", "outcome", "cost")
+CALL_FIELDS = ("model", "query", "outcome", "completion_tokens", "charged", "latency", "raw_cost")  # of pool.Reply
 
 
 def make_records(batch: RolloutBatch, rewards: Rewards, *, step: int, split: str, policy: str) -> list[Record]:
@@ -34,17 +35,7 @@ def make_records(batch: RolloutBatch, rewards: Rewards, *, step: int, split: str
     for i, (question, episode) in enumerate(zip(batch.questions, batch.episodes, strict=True)):
         answer = extract_answer(episode.text)
         calls = [
-            {
-                "model": reply.model,
-                "query": reply.query,
-                "reply": reply.text,
-                "outcome": str(reply.outcome),
-                "completion_tokens": reply.completion_tokens,
-                "charged": reply.charged,
-                "latency": reply.latency,
-                "raw_cost": reply.raw_cost,
-            }
-            for reply in episode.replies
+            {"reply": reply.text} | {field: getattr(reply, field) for field in CALL_FIELDS} for reply in episode.replies
         ]
         records.append(
             {
