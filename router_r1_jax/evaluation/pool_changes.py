@@ -81,12 +81,11 @@ def change_pool(pool_config: ConfigDict, changes: Sequence[Change]) -> ConfigDic
     return pool
 
 
-def change_models(cards: Sequence[Card], changes: Sequence[Change]) -> Cards:
+def change_models(cards: Cards, changes: Sequence[Change]) -> Cards:
     """The cards after drop and prices: which models can be called, and at what price.
 
     Raises ConfigError for an unknown model, a factor that is none, or if no model is left.
     """
-    cards = tuple(cards)
     for change in changes:
         if change.kind == "drop":
             dropped = _find(cards, change.value, change)
@@ -109,12 +108,11 @@ def check_candidates(candidates: int, cards: Sequence[Card], changes: Sequence[C
         )
 
 
-def change_prompt_cards(cards: Sequence[Card], changes: Sequence[Change], seed: int) -> Cards:
+def change_prompt_cards(cards: Cards, changes: Sequence[Change], seed: int) -> Cards:
     """The cards as prompts show them, after rename, shuffle and blank; keys, prices and providers stay.
 
-    Raises ConfigError for an unknown model, for a name that cannot be used, or if a single card is to be permuted.
+    Raises ConfigError for an unknown model, or for a name that cannot be used.
     """
-    cards = tuple(cards)
     for change in changes:
         kind, value = change.kind, change.value
         if kind == "rename" and value:
@@ -126,10 +124,10 @@ def change_prompt_cards(cards: Sequence[Card], changes: Sequence[Change], seed: 
             except ConfigError as error:
                 raise change.error(f": {error}") from error
         elif kind == "rename":
-            pairs = zip(cards, _derange(cards, seed, change), strict=True)
+            pairs = zip(cards, _derange(cards, seed), strict=True)
             cards = tuple(dataclasses.replace(card, name=o.name, aliases=o.aliases) for card, o in pairs)
         elif kind == "shuffle":
-            cards = _derange(cards, seed, change)
+            cards = _derange(cards, seed)
         elif kind == "blank":
             if value and value not in _BLANK:
                 raise change.error("; write blank, blank=performance or blank=description")
@@ -171,10 +169,11 @@ def _scale_prices(card: Card, text: str, change: Change) -> Card:
     )
 
 
-def _derange(cards: Cards, seed: int, change: Change) -> Cards:
-    """The cards in another order in which none keeps its place: each takes the place of the next in a random cycle."""
-    if len(cards) < 2:
-        raise change.error(f" needs at least two models, and the pool has {len(cards)}")
+def _derange(cards: Cards, seed: int) -> Cards:
+    """The cards in another order in which none keeps its place: each takes the place of the next in a random cycle.
+
+    A single card keeps its place.
+    """
     cycle = np.random.default_rng(seed).permutation(len(cards))
     order = np.empty_like(cycle)
     order[cycle] = np.roll(cycle, 1)

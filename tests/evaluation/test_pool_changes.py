@@ -208,7 +208,6 @@ def test_one_provider_declared_in_two_ways_is_refused(tmp_path):
         (lambda: shown("rename=Titan:Aria"), "^--change=rename=Titan:Aria: .* is 'Aria', which"),
         (lambda: shown("rename=Titan:a<b"), "no colon, angle bracket"),
         (lambda: shown("rename=Titan"), "^--change=rename=Titan: .* is ''; give the model a name"),
-        (lambda: shown("shuffle", cards=CARDS[:1]), "needs at least two models"),
         (lambda: shown("blank=latency"), "write blank, blank=performance or blank=description"),
     ],
 )
