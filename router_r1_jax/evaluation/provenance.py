@@ -10,16 +10,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 def commit() -> str:
     """The commit of the source tree, with "+" if files were changed since; "" outside a checkout."""
-    source = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+")
     try:
-        head = git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
-    except OSError:
+        return subprocess.check_output(
+            ["git", "-C", Path(__file__).parent, *describe], stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return ""
 
 
