@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -54,8 +54,8 @@ def measured_once(
     return records
 
 
-class EpisodeCache:
-    """Finished episodes of one policy, in `<workdir>/evaluation/`. A context manager.
+class EpisodeCache(JsonLines):
+    """Finished episodes of one policy, in `<workdir>/evaluation/`.
 
     If there are several processes, each writes its own file, and each reads all files that it finds.
     """
@@ -63,8 +63,7 @@ class EpisodeCache:
     def __init__(self, workdir: Path, name: str, key: Mapping[str, Any], process: int = 0) -> None:
         """Raises BrokenFileError for a damaged file; a last line that was cut short by a kill is removed."""
         stem = f"{name}-{digest(key)}"
-        self.path = workdir / FOLDER / f"{stem}.{process}.jsonl"
-        self._lines = JsonLines(self.path, keep=lambda line: True)
+        super().__init__(workdir / FOLDER / f"{stem}.{process}.jsonl", keep=lambda line: True)
         self._batches: dict[int, dict[int, Episode]] = {}
         for path in sorted(self.path.parent.glob(f"{stem}.*.jsonl")):
             for line in read_lines(path):
@@ -82,13 +81,7 @@ class EpisodeCache:
         """Write one episode. Raises OSError that names the file."""
         replies = [dataclasses.asdict(reply) for reply in episode.replies]
         line = {"batch": batch, "episode": episode.id, "text": episode.text, "stop": episode.stop}
-        self._lines.write([line | {"sampled_tokens": int(sum(episode.sampled)), "replies": replies}])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lines.close()
+        self.write([line | {"sampled_tokens": int(sum(episode.sampled)), "replies": replies}])
 
 
 def _episode(line: Mapping[str, Any]) -> Episode:

@@ -8,6 +8,7 @@ had never been killed.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def replace_file(path: Path, content: bytes) -> None:
         raise OSError(error.errno, f"{path}: {message}") from error
 
 
-class JsonLines:
-    """An append-only file of JSON objects, one per line."""
+class JsonLines(AbstractContextManager):
+    """An append-only file of JSON objects, one per line. As a context manager it is closed at the end."""
 
     def __init__(self, path: Path, *, keep: Callable[[Record], bool]) -> None:
         """Open the file, or make it. Of existing lines only those stay for which `keep` is true.
@@ -48,7 +49,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             replace_file(path, _encode(filter(keep, read_lines(path))))
-        self._path = path
+        self.path = path
         self._file = path.open("ab", buffering=0)
 
     def write(self, records: Iterable[Record]) -> None:
@@ -57,18 +58,21 @@ class JsonLines:
         Raises OSError that names the file.
         """
         data = memoryview(_encode(records))
-        size = self._path.stat().st_size
+        size = self.path.stat().st_size
         try:
             while data:  # the system may take only a part of it at a time
                 data = data[self._file.write(data) :]
         except OSError as error:
             self._file.truncate(size)  # if the caller goes on, it must not append to half a line
             message = f"cannot append ({error.strerror}); free space there and start again to resume"
-            raise OSError(error.errno, f"{self._path}: {message}") from error
+            raise OSError(error.errno, f"{self.path}: {message}") from error
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class EpisodeWriter(JsonLines):
