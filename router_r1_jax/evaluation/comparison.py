@@ -69,9 +69,9 @@ def check_same_questions(after: Sequence[Mapping[str, Any]], before: Sequence[Ma
     if different := [question for question in first | second if first.get(question) != second.get(question)]:
         dataset, number = different[0]
         raise CompareError(
-            f"{len(different)} questions of the two evaluations, of {len(first)} and {len(second)} questions, differ in "
-            f"id, text or gold answers (such as question {number!r} of set {dataset!r}); evaluate both with the same "
-            "data and the same evaluation.split and evaluation.questions"
+            f"{len(different)} questions of the two evaluations, of {len(first)} and {len(second)} questions, differ "
+            f"in id, text or gold answers (such as question {number!r} of set {dataset!r}); evaluate both with the "
+            "same data and the same evaluation.split and evaluation.questions"
         )
 
 
