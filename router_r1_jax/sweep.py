@@ -28,9 +28,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -52,6 +52,7 @@ Overrides = dict[str, Any]  # field, such as "reward.alpha" -> value
 
 COMMANDS = ("train", "evaluate")  # of every run, one after the other
 SEED = "seed"  # runs that differ in this field alone are one setting
+POLL_SECONDS = 0.2  # between two looks at a running process
 
 
 # ---- expansion ------------------------------------------------------------------------------------------------------
@@ -231,83 +232,60 @@ def finished(run: Run) -> bool:
     return True
 
 
-class RunResult(NamedTuple):
-    """How a run ended; `error` is "" if it succeeded."""
-
-    run: Run
-    error: str
-    seconds: float
-
-
-def run_all(runs: Sequence[Run], workers: int, log: Callable[[str], None] = print) -> list[RunResult]:
+def run_all(runs: Sequence[Run], workers: int, log: Callable[[str], None] = print) -> dict[str, str]:
     """Run the commands of all runs, `workers` runs at a time; a failing run stops no other.
 
-    On Ctrl-C, each running process is asked once to end, which keeps its last step. Then KeyboardInterrupt is raised.
+    Returns how runs failed, by name. On Ctrl-C, each running process is asked once to end, which keeps its last step.
+    Then KeyboardInterrupt is raised.
     """
-    processes = _RunningProcesses()
-    with ThreadPoolExecutor(workers) as threads:
-        futures = [threads.submit(processes.execute, run) for run in runs]
-        try:
-            results = []
-            for i, future in enumerate(futures, 1):
-                results.append(future.result())
-                run, error, seconds = results[-1]
-                log(f"[{i}/{len(runs)}] {run.name}: {error or 'finished'}, {seconds:.0f} s")
-            return results
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            processes.terminate()
-            raise
+    errors, stop = {}, threading.Event()
 
-
-class _RunningProcesses:
-    """The processes that run now, so that they can be ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._processes: set[subprocess.Popen] = set()
-        self._stopped = False
-
-    def execute(self, run: Run) -> RunResult:
-        """Run the commands of one run, in the calling thread."""
+    def timed(run: Run) -> tuple[str, str, float]:
         started = time.monotonic()
-        run.folder.mkdir(parents=True, exist_ok=True)
-        # The processes inherit the lock. If this process is killed, a second sweep sees that they still run.
-        with open(run.folder / "sweep.lock", "w") as lock, open(run.folder / "sweep.log", "ab") as log:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return RunResult(run, "failed: a process of an earlier sweep still works in its folder", 0.0)
-            for command in run.commands:
-                status = self._wait(command, lock.fileno(), log)
-                if status:
-                    last_line = re.split(r"[\r\n]+", Path(log.name).read_text(errors="replace").strip())[-1][:300]
-                    error = f"failed with status {status}: {last_line}"
-                    return RunResult(run, error, time.monotonic() - started)
-        return RunResult(run, "", time.monotonic() - started)
+        return run.name, _execute(run, stop), time.monotonic() - started
 
-    def _wait(self, command: Sequence[str], lock: int, log: Any) -> int:
-        """Start a process and return its status when it has ended."""
-        with self._lock:
-            if self._stopped:
-                return -signal.SIGTERM
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            for i, future in enumerate(as_completed([threads.submit(timed, run) for run in runs]), 1):
+                name, error, seconds = future.result()
+                log(f"[{i}/{len(runs)}] {name}: {error or 'finished'}, {seconds:.0f} s")
+                if error:
+                    errors[name] = error
+        except BaseException:
+            stop.set()
+            raise
+    return errors
+
+
+def _execute(run: Run, stop: threading.Event) -> str:
+    """Run the commands of one run until `stop` is set; returns how it failed, or ""."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    # The processes inherit the lock. If this process is killed, a second sweep sees that they still run.
+    with open(run.folder / "sweep.lock", "w") as lock, open(run.folder / "sweep.log", "ab") as log:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "failed: a process of an earlier sweep still works in its folder"
+        for command in run.commands:
+            if stop.is_set():
+                return "interrupted"
             # A new session keeps a terminal's Ctrl-C from the process: a second signal would interrupt its update.
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(lock.fileno(),),
+                start_new_session=True,
             )
-            self._processes.add(process)
-        status = process.wait()
-        with self._lock:
-            self._processes.discard(process)
-        return status
-
-    def terminate(self) -> None:
-        """Ask every process to end, and start no further one."""
-        with self._lock:
-            self._stopped = True
-            for process in self._processes:
-                process.terminate()
+            while process.poll() is None:
+                if stop.wait(POLL_SECONDS):
+                    process.terminate()
+                    process.wait()
+            if status := process.returncode:
+                last_line = re.split(r"[\r\n]+", Path(log.name).read_text(errors="replace").strip())[-1][:300]
+                return f"failed with status {status}: {last_line}"
+    return ""
 
 
 # ---- gathering ------------------------------------------------------------------------------------------------------
@@ -365,8 +343,7 @@ def main(config: ConfigDict, workdir: Path, dry_run: bool, workers: int) -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice is handled like Ctrl-C
     print(f"{len(runs)} runs, {len(runs) - len(left)} finished, {workers} at a time")
-    results = run_all(left, workers) if workers else []
-    gathered = gather(runs, {result.run.name: result.error for result in results if result.error})
+    gathered = gather(runs, run_all(left, workers) if workers else {})
     workdir.mkdir(parents=True, exist_ok=True)
     replace_file(workdir / "sweep.json", (json.dumps(gathered, indent=2) + "\n").encode())
     replace_file(workdir / "sweep.md", sweep_markdown(gathered).encode())

@@ -194,8 +194,9 @@ def test_a_failing_run_is_named_and_stops_no_other(tmp_path):
     runs = make_runs(tmp_path)
     (runs[1].folder / "fail").touch()
     lines = []
-    errors = {end.run.name: end.error for end in run_all(runs, 2, lines.append)}
-    assert errors == {"seed=0": "", "seed=1": "failed with status 1: error: no such luck", "seed=2": "", "seed=3": ""}
+    errors = run_all(runs, 2, lines.append)
+    assert errors == {"seed=1": "failed with status 1: error: no such luck"}
+    assert [line.partition("]")[0] for line in lines] == ["[1/4", "[2/4", "[3/4", "[4/4"]
     assert any("seed=1: failed with status 1: error: no such luck" in line for line in lines)
     assert [finished(run) for run in runs] == [True, False, True, True]
     assert gather(runs, errors)["failed"] == {"seed=1": errors["seed=1"]}
@@ -214,9 +215,9 @@ def test_a_killed_sweep_goes_on_and_never_twice_in_one_folder(tmp_path):
         (runs[3].folder / "hold").unlink()
         left = [run for run in runs if not finished(run)]
         assert left == runs[1:]
-        errors = {end.run.name: end.error for end in run_all(left, 3, lambda _: None)}
+        errors = run_all(left, 3, lambda _: None)
         assert errors["seed=1"] == errors["seed=2"] == "failed: a process of an earlier sweep still works in its folder"
-        assert errors["seed=3"] == "" and finished(runs[3])
+        assert "seed=3" not in errors and finished(runs[3])
         assert [starts(run) for run in runs] == [1, 1, 1, 1]
     finally:
         sweep.kill()
@@ -228,7 +229,7 @@ def test_a_killed_sweep_goes_on_and_never_twice_in_one_folder(tmp_path):
             fcntl.flock(lock, fcntl.LOCK_EX)  # which its process holds until it is gone
         (run.folder / "hold").unlink()
         assert not finished(run)
-    assert [end.error for end in run_all(runs[1:3], 2, lambda _: None)] == ["", ""]
+    assert run_all(runs[1:3], 2, lambda _: None) == {}
     assert [starts(run) for run in runs] == [1, 2, 2, 1] and all(map(finished, runs))
 
 

@@ -89,9 +89,8 @@ def trained_runs(
             if run not in trained:
                 print(f"not trained, left out: {run.name}")
         return trained
-    failed = [end for end in run_all([run for run in runs if not finished(run)], options.workers) if end.error]
-    if failed:
-        raise SystemExit("\n".join(f"{end.run.name}: {end.error}" for end in failed))
+    if failed := run_all([run for run in runs if not finished(run)], options.workers):
+        raise SystemExit("\n".join(f"{name}: {error}" for name, error in failed.items()))
     return runs
 
 
