@@ -297,22 +297,21 @@ def gather(runs: Sequence[Run], errors: Mapping[str, str]) -> dict[str, Any]:
     A row of `runs` holds the overrides and the metrics of the run's first policy. A row of `settings` holds each
     metric's mean over seeds and, from two seeds on, Student's 95 % interval of the mean. `failed` maps name to error.
     """
-    rows, settings, members = [], {}, {}
+    rows, groups, failed = [], {}, {}
     for run in runs:
-        if finished(run):
-            policy = json.loads((run.folder / "results.json").read_text())["policies"][0]
-            metrics = {key: policy[key] for key in (*SWEEP_METRICS, "em_ci") if key in policy}
-            rows.append({"name": run.name, "overrides": run.overrides} | metrics)
-            key = json.dumps(run.setting)
-            settings[key] = run.setting
-            members.setdefault(key, []).append(rows[-1])
+        if not finished(run):
+            failed[run.name] = errors.get(run.name, "not finished")
+            continue
+        policy = json.loads((run.folder / "results.json").read_text())["policies"][0]
+        metrics = {key: policy[key] for key in (*SWEEP_METRICS, "em_ci") if key in policy}
+        rows.append({"name": run.name, "overrides": run.overrides} | metrics)
+        _, group = groups.setdefault(json.dumps(run.setting), (run.setting, []))
+        group.append(rows[-1])
     means = [
-        {"setting": settings[key], "seeds": len(group)}
+        {"setting": setting, "seeds": len(group)}
         | {metric: seed_mean([r[metric] for r in group]) for metric in SWEEP_METRICS if all(metric in r for r in group)}
-        for key, group in members.items()
+        for setting, group in groups.values()
     ]
-    names = {row["name"] for row in rows}
-    failed = {run.name: errors.get(run.name, "not finished") for run in runs if run.name not in names}
     return {"runs": rows, "settings": means, "failed": failed}
 
 
@@ -331,8 +330,6 @@ def seed_mean(values: Sequence[float]) -> dict[str, Any]:
 def main(config: ConfigDict, workdir: Path, dry_run: bool, workers: int) -> int:
     """Train and evaluate a configuration under many overrides, and gather the results in one table."""
     del config  # every run parses the configuration anew, with its overrides
-    if workers < 0:
-        raise ConfigError(f"--workers is {workers}; it is a number of runs at a time, or 0 to gather only")
     flag = flags.FLAGS["config"]
     runs = expand_runs(config_flags.get_config_filename(flag), config_flags.get_override_values(flag), workdir)
     left = [run for run in runs if not finished(run)]
