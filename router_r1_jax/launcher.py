@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ def launch(
             from router_r1_jax.distributed.multihost import exit_on_failure, exit_process
 
             stack.enter_context(exit_on_failure())
-        _run_guarded(lambda: app.run(call_main, flags_parser=_parse_flags), exit_process)
+        _run_guarded(lambda: app.run(call_main, flags_parser=parse_flags), exit_process)
 
 
 def _prepare_jax(config: Any, multihost: bool) -> None:
@@ -161,7 +161,7 @@ def _run_guarded(call: Callable[[], Any], exit_process: Callable[[int], Any]) ->
     except UserError as error:
         _fail(error)
     except (AttributeError, LookupError, TypeError, OSError) as error:
-        refusal = _refused_config(error) or _failed_file(error)
+        refusal = _refused_config(error, sys.argv) or _failed_file(error)
         if refusal is None:
             raise
         _fail(refusal)
@@ -176,16 +176,16 @@ def _fail(message: object) -> None:
     sys.exit(1)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse with absl, and raise its errors as one line that also says where to look."""
+def parse_flags(argv: list[str], values: absl_flags.FlagValues = FLAGS) -> list[str]:
+    """Parse with absl into `values`, and raise its errors as one line that also says where to look."""
     try:
-        return FLAGS(argv)
+        return values(argv)
     except absl_flags.Error as error:
         message = str(error).strip().splitlines()[0]
         hint = FIELDS if "--config." in message else "--help lists the flags"
-        raise ConfigError(_refused_config(error) or f"{message}; {hint}") from error
+        raise ConfigError(_refused_config(error, argv) or f"{message}; {hint}") from error
     except Exception as error:  # the configuration file is a program and may fail in any way
-        raise ConfigError(_refused_config(error) or failed_program(error)) from error
+        raise ConfigError(_refused_config(error, argv) or failed_program(error)) from error
 
 
 def failed_program(error: BaseException) -> str:
@@ -198,11 +198,11 @@ def failed_program(error: BaseException) -> str:
     return f"{where}: {type(error).__name__}: {message}; correct the configuration file"
 
 
-def _refused_config(error: BaseException | None) -> str | None:
+def _refused_config(error: BaseException | None, argv: Sequence[str]) -> str | None:
     """Say what ml_collections refused (unknown field, wrong type, no such file) and where; None for any other error."""
     if error is None:
         return None
-    if inner := _refused_config(error.__context__):  # absl and ml_collections wrap what they have caught
+    if inner := _refused_config(error.__context__, argv):  # absl and ml_collections wrap what they have caught
         return inner
     frames = traceback.extract_tb(error.__traceback__)
     # The line to show is the user's: neither one inside ml_collections nor one of model_card or provider in config.py.
@@ -217,13 +217,13 @@ def _refused_config(error: BaseException | None) -> str | None:
     if "absl" in Path(caller.filename).parts:
         unknown = isinstance(error, (AttributeError, LookupError))
         what = f"there is no such field ({message})" if unknown else message
-        return f"{_refused_override(message)}: {what}; {FIELDS}"
+        return f"{_refused_override(message, argv)}: {what}; {FIELDS}"
     return f"{caller.filename}, line {caller.lineno}, {caller.line!r}: {message}; {FIELDS}"
 
 
-def _refused_override(message: str) -> str:
+def _refused_override(message: str, argv: Sequence[str]) -> str:
     """Find the override that a message of ml_collections is about: it begins with the last part of the field's name."""
-    overrides = [arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
+    overrides = [arg for arg in argv[1:] if arg.lstrip("-").startswith("config.")]
     name = message.partition(" ")[0]
     return " ".join([arg for arg in overrides if name in arg.partition("=")[0].split(".")] or overrides)
 

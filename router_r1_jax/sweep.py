@@ -40,7 +40,7 @@ from scipy import stats
 
 from router_r1_jax.config import ConfigError, config_hash
 from router_r1_jax.config_checks import validate
-from router_r1_jax.launcher import FIELDS, Flag, failed_program, launch
+from router_r1_jax.launcher import Flag, failed_program, launch, parse_flags
 from router_r1_jax.model import from_arch, lora_from
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.prompts import load_template
@@ -123,9 +123,6 @@ def expand_runs(config_file: str, common: Overrides, workdir: Path) -> list[Run]
     file, *arg = config_file.partition(":")
     file = str(Path(file).absolute())  # the hash holds paths of files beside the configuration: use one spelling
     sweep, config_file = _read_sweep(file), "".join([file, *arg])
-    distinct = {(field, repr(value)): (field, value) for run in sweep for field, value in run.items()}
-    for field, value in distinct.values():
-        _parse(config_file, common | {field: value}, field)
     short = _short_names({field for run in sweep for field in run})
     runs: dict[str, Run] = {}
     for overrides in sweep:
@@ -133,7 +130,7 @@ def expand_runs(config_file: str, common: Overrides, workdir: Path) -> list[Run]
         folder = workdir / re.sub(r"[^\w.,=+-]+", "-", name)
         if folder.name in runs:
             raise ConfigError(f"get_sweep() holds {name} twice; runs differ in what they set")
-        config = _parse(config_file, common | overrides, name)
+        config = _parse(config_file, common | overrides)
         hash_of_run = config_hash(config)
         if same := next((run.name for run in runs.values() if run.hash == hash_of_run), None):
             raise ConfigError(f"get_sweep() holds {same} and {name}, which are one configuration; keep one of them")
@@ -174,23 +171,20 @@ def _arguments(overrides: Overrides) -> list[str]:
     return [f"--config.{field}={_flag_value(value)}" for field, value in overrides.items()]
 
 
-def _parse(config_file: str, overrides: Overrides, what: str) -> ConfigDict:
+def _parse(config_file: str, overrides: Overrides) -> ConfigDict:
     """The configuration that a process with these overrides gets; ConfigError if the process would refuse one."""
     argv = ["sweep", f"--config={config_file}", *_arguments(overrides)]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    refusal = f"get_sweep() sets {what}" + (f" to {overrides[what]!r}" if what in overrides else "")
-    try:
-        values(argv)
-        config = values["config"].value
-    except (AttributeError, LookupError) as error:
-        raise ConfigError(f"{refusal}: there is no such field; {FIELDS}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(f"{refusal}: {str(error).partition(chr(10))[0]}; {FIELDS}") from error
+    parse_flags(argv, values)
+    config = values["config"].value
     for field, value in overrides.items():
         parsed = config_path.get_value(field, config)
         if parsed != value:
-            raise ConfigError(f"{refusal}: it would be read as {parsed!r}; write it as a {type(parsed).__name__}")
+            raise ConfigError(
+                f"get_sweep() sets {field} to {value!r}: it would be read as {parsed!r}; "
+                f"write it as a {type(parsed).__name__}"
+            )
     return config
 
 
