@@ -55,21 +55,19 @@ def learning_curves(metrics: Metrics, path: str | Path) -> Path | None:
     Returns:
         The path, or None if there is nothing to draw.
     """
-    train = [line for line in metrics if line.get("phase") != "warmstart"]
-    warm = [line for line in metrics if line.get("phase") == "warmstart"]
-    prefixed = (_prefix_panel(title, prefix, train) for title, prefix in _PREFIXES.items())
-    panels = [*((panel, train) for panel in (*_PANELS, *prefixed)), (_WARMSTART_PANEL, warm)]
-    panels = [(panel, lines) for panel, lines in panels if any(len(curve(lines, key)[0]) for key in panel.keys)]
+    prefixed = (_prefix_panel(title, prefix, metrics) for title, prefix in _PREFIXES.items())
+    panels = [*_PANELS, *prefixed, _WARMSTART_PANEL]
+    panels = [panel for panel in panels if any(len(curve(metrics, key)[0]) for key in panel.keys)]
     if not panels:
         return None
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(4.3 * columns, 2.7 * rows)
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
-    for i, (panel, lines) in enumerate(panels):
+    for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         dress(axes, panel.title, panel.unit, "step" if i >= len(panels) - columns else "")
-        _draw_curves(axes, panel, lines)
+        _draw_curves(axes, panel, metrics)
     return save_figure(figure, path)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from router_r1_jax.report.colours import BLUE, ORANGE
@@ -30,14 +31,10 @@ def slots_over_time(timeline: Mapping[str, Any], path: str | Path) -> Path | Non
     idle = f"seconds; all slots of a replica waited in {100 * timeline['idle_share']:.1f} % of the time"
     dress(axes, f"Slots in the rollout of step {timeline['step']}", "slot", idle)
     for kind, (colour, label) in _KINDS.items():
-        spans = [(row, start, end - start) for row, what, start, end in timeline["spans"] if what == kind]
-        bottoms, starts, widths = (
-            [row - 0.42 for row, _, _ in spans],
-            [s for _, s, _ in spans],
-            [w for _, _, w in spans],
-        )
-        label = f"{label} {100 * sum(widths) / (rows * seconds):.0f} %"
-        axes.barh(bottoms, widths, 0.84, starts, align="edge", color=colour, linewidth=0, label=label)
+        spans = [(row, start, end) for row, what, start, end in timeline["spans"] if what == kind]
+        slots, starts, ends = np.reshape(spans, (-1, 3)).T
+        label = f"{label} {100 * np.sum(ends - starts) / (rows * seconds):.0f} %"
+        axes.barh(slots, ends - starts, 0.84, starts, color=colour, linewidth=0, label=label)
     axes.grid(axis="y", visible=False)
     axes.set(xlim=(0, seconds), ylim=(rows - 0.5, -0.5))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
