@@ -239,7 +239,7 @@ def write_results(folder: Path, results: dict[str, Any], others: Mapping[str, li
         path = folder / "plots" / f"{plot.__name__}.png"
         if plot(data, path) is None:
             path.unlink(missing_ok=True)  # of an earlier evaluation
-    return report.write_report(folder, others)
+    return report.write_report(folder, results, metrics, others)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 
 
-def percent(value: float | None) -> str:
+def percent(share: float) -> str:
     """A share as a percentage with one decimal: 0.734 -> "73.4 %"."""
-    return "–" if value is None or not math.isfinite(value) else f"{points(value)} %"
+    return f"{points(share)} %"
 
 
 def points(share: float) -> str:
@@ -19,17 +19,9 @@ def signed_points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
-def significant_decimals(value: float) -> int:
-    """Decimals that show three significant digits of a positive amount, and at least cents."""
-    return max(2, 2 - math.floor(math.log10(value)))
-
-
-def dollars(value: float | None, decimals: int | None = None) -> str:
-    """Dollars without exponent and, unless `decimals` is given, with three significant digits: "$0.0000123"."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if decimals is None:
-        decimals = significant_decimals(abs(value)) if value else 0
+def dollars(value: float) -> str:
+    """Dollars without exponent, with three significant digits and at least cents: "$0.0000123"; 0 is "$0"."""
+    decimals = max(2, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{'-' if value < 0 else ''}${abs(value):,.{decimals}f}"
 
 

@@ -1,7 +1,6 @@
-"""Results tables in Markdown and as console text: evaluation, baselines, sweep.
+"""Results tables in Markdown, as console text and on the report page: evaluation, baselines, sweep.
 
-Every number has one format in all Markdown tables: exact match, F1, sub-EM and all shares are in percent. The console
-shows EM as a fraction and dollars with an exponent, so that two runs can be compared to the digit.
+Every number has one format in all tables: exact match, F1, sub-EM and all shares are in percent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,53 +34,49 @@ class Table(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """How tables name and show a metric of results.json."""
+    """How tables name and show a metric of results.json.
+
+    `signed` shows a difference. Metrics without it stand in no table of differences.
+    """
 
     head: str
     show: Callable[[float], str]
+    signed: Callable[[float], str] | None = None
 
 
 METRICS = {
-    "em": Metric("EM", points),
-    "f1": Metric("F1", points),
-    "sub_em": Metric("sub-EM", points),
-    "calls_per_question": Metric("calls", "{:.2f}".format),
-    "dollars_per_question": Metric("dollars/question", dollars),
-    "raw_cost_per_question": Metric("raw cost", "{:.1f}".format),
+    "em": Metric("EM", points, signed_points),
+    "f1": Metric("F1", points, signed_points),
+    "sub_em": Metric("sub-EM", points, signed_points),
+    "calls_per_question": Metric("calls", "{:.2f}".format, "{:+.2f}".format),
+    "dollars_per_question": Metric("dollars/question", dollars, dollars),
+    "raw_cost_per_question": Metric("raw cost", "{:.1f}".format, "{:+.1f}".format),
     "best_model_share": Metric("best model", points),
+    "two_hop_two_calls": Metric("two-hop, 2 calls", points),
     "malformed_share": Metric("malformed", points),
     "failed_share": Metric("failed", points),
     "call_seconds_per_question": Metric("seconds in calls", "{:.3g}".format),
 }
-_CONSOLE = METRICS | {
-    "em": Metric("EM", "{:.3f}".format),
-    "dollars_per_question": Metric("dollars/question", "{:.3e}".format),
-    "best_model_share": Metric("best model", percent),
-    "malformed_share": Metric("malformed", percent),
-}
 SWEEP_METRICS = ("em", "f1", "dollars_per_question", "calls_per_question", "best_model_share", "malformed_share")
-_DATASET_METRICS = [key for key in METRICS if key != "best_model_share"]
-_DIFFERENCES = {
-    "em": Metric("EM, points", signed_points),
-    "f1": Metric("F1, points", signed_points),
-    "sub_em": Metric("sub-EM, points", signed_points),
-    "calls_per_question": Metric("calls", "{:+.2f}".format),
-    "dollars_per_question": Metric("dollars", dollars),
-    "raw_cost_per_question": Metric("raw cost", "{:+.1f}".format),
-}
+_SYNTHETIC = ("best_model_share", "two_hop_two_calls")  # only if questions state their domains and hops
+_POLICY_METRICS = ("f1", "dollars_per_question", "calls_per_question", *_SYNTHETIC, "malformed_share")
+_DATASET_METRICS = [key for key in METRICS if key not in _SYNTHETIC]
 
 
 def results_markdown(results: Entry) -> str:
     """results.md: the contents of results.json, with the published result beside ours if there is one."""
-    builders = (dataset_table, calls_table, difference_table, reference_table, paired_differences)
-    return render("results.md", results=results, **{builder.__name__: builder for builder in builders})
+    return render_results("results.md", results)
 
 
 def results_text(results: Entry) -> str:
     """The main metrics of results.json, for the console."""
-    return render(
-        "results.txt", results=results, policy_table=policy_table, paired_differences=paired_differences
-    ).rstrip()
+    return render_results("results.txt", results).rstrip()
+
+
+def render_results(template: str, results: Entry, **values: object) -> str:
+    """The document that a template makes from the contents of results.json with the functions of this module."""
+    builders = (policy_table, answers, dataset_table, calls_table, paired_differences, difference_table)
+    return render(template, results=results, **{builder.__name__: builder for builder in builders}, **values)
 
 
 def baselines_markdown(results: Entry) -> str:
@@ -118,34 +113,40 @@ def paired_differences(results: Entry) -> list[tuple[str, Entry]]:
 
     The other one is the baseline checkpoint, and the policy of another run if there is one to compare with.
     """
-    found, policies = [], results.get("policies") or []
-    if results.get("gain") and len(policies) > 1:
-        found.append((policies[1]["name"], results["gain"]))
-    if results.get("comparison"):
+    found = []
+    if results["gain"]:
+        found.append((results["policies"][1]["name"], results["gain"]))
+    if results["comparison"]:
         found.append((results["comparison"]["with"], results["comparison"]))
     return found
 
 
 def policy_table(results: Entry) -> Table:
     """A row per policy, followed by its datasets if there are several, and a row per reference policy."""
-    keys, entries = ("dollars_per_question", "calls_per_question", "best_model_share", "malformed_share"), []
+    entries = []
     for policy in results["policies"]:
         datasets = policy["datasets"] if len(policy["datasets"]) > 1 else {}
-        entries += [(policy["name"], policy), *((f"  {name}", entry) for name, entry in datasets.items())]
+        entries += [(policy["name"], policy), *((f"{policy['name']}: {name}", e) for name, e in datasets.items())]
     entries += [(policy["name"], policy) for policy in results["reference_policies"]]
-    rows = [[name, _cell(entry, "em", _CONSOLE), *_values(entry, keys, _CONSOLE)] for name, entry in entries]
-    return Table(["policy", "EM, 95 %", *_heads(keys)], rows)
+    rows = [[name, _cell(entry, "em"), *_values(entry, _POLICY_METRICS)] for name, entry in entries]
+    return Table(["policy", "EM, 95 %", *_heads(_POLICY_METRICS)], rows)
 
 
-def reference_table(policies: Sequence[Entry]) -> Table:
-    """A row per reference policy."""
-    keys = ("em", "dollars_per_question", "calls_per_question")
-    return Table(["policy", *_heads(keys)], [[policy["name"], *_values(policy, keys)] for policy in policies])
+def answers(results: Entry) -> list[tuple[str, Entry]]:
+    """Title and metrics of every policy's answers: greedily, and if there are samples, at a temperature."""
+    found = []
+    for policy in results["policies"]:
+        name = policy["name"] if policy["checkpoint"] is None else f"{policy['name']}, step {policy['checkpoint']}"
+        found.append((f"{name}: greedy", policy))
+        if samples := policy.get("samples"):
+            mode = f"{samples['per_question']} samples a question at temperature {samples['temperature']:g}"
+            found.append((f"{name}: {mode}", samples))
+    return found
 
 
 def dataset_table(policy: Entry, paper_model: str) -> Table:
     """A row per dataset and one for their mean, with the paper's columns if the paper has one of the datasets."""
-    entries, paper = _entries(policy, "mean over datasets"), policy.get("paper") or {}
+    entries, paper = _entries(policy, "mean over datasets"), policy["paper"]
     heads = ["dataset", "questions", *_heads(_DATASET_METRICS)]
     rows = [[name, str(e["questions"]), *(_cell(e, key) for key in _DATASET_METRICS)] for name, e in entries.items()]
     if paper:
@@ -172,13 +173,13 @@ def calls_table(policy: Entry) -> Table:
 
 def difference_table(differences: Entry) -> Table:
     """Paired differences over all questions and, if there are several datasets, per dataset."""
-    datasets, rows = differences.get("datasets") or {}, []
+    datasets, rows = differences.get("datasets", {}), []
     for name, entry in {"all datasets" if datasets else "all": differences, **datasets}.items():
-        for key, metric in _DIFFERENCES.items():
-            if found := entry.get(key):
-                signs = found["sign_test"]
+        for key, metric in METRICS.items():
+            if metric.signed:
+                found, signs = entry[key], entry[key]["sign_test"]
                 counts = f"{signs['better']} / {signs['worse']} / {signs['equal']}"
-                shown = interval(metric.show, found["mean"], found["ci"])
+                shown = interval(metric.signed, found["mean"], found["ci"])
                 rows.append([name, metric.head, shown, counts, f"{signs['p']:.2g}"])
     return Table(["dataset", "", "difference", "higher / lower / equal", "sign test, p"], rows)
 
@@ -199,10 +200,10 @@ def _heads(keys: Sequence[str]) -> list[str]:
     return [METRICS[key].head for key in keys]
 
 
-def _values(entry: Entry, keys: Sequence[str], metrics: Mapping[str, Metric] = METRICS) -> list[str]:
-    return [metrics[key].show(entry[key]) if key in entry else "" for key in keys]
+def _values(entry: Entry, keys: Sequence[str]) -> list[str]:
+    return [METRICS[key].show(entry[key]) if key in entry else "" for key in keys]
 
 
-def _cell(entry: Entry, key: str, metrics: Mapping[str, Metric] = METRICS) -> str:
+def _cell(entry: Entry, key: str) -> str:
     """A value with its interval, if it has one."""
-    return interval(metrics[key].show, entry[key], entry.get(f"{key}_ci")) if key in entry else ""
+    return interval(METRICS[key].show, entry[key], entry.get(f"{key}_ci")) if key in entry else ""

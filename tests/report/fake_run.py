@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from router_r1_jax.evaluation.aggregates import METRICS
 from router_r1_jax.storage.json_lines import EpisodeWriter
 from router_r1_jax.storage.metrics_writer import MetricsWriter
 
@@ -63,21 +64,34 @@ def fake_metrics(steps=120, seed=0):
     return lines
 
 
+def fake_table(em, questions, shares):
+    """What `evaluation.aggregates` computes for one dataset, or for the mean over datasets."""
+    keys = ("em", "f1", "sub_em", "malformed_share", "failed_share")
+    values = dict.fromkeys(keys, em) | {"calls_per_question": 1.2, "call_seconds_per_question": 0.8}
+    values |= {"dollars_per_question": 1.3e-5, "raw_cost_per_question": 11.2}
+    return (
+        values
+        | {f"{key}_ci": [0.9 * value, 1.1 * value] for key, value in values.items()}
+        | {
+            "questions": questions,
+            "calls_share": dict(zip(PRICES, shares, strict=True)),
+            "stops": {"answer": 0.95, "call_limit": 0.05},
+            "call_seconds": {"median": 0.4, "p95": 2.1},
+        }
+    )
+
+
 def fake_results():
     def policy(name, step, em, f1, cost, best, two, malformed, shares):
-        return {
-            "name": name,
-            "checkpoint": step,
-            "em": em,
+        table = fake_table(em, 400, shares) | {
             "em_ci": [em - 0.044, em + 0.043],
             "f1": f1,
             "dollars_per_question": cost,
             "calls_per_question": 1.49,
-            "best_model_share": best,
-            "two_hop_two_calls": two,
             "malformed_share": malformed,
-            "calls_share": dict(zip(PRICES, shares, strict=True)),
         }
+        head = {"name": name, "checkpoint": step, "best_model_share": best, "two_hop_two_calls": two}
+        return head | table | {"datasets": {"synthetic": table}, "paper": {}}
 
     signs = {"better": 220, "worse": 14, "equal": 166, "p": 3.4e-49}
     references = [
@@ -104,10 +118,10 @@ def fake_results():
             for name, em, cost in references + [(f"{name} alone", em, cost) for name, em, cost in alone]
         ],
         "paper_model": "Qwen2.5-3B-Instruct",
-        "gain": {
-            "em": {"mean": 0.5155, "ci": [0.4625, 0.568], "sign_test": signs},
-            "dollars_per_question": {"mean": -1.31e-5, "ci": [-1.5e-5, -1.1e-5], "sign_test": signs},
-        },
+        "changes": [],
+        "gain": dict.fromkeys(METRICS, {"mean": 0.5155, "ci": [0.4625, 0.568], "sign_test": signs})
+        | {"dollars_per_question": {"mean": -1.31e-5, "ci": [-1.5e-5, -1.1e-5], "sign_test": signs}},
+        "comparison": {},
     }
 
 
@@ -116,20 +130,7 @@ def fake_datasets(em=0.4):
     rng = np.random.default_rng(3)
 
     def table(em, questions):
-        keys = ("em", "f1", "sub_em", "malformed_share", "failed_share")
-        values = dict.fromkeys(keys, em) | {"calls_per_question": 1.2, "call_seconds_per_question": 0.8}
-        values |= {"dollars_per_question": 1.3e-5, "raw_cost_per_question": 11.2}
-        shares = rng.dirichlet(np.ones(len(PRICES)))
-        return (
-            values
-            | {f"{key}_ci": [0.9 * value, 1.1 * value] for key, value in values.items()}
-            | {
-                "questions": questions,
-                "calls_share": dict(zip(PRICES, shares, strict=True)),
-                "stops": {"answer": 0.95, "call_limit": 0.05},
-                "call_seconds": {"median": 0.4, "p95": 2.1},
-            }
-        )
+        return fake_table(em, questions, rng.dirichlet(np.ones(len(PRICES))))
 
     sizes = {"nq": 500, "popqa": 500, "bamboogle": 125, "synthetic": 490}
     datasets = {name: table(em + 0.1 * i, size) for i, (name, size) in enumerate(sizes.items())}
@@ -169,6 +170,7 @@ def fake_episode(rng, number, policy, step, skill):
     response += f"<think> the reply says it </think>\n<answer> {answer} </answer>"
     return {
         "id": f"test-{number}",
+        "dataset": "synthetic",
         "split": "test",
         "step": step,
         "policy": policy,
@@ -181,6 +183,7 @@ def fake_episode(rng, number, policy, step, skill):
         "exact_match": float(right),
         "f1": float(right),
         "dollars": sum(call["charged"] for call in calls),
+        "faults": [],
         "stop": "answer",
     }
 
@@ -196,5 +199,4 @@ def write_run(workdir, questions=40):
         episodes = EpisodeWriter(workdir, policy.replace(" ", "_"))
         episodes.write(fake_episode(rng, number, policy, step, skill) for number in range(questions))
         episodes.close()
-    (workdir / "results.json").write_text(json.dumps(fake_results()))
     (workdir / "config.json").write_text(json.dumps({"seed": 0, "reward": {"alpha": 0.0, "preset": "official"}}))

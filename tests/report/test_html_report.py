@@ -14,6 +14,8 @@ import router_r1_jax.report.html_report as page_module
 from router_r1_jax.evaluate import write_results
 from router_r1_jax.report.calls_plot import calls_per_model
 from router_r1_jax.report.html_report import write_report
+from router_r1_jax.storage.json_lines import BrokenFileError
+from router_r1_jax.storage.metrics_writer import read_metrics
 
 VOID = {"meta", "img", "input", "br"}
 
@@ -46,8 +48,8 @@ class Page(HTMLParser):
         return [e for e in self.elements if e[0] == tag and (kind is None or kind in e[1].get("class", "").split())]
 
 
-def page_of(workdir):
-    return Page(write_report(workdir).read_text(encoding="utf-8"))
+def page_of(workdir, results, **others):
+    return Page(write_report(workdir, results, read_metrics(workdir), others).read_text(encoding="utf-8"))
 
 
 def rows_of(page):
@@ -62,28 +64,28 @@ def rows_of(page):
     return rows
 
 
-def test_table_and_tiles_hold_the_results(run):
-    page = page_of(run)
+def test_table_and_tiles_hold_the_results(run, results):
+    page = page_of(run, results)
     rows = rows_of(page)
-    assert rows["trained step 120"][:8] == [
-        "trained step 120",
-        "75.3 % [70.9, 79.6]",
-        "77.1 %",
-        "$0.00001240",
+    assert rows["trained"] == [
+        "trained",
+        "75.3 [70.9, 79.6]",
+        "77.1",
+        "$0.0000124",
         "1.49",
-        "89.1 %",
-        "98.5 %",
-        "0.2 %",
+        "89.1",
+        "98.5",
+        "0.2",
     ]
-    assert rows["Titan alone"][1:4] == ["55.2 %", "", "$0.00006300"]
+    assert rows["Titan alone"][1:4] == ["55.2", "", "$0.0000630"]
     tiles = [tile[2] for tile in page.all("div", "tile")]
     assert "Exact match75.3 %warm start: 23.8 %" in tiles
     assert "Gain in exact match+51.5points, 95 % interval +46.2 to +56.8" in tiles
     assert "Share of the oracle89.4 %84.2 % is the best possible" in tiles
 
 
-def test_facts_say_where_the_numbers_come_from(run):
-    page = page_of(run)
+def test_facts_say_where_the_numbers_come_from(run, results):
+    page = page_of(run, results)
     facts = dict(zip([e[2] for e in page.all("dt")], [e[2] for e in page.all("dd")], strict=True))
     assert facts["Commit"].startswith("01234567") and facts["Prices read on"] == "2025-05-01"
     assert facts["Versions"] == "python 3.11.9, jax 0.10.2, flax 0.12.8, router_r1_jax 0.1.0"
@@ -91,9 +93,9 @@ def test_facts_say_where_the_numbers_come_from(run):
     assert '"preset": "official"' in facts["Config"]
 
 
-def test_the_page_is_self_contained_and_runs_only_its_own_script(run, metrics):
+def test_the_page_is_self_contained_and_runs_only_its_own_script(run, metrics, results):
     picture = calls_per_model(metrics, run / "plots/calls_per_model.png")
-    page = page_of(run)
+    page = page_of(run, results)
     (image,) = page.all("img")
     assert base64.b64decode(image[1]["src"].removeprefix("data:image/png;base64,")) == picture.read_bytes()
     for _, attributes, _ in page.elements:
@@ -110,8 +112,8 @@ def data_of(page):
     return json.loads(block[2])
 
 
-def test_a_question_holds_its_policies_episodes(run):
-    data = data_of(page_of(run))
+def test_a_question_holds_its_policies_episodes(run, results):
+    data = data_of(page_of(run, results))
     assert data["policies"] == ["trained", "warm start"] and len(data["questions"]) == 40
     records = [json.loads(line) for line in (run / "episodes/trained.jsonl").read_text().splitlines()]
     questions = {question["id"]: question for question in data["questions"]}
@@ -125,10 +127,9 @@ def test_a_question_holds_its_policies_episodes(run):
         assert kinds == ["think", "search", "information"] * record["hops"] + ["think", "answer"]
 
 
-def test_other_runs_stand_beside_the_first_policy(run):
+def test_other_runs_stand_beside_the_first_policy(run, results):
     records = [json.loads(line) for line in (run / "episodes/trained.jsonl").read_text().splitlines()]
-    page = Page(write_report(run, {"trained of other": records[:7]}).read_text())
-    data = data_of(page)
+    data = data_of(page_of(run, results, **{"trained of other": records[:7]}))
     assert data["policies"] == ["trained", "trained of other", "warm start"]
     assert sum(e["policy"] == 1 for q in data["questions"] for e in q["episodes"]) == 7
     assert [len(q["episodes"]) for q in data["questions"]][:8] == [3] * 7 + [2]  # what can be compared comes first
@@ -143,33 +144,34 @@ def test_a_picture_of_an_earlier_evaluation_is_not_shown(tmp_path, results):
     assert titles[0] - titles[1] == {"em by dataset"} and "calls by dataset" in titles[1]
 
 
-def test_datasets_samples_and_the_papers_results_are_shown(run):
-    results = json.loads((run / "results.json").read_text())
+def test_datasets_samples_and_the_papers_results_are_shown(run, results):
     results["policies"][0] |= fake_datasets() | {
         "samples": {"per_question": 5, "temperature": 0.7, **fake_datasets(0.2)}
     }
-    (run / "results.json").write_text(json.dumps(results))
-    page = page_of(run)
-    titles = [e[2] for e in page.all("tr", "section")]
-    assert {"trained, greedy", "trained, 5 samples at temperature 0.7", "minus warm start"} <= set(titles)
+    page = page_of(run, results)
+    titles = [e[2] for e in page.all("h3")]
+    assert titles == [
+        "trained, step 120: greedy",
+        "trained, step 120: 5 samples a question at temperature 0.7",
+        "warm start, step 0: greedy",
+    ]
+    assert "trained minus warm start, on the same questions" in [e[2] for e in page.all("h2")]
     cells = [[]]
     for tag, _, text in page.elements:
         cells.append([]) if tag == "tr" else cells[-1].append(text) if tag == "td" else None
     nq = next(row for row in cells if row[:1] == ["nq"])
-    assert nq[1:5] == ["500", "40.0 % [36.0, 44.0]", "41.0 %: within noise", "40.0 %"]
+    assert nq[1:3] == ["500", "40.0 [36.0, 44.0]"] and nq[-3:] == ["41.0", "-1.0 [-6.0, +4.0]", "within noise"]
     assert sum(row[:1] == ["mean over datasets"] for row in cells) == 2
-    gain = next(row for row in cells if row[:1] == ["exact match"])
-    assert gain[1:] == ["+51.5 points", "+46.2 points to +56.8 points", "220 / 14", "3.4e-49"]
+    gain = next(row for row in cells if row[:2] == ["all", "EM"])
+    assert gain[2:] == ["+51.5 [+46.2, +56.8]", "220 / 14 / 166", "3.4e-49"]
 
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&lt;$title</bdi></div>\ud800\u202e\x00"
 
 
-def test_hostile_text_is_shown_and_never_becomes_markup(run):
-    clean = [(tag, sorted(attributes)) for tag, attributes, _ in page_of(run).elements]
-    results = json.loads((run / "results.json").read_text())
+def test_hostile_text_is_shown_and_never_becomes_markup(run, results):
+    clean = [(tag, sorted(attributes)) for tag, attributes, _ in page_of(run, results).elements]
     results["commit"] = results["versions"]["jax"] = HOSTILE
-    (run / "results.json").write_text(json.dumps(results))
     for path in (run / "episodes").iterdir():
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for record in records:
@@ -180,7 +182,7 @@ def test_hostile_text_is_shown_and_never_becomes_markup(run):
             for call in record["calls"]:
                 call["model"] = call["outcome"] = call["query"] = call["reply"] = HOSTILE
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    page = page_of(run)
+    page = page_of(run, results)
 
     def skeleton(elements):  # model names are no longer known: their coloured dots and bold names go
         return [(tag, attrs) for tag, attrs in elements if tag not in ("i", "span", "label", "select", "option")]
@@ -197,36 +199,25 @@ def test_the_script_writes_text_and_never_markup():
         assert way not in script, way
 
 
-def test_an_empty_folder_still_gives_a_page(tmp_path):
-    page = page_of(tmp_path)
-    assert "There is no results.json yet" in page.all("p", "notice")[0][2]
-    assert not page.all("table") and not page.all("img") and not page.all("select")
+def test_a_router_that_was_not_trained_here_has_a_page_without_configuration(run, results):
+    """As `evaluate` makes it of weights in Hugging Face format, which are at no step."""
+    (run / "config.json").unlink()
+    (run / "metrics.jsonl").unlink()
+    results |= {"policies": [results["policies"][0] | {"checkpoint": None}], "gain": {}}
+    page = page_of(run, results)
+    assert "Config" not in [e[2] for e in page.all("dt")] and page.all("select")
+    assert [e[2] for e in page.all("h3")] == ["trained: greedy"]
+    assert page.all("p", "muted")[0][2] == "evaluated on 400 questions of the test split"
 
 
-@pytest.mark.parametrize("missing", ["results.json", "metrics.jsonl", "config.json", "episodes"])
-def test_what_is_missing_takes_nothing_else_away(run, missing):
-    path = run / missing
-    path.rename(run / "elsewhere")
-    page = page_of(run)
-    assert bool(page.all("table")) == (missing != "results.json")
-    assert bool(page.all("select")) == (missing != "episodes")
+def test_a_broken_episode_file_is_named(run, results):
+    (run / "episodes/trained.jsonl").write_text('{"half": \n{}\n')
+    with pytest.raises(BrokenFileError, match="trained.jsonl, line 1 is not JSON"):
+        page_of(run, results)
 
 
-@pytest.mark.parametrize("name", ["results.json", "config.json", "metrics.jsonl", "episodes/trained.jsonl"])
-def test_what_is_broken_is_named_and_the_rest_is_shown(run, name):
-    (run / name).write_text('{"half": \n{}\n')
-    notice = page_of(run).all("p", "notice")[0][2]
-    assert notice.startswith(name)
-
-
-def test_no_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--workdir"):
-        write_report(tmp_path / "nowhere")
-
-
-def test_real_data_have_no_references(run):
-    results = json.loads((run / "results.json").read_text())
+def test_real_data_have_no_references(run, results):
     results |= {"reference_policies": [], "policies": results["policies"][:1], "gain": {}}
-    (run / "results.json").write_text(json.dumps(results))
-    page = page_of(run)
-    assert len(rows_of(page)) == 1 and "oracle" not in page.all("main")[0][2].split("Episodes")[0]
+    page = page_of(run, results)
+    assert set(rows_of(page)) == {"trained", "synthetic"}
+    assert "oracle" not in page.all("main")[0][2].split("Episodes")[0]
