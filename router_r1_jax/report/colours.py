@@ -3,9 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
-SHARE_PREFIX = "calls/share/"  # metric key: share of the calls that reached one model
 ALONE_SUFFIX = " alone"  # name of a reference policy that always asks one model
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e4e4e4"  # of plots: text, lesser text, lines
 BLUE, ORANGE, GREEN, PINK, GREY = PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a")
@@ -14,17 +12,6 @@ POLICY_COLOURS = (BLUE, GREY, GREEN, PINK)
 # Six hues of Okabe and Ito (2008) and four of Tol's "muted" scheme. They differ for every kind of colour blindness.
 # None is too light for a white page, and none is too dark for a dark page.
 _HUES = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #999933 #882255 #DDCC77 #6A5ACD".split()
-
-
-def model_names(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> list[str]:
-    """Names of all external models that a run's metrics and results mention, sorted."""
-    names = {key.removeprefix(SHARE_PREFIX) for line in metrics for key in line if key.startswith(SHARE_PREFIX)}
-    for policy in results.get("policies", ()):
-        names.update(policy.get("calls_share") or {})
-    for reference in results.get("reference_policies", ()):
-        if reference["name"].endswith(ALONE_SUFFIX):
-            names.add(reference["name"].removesuffix(ALONE_SUFFIX))
-    return sorted(names)
 
 
 def share_columns(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, str], list[dict[str, float]]]:
@@ -38,7 +25,7 @@ def share_columns(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, str], 
         totals.update(row)
     called = sorted(name for name, total in totals.items() if total)
     if len(called) <= len(_HUES) + 1:
-        colours = model_colours(list(totals))
+        colours = model_colours(totals)
         return {name: colours[name] for name in called}, [{name: row.get(name, 0.0) for name in called} for row in rows]
     named = sorted(sorted(called, key=lambda name: -totals[name])[: len(_HUES)])
     others = f"{len(called) - len(named)} others"
@@ -47,6 +34,6 @@ def share_columns(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, str], 
     return model_colours(named) | {others: GREY}, merged
 
 
-def model_colours(names: Sequence[str]) -> dict[str, str]:
+def model_colours(names: Iterable[str]) -> dict[str, str]:
     """A colour per model. The same names always get the same colours; hues repeat after ten models."""
     return dict(zip(sorted(names), cycle(_HUES), strict=False))

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from router_r1_jax.report.colours import ALONE_SUFFIX, BLUE, GREY, INK, MUTED, model_colours, model_names
+from router_r1_jax.report.colours import ALONE_SUFFIX, BLUE, GREY, INK, MUTED, model_colours
 from router_r1_jax.report.plot_style import dollar_ticks, dress, new_figure, save_figure
 
 Point = tuple[float, float]
@@ -20,22 +20,16 @@ Row = Mapping[str, Any]
 _ARROW = ("warm start", "trained")  # policies that an arrow joins
 
 
-def em_against_cost(results: Row, path: str | Path) -> Path | None:
+def em_against_cost(results: Row, path: str | Path) -> Path:
     """Exact match over dollars per question: the policies with their intervals, and every reference.
 
     Args:
-        results: contents of results.json, with `policies` and `reference_policies` (either may be empty).
+        results: contents of results.json.
         path: PNG to write; its folder is made if it is missing.
-
-    Returns:
-        The path, or None if no policy and no reference has both numbers.
     """
-    rows = [*results.get("reference_policies", ()), *results.get("policies", ())]
-    rows = [row for row in rows if row.get("em") is not None and row.get("dollars_per_question") is not None]
-    if not rows:
-        return None
-    policies = {row["name"] for row in results.get("policies", ())}
-    colours = model_colours(model_names((), results))
+    rows = [*results["reference_policies"], *results["policies"]]
+    policies = {row["name"] for row in results["policies"]}
+    colours = model_colours(results["policies"][0]["calls_share"])
     # A log axis cannot show a policy that never calls and costs nothing. It is drawn left of all others, marked $0.
     free = min((row["dollars_per_question"] for row in rows if row["dollars_per_question"]), default=1e-6) / 3
     places = {row["name"]: (row["dollars_per_question"] or free, row["em"]) for row in rows}
@@ -45,12 +39,12 @@ def em_against_cost(results: Row, path: str | Path) -> Path | None:
     dress(axes, "Exact match against cost", "%", "dollars per question (log scale)")
     for row in rows:
         _draw_policy(axes, row, places[row["name"]], row["name"] in policies, colours)
-    if set(_ARROW) <= policies & set(places):
+    if set(_ARROW) <= policies:
         start, end = (places[name] for name in _ARROW)
         style = {"arrowstyle": "-|>", "color": BLUE, "linewidth": 1.6, "shrinkA": 8, "shrinkB": 8, "mutation_scale": 14}
         axes.annotate("", xy=end, xytext=start, zorder=4, arrowprops=style)
     _frame_costs(axes, [cost for cost, _ in places.values()])
-    highest = max([row["em"] for row in rows] + [row["em_ci"][1] for row in rows if row.get("em_ci")])
+    highest = max([row["em"] for row in rows] + [row["em_ci"][1] for row in results["policies"]])
     axes.set_ylim(0, 1.15 * highest or 1.0)
     _place_labels(axes, rows, places, bold=policies)
     return save_figure(figure, path)
@@ -61,7 +55,7 @@ def _draw_policy(axes: Axes, row: Mapping[str, Any], place: Point, evaluated: bo
     name = row["name"]
     if evaluated:
         colour = BLUE if name == "trained" else MUTED
-        ends = row.get("em_ci") or (row["em"], row["em"])
+        ends = row["em_ci"]
         axes.plot([place[0]] * 2, ends, "_-", color=colour, linewidth=1.6, markersize=9, markeredgewidth=1.6, zorder=5)
         axes.plot(*place, "o", color=colour, markersize=10, markeredgecolor="white", zorder=6)
     elif name.startswith("oracle"):
@@ -91,7 +85,7 @@ def _place_labels(axes: Axes, rows: Sequence[Row], places: Mapping[str, Point], 
     pixels = {name: axes.transData.transform(place) for name, place in places.items()}
     taken = [Bbox.from_bounds(x - 14, y - 14, 28, 28) for x, y in pixels.values()]
     for row in rows:
-        if row.get("em_ci"):
+        if "em_ci" in row:
             ends = [(places[row["name"]][0], end) for end in row["em_ci"]]
             taken.append(Bbox(axes.transData.transform(ends)).padded(8, 2))
     if set(_ARROW) <= set(pixels):
@@ -113,22 +107,16 @@ def _place_labels(axes: Axes, rows: Sequence[Row], places: Mapping[str, Point], 
 
 
 def _free_box(anchor: np.ndarray, size: np.ndarray, taken: Sequence[Bbox], inside: Bbox) -> Bbox:
-    """The nearest box of `size` around `anchor` that lies inside and overlaps nothing, or else the least bad one."""
-    best, least = None, math.inf
+    """The nearest box of `size` around `anchor` that lies inside and overlaps the fewest of the taken ones."""
+    boxes = []
     for radius in (18, 24, 32, 42, 56, 72, 90, 110):
         for turn in (0, 4, 8, 12, 2, 14, 6, 10, 1, 15, 7, 9, 3, 13, 5, 11):  # right, up, left, down, diagonals, between
             direction = np.array([math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)])
             # The box touches the circle with the side or corner that faces the anchor.
             corner = anchor + radius * direction - size / 2 + size / 2 * np.clip(direction * 1.5, -1, 1)
-            box = Bbox([corner, corner + size])
-            covered = sum(_area(Bbox.intersection(box, other)) for other in taken)
-            outside = _area(box) - _area(Bbox.intersection(box, inside))
-            if covered + outside < least:
-                best, least = box, covered + outside
-            if least < 1.0:
-                return best
-    return best
+            boxes.append(Bbox([corner, corner + size]))
 
+    def faults(box: Bbox) -> tuple[bool, int]:
+        return not (inside.contains(*box.min) and inside.contains(*box.max)), box.count_overlaps(taken)
 
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else float(box.width * box.height)
+    return min(boxes, key=faults)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from router_r1_jax.report.colours import INK, MUTED, ORANGE, POLICY_COLOURS, model_names, share_columns
+from router_r1_jax.report.colours import INK, MUTED, ORANGE, POLICY_COLOURS, share_columns
 from router_r1_jax.report.plot_style import add_legend, dress, new_figure, save_figure
 
 
@@ -20,8 +20,8 @@ def em_by_dataset(results: Mapping[str, Any], path: str | Path) -> Path | None:
     Returns:
         The path, or None if there are fewer than two datasets.
     """
-    policies = results.get("policies") or []
-    if not policies or len(policies[0].get("datasets") or {}) < 2:
+    policies = results["policies"]
+    if len(policies[0]["datasets"]) < 2:
         return None
     names = [*policies[0]["datasets"], "mean"]
     figure = new_figure(max(6.0, 1.25 * len(names) + 1.5), 4.4)
@@ -36,7 +36,7 @@ def em_by_dataset(results: Mapping[str, Any], path: str | Path) -> Path | None:
         style = {"ecolor": INK, "error_kw": {"linewidth": 1.0}, "capsize": 2}
         colour = POLICY_COLOURS[i % len(POLICY_COLOURS)]
         axes.bar(places, em, 0.92 * width, yerr=error, color=colour, label=policy["name"], **style)
-    paper = policies[0].get("paper") or {}
+    paper = policies[0]["paper"]
     published = {place: paper[name]["em"] for place, name in enumerate(names) if name in paper}
     if published:
         places = np.array(list(published))
@@ -53,13 +53,9 @@ def calls_by_dataset(results: Mapping[str, Any], path: str | Path) -> Path | Non
 
     The arguments are those of `em_by_dataset`. The result is None if nothing was called.
     """
-    policies = results.get("policies") or []
-    if not policies:
-        return None
-    datasets = policies[0].get("datasets") or {}
+    policies, datasets = results["policies"], results["policies"][0]["datasets"]
     bars = datasets if len(datasets) > 1 else {policy["name"]: policy for policy in policies}
-    shares, names = [entry.get("calls_share") or {} for entry in bars.values()], model_names((), results)
-    columns, rows = share_columns([{name: share.get(name, 0.0) for name in names} for share in shares])
+    columns, rows = share_columns([entry["calls_share"] for entry in bars.values()])
     if not columns:
         return None
     figure = new_figure(8.4, 1.3 + 0.42 * len(bars))

@@ -43,10 +43,9 @@ def pack_episodes(
     """
     groups: dict[bool, dict[tuple[str, str, str], list[Episode]]] = {False: {}, True: {}}
     for episode in episodes:
-        split = str(episode.get("split"))
-        question = (split, str(episode.get("dataset") or ""), str(episode.get("id")))
-        groups[split in TRAINING_SPLITS].setdefault(question, []).append(episode)
-    found = [str(e.get("policy")) for questions in groups.values() for group in questions.values() for e in group]
+        question = (episode["split"], episode["dataset"], episode["id"])
+        groups[episode["split"] in TRAINING_SPLITS].setdefault(question, []).append(episode)
+    found = [e["policy"] for questions in groups.values() for group in questions.values() for e in group]
     policies = list(dict.fromkeys([*(name for name in order if name in found), *found]))
     left, shown, packed = most_bytes, 0, []
     for training, questions in groups.items():
@@ -70,10 +69,10 @@ def _take_turns(questions: Iterable[list[Episode]], policies: Sequence[str]) -> 
     for group in questions:
         first_right: dict[str, bool] = {}
         for episode in group:
-            first_right.setdefault(str(episode.get("policy")), bool(episode.get("exact_match")))
+            first_right.setdefault(episode["policy"], bool(episode["exact_match"]))
         wrong = tuple(not first_right[name] for name in policies if name in first_right)
         same = len(set(wrong[:2])) == 1
-        kind = (same, wrong, str(group[0].get("dataset") or ""), str(group[0].get("split")))
+        kind = (same, wrong, group[0]["dataset"], group[0]["split"])
         kinds[len(first_right)][kind].append(group)
     turns = [zip_longest(*(groups for _, groups in sorted(kinds[count].items()))) for count in sorted(kinds)[::-1]]
     return [group for rounds in turns for turn in rounds for group in turn if group is not None]
@@ -81,40 +80,23 @@ def _take_turns(questions: Iterable[list[Episode]], policies: Sequence[str]) -> 
 
 def _question(episodes: Sequence[Episode], policies: Sequence[str]) -> dict[str, Any]:
     """One question with all its episodes, ordered by step."""
-    first = episodes[0]
-    ordered = sorted(episodes, key=lambda episode: episode.get("step") or 0)
-    return {
-        "id": str(first.get("id")),
-        "dataset": str(first.get("dataset") or ""),
-        "split": str(first.get("split")),
-        "hops": first.get("hops"),
-        "question": str(first.get("question")),
-        "golds": [str(gold) for gold in first.get("golds") or ()],
-        "episodes": [_episode(episode, policies.index(str(episode.get("policy")))) for episode in ordered],
+    ordered = sorted(episodes, key=lambda episode: episode["step"])
+    return {key: episodes[0][key] for key in ("id", "dataset", "split", "hops", "question", "golds")} | {
+        "episodes": [_episode(episode, policies.index(episode["policy"])) for episode in ordered],
     }
 
 
 def _episode(episode: Episode, policy: int) -> dict[str, Any]:
-    reward = episode.get("reward") or {}
-    segments = parse_response(str(episode.get("response") or ""))
-    return {
+    return {key: episode[key] for key in ("step", "stop", "dollars", "faults")} | {
         "policy": policy,
-        "step": episode.get("step"),
-        "right": int(bool(episode.get("exact_match"))),
-        "f1": _rounded(episode.get("f1")),
-        "stop": str(episode.get("stop")),
-        "dollars": episode.get("dollars"),
-        "reward": [_rounded(reward.get(part)) for part in ("total", "format", "outcome", "cost")],
-        "faults": [str(fault) for fault in episode.get("faults") or ()],
-        "segments": [[segment.kind, segment.text.strip()] for segment in segments],
-        "calls": [_call(call) for call in episode.get("calls") or ()],
+        "right": int(episode["exact_match"]),
+        "f1": round(episode["f1"], 3),
+        "reward": [round(episode["reward"][part], 3) for part in ("total", "format", "outcome", "cost")],
+        "segments": [[segment.kind, segment.text.strip()] for segment in parse_response(episode["response"])],
+        "calls": [_call(call) for call in episode["calls"]],
     }
 
 
 def _call(call: Mapping[str, Any]) -> list[Any]:
-    names = [str(call.get("model") or ""), str(call.get("outcome"))]
-    return [*names, call.get("completion_tokens"), call.get("charged"), _rounded(call.get("latency"))]
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    names_and_counts = [call[key] for key in ("model", "outcome", "completion_tokens", "charged")]
+    return [*names_and_counts, round(call["latency"], 3)]

@@ -17,15 +17,14 @@ if (block) {
   const element = (tag, kind, ...children) => {
     const made = document.createElement(tag);
     if (kind) made.className = kind;
-    made.append(...children.filter((child) => child !== null));
+    made.append(...children);
     return made;
   };
   const dollars = (amount) => {
-    if (amount === null || amount === undefined) return "–";
     if (amount === 0) return "$0.00";
     return "$" + amount.toFixed(Math.max(2, 2 - Math.floor(Math.log10(Math.abs(amount)))));
   };
-  const number = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
+  const number = (value) => value.toFixed(2);
 
   // ---- options of the filters ----------------------------------------------------------------------------------------
   const distinct = (values) => [...new Set(values)].sort();
@@ -53,7 +52,7 @@ if (block) {
     const kept = numbers.includes(before[0]) && ["", ...numbers].includes(before[1]); // "" is nobody
     if (!kept) fields.get("right").value = named.find(([key]) => key !== value("left"))?.[0] ?? "";
     offer("dataset", all(distinct(inside.map((question) => question.dataset)), "all"));
-    offer("hops", all(distinct(inside.map((question) => String(question.hops ?? "?"))), "all"));
+    offer("hops", all(distinct(inside.map((question) => String(question.hops))), "all"));
     offer("model", [["", "any"], ["no call", "no call at all"], ...all(distinct(
       episodes.flatMap((episode) => episode.calls.map((call) => call[0])).filter(Boolean)), "").filter(([key]) => key)]);
     offer("stop", all(distinct(episodes.map((episode) => episode.stop)), "any"));
@@ -78,7 +77,7 @@ if (block) {
   function passes(question) {
     if (question.split !== value("split")) return false;
     if (value("dataset") && question.dataset !== value("dataset")) return false;
-    if (value("hops") && String(question.hops ?? "?") !== value("hops")) return false;
+    if (value("hops") && String(question.hops) !== value("hops")) return false;
     const left = of(question, "left");
     const right = value("right") === value("left") ? [] : of(question, "right");
     if (!left.length && !right.length) return false;
@@ -115,13 +114,13 @@ if (block) {
     return element("div", `segment ${known ? kind : "text"}`, element("span", "tag", known ? LABELS[kind] : "other"), body);
   };
   const call = ([name, outcome, tokens, charged, seconds]) => element("li", "",
-    model(name), " ", element("span", "outcome", outcome), ` ${tokens ?? "–"} tokens · ${dollars(charged)} · ${number(seconds)} s`);
+    model(name), " ", element("span", "outcome", outcome), ` ${tokens} tokens · ${dollars(charged)} · ${number(seconds)} s`);
   const verdict = (episode) => element("span", episode.right ? "verdict good" : "verdict", episode.right ? "right" : "wrong");
   const drawEpisode = (episode) => {
     const [total, format, outcome, cost] = episode.reward;
     return element("section", episode.right ? "episode right" : "episode",
       element("header", "", element("b", "", policies[episode.policy]),
-        element("span", "muted", episode.step === null ? "" : `step ${episode.step}`), verdict(episode)),
+        element("span", "muted", `step ${episode.step}`), verdict(episode)),
       element("p", "score", element("b", "", dollars(episode.dollars)), ` · reward ${number(total)} · F1 ${number(episode.f1)}`),
       element("p", "score muted", `reward of format ${number(format)}, outcome ${number(outcome)}, cost ${number(cost)} · ended by ${episode.stop}`
         + (episode.faults.length ? ` · malformed: ${episode.faults.join(", ")}` : "")),

@@ -11,7 +11,10 @@ from router_r1_jax.report.episode_data import pack_episodes
 
 
 def episode(number, policy, step, right, split="test", **fields):
-    return {"id": number, "split": split, "policy": policy, "step": step, "exact_match": right, "hops": 1} | fields
+    record = {"id": str(number), "dataset": "synthetic", "split": split, "policy": policy, "step": step, "hops": 1}
+    record |= {"question": "Who?", "golds": ["Ondo"], "response": "", "calls": [], "faults": [], "stop": "answer"}
+    record |= {"exact_match": right, "f1": 1.0, "dollars": 0.0}
+    return record | {"reward": dict.fromkeys(("total", "format", "outcome", "cost"), 0.0)} | fields
 
 
 def questions_of(episodes, **options):
@@ -56,7 +59,7 @@ def test_a_page_that_would_be_too_large_says_how_much_it_holds():
 @given(st.lists(st.text(max_size=30), min_size=4, max_size=4), st.text(max_size=10))
 def test_whatever_the_text_the_block_is_ascii_without_a_bracket(texts, model):
     question, gold, response, policy = texts
-    call = {"model": model, "outcome": "ok"}
+    call = {"model": model, "outcome": "ok", "completion_tokens": 3, "charged": 1e-6, "latency": 0.1}
     record = episode(1, policy, 0, 1, question=question, golds=[gold], response=response, calls=[call])
     data = pack_episodes([record], {model: "#000"}).json
     assert data.isascii() and not re.search("[<>&]", data)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from fake_run import PRICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,8 +14,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from router_r1_jax import report
-from router_r1_jax.report.calls_plot import _spread
-from router_r1_jax.report.colours import GREY, model_colours, model_names
+from router_r1_jax.report.colours import GREY, model_colours
 from router_r1_jax.report.learning_curves import running_mean
 from router_r1_jax.report.number_format import dollars, percent
 
@@ -46,13 +46,11 @@ def test_files_are_pictures_of_readable_size(tmp_path, metrics, results):
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "learning_rate": 0.1}], [{"step": 1, "em": None}]])
 def test_nothing_to_draw_writes_nothing(tmp_path, draw, lines):
     assert draw(lines, tmp_path / "x.png") is None
-    assert report.em_against_cost({"policies": [], "reference_policies": []}, tmp_path / "x.png") is None
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("share", [0.0, None])
-def test_a_run_without_calls_has_no_picture_of_them(tmp_path, share):
-    lines = [{"step": i, "calls/share/a": share, "calls_per_question": 0.0} for i in (1, 2)]
+def test_a_run_without_calls_has_no_picture_of_them(tmp_path):
+    lines = [{"step": i, "calls/share/a": 0.0, "calls_per_question": 0.0} for i in (1, 2)]
     assert report.calls_per_model(lines, tmp_path / "x.png") is None
 
 
@@ -109,7 +107,7 @@ def test_smoothing_is_the_mean_of_the_window(length):
 def test_bands_carry_each_model_share_and_fill_the_height(figures, metrics):
     report.calls_per_model(metrics, "unused.png")
     bands = figures[0].axes[0].collections
-    names = model_names(metrics, {})
+    names = sorted(PRICES)
     tops = [band.get_paths()[0].get_extents().y1 for band in bands]
     assert len(bands) == len(names) and tops[-1] == pytest.approx(1.0)
     assert [to_hex(band.get_facecolor()[0]).upper() for band in bands] == list(model_colours(names).values())
@@ -123,16 +121,8 @@ def test_of_many_models_the_most_called_have_bands_and_the_others_one(figures):
     assert len(bands) == 11 == len(set(colours)) and colours[0] == GREY.upper()
     tops = [band.get_paths()[0].get_extents().y1 for band in bands]
     assert tops[0] == pytest.approx(sum(range(1, 21)) / 465) and tops[-1] == pytest.approx(1.0)
-    labels = [text.get_text() for text in figures[0].axes[0].texts]
-    assert "20 others  45 %" in labels and "m00  6 %" in labels
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=15).map(sorted))
-def test_spread_labels_keep_order_distance_and_ceiling(wanted):
-    heights = _spread(np.array(wanted), 0.055, 0.98)
-    assert heights[-1] <= 0.98 and (np.diff(heights) >= 0.055 - 1e-12).all()
-    if (np.diff(wanted) >= 0.055).all() and wanted[-1] <= 0.98:
-        np.testing.assert_allclose(heights, wanted, atol=1e-12)
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels[-1] == "20 others  45 %" and labels[-2] == "m00  6 %"  # from top to bottom, as the bands
 
 
 def labels_of(figure):
@@ -143,6 +133,8 @@ def labels_of(figure):
     return {text.get_text(): Text.get_window_extent(text, renderer) for text in texts}
 
 
+POLICY = {"name": "trained", "em": 0.5, "em_ci": [0.46, 0.55], "dollars_per_question": 1e-5}
+POLICY |= {"calls_share": {f"Model-{i}": 0.0 for i in range(6)} | {"Titan": 1.0}}
 points = st.tuples(st.floats(1e-6, 1e-3), st.floats(0, 1))
 
 
@@ -158,7 +150,8 @@ def test_labels_never_overlap_and_stay_inside(places, crowded):
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-        report.em_against_cost({"policies": [], "reference_policies": rows}, "unused.png")
+        report.em_against_cost({"policies": [POLICY], "reference_policies": rows}, "unused.png")
+    rows.append(POLICY)
     boxes = labels_of(drawn[0])
     assert set(boxes) == {row["name"] for row in rows}
     for (_, one), (_, two) in itertools.combinations(boxes.items(), 2):
@@ -187,14 +180,19 @@ def test_a_policy_that_never_calls_is_shown_and_marked(figures, results):
 
 @pytest.mark.parametrize("references", [[], [{"name": "Titan alone", "em": 0.0, "dollars_per_question": 0.0}]])
 def test_one_policy_is_enough(tmp_path, references):
-    policy = {"name": "trained", "em": 0.0, "dollars_per_question": 0.0}
+    policy = POLICY | {"em": 0.0, "em_ci": [0.0, 0.0], "dollars_per_question": 0.0}
     assert report.em_against_cost({"policies": [policy], "reference_policies": references}, tmp_path / "x.png").exists()
 
 
-def test_a_model_has_one_colour_in_all_plots(metrics, results):
-    from_metrics, from_results = model_names(metrics, {}), model_names((), results)
-    assert from_metrics == from_results == ["Aria", "Boreal", "Corvid", "Dune", "Titan"]
-    assert len(set(model_colours(from_metrics).values())) == 5
+def test_a_model_has_one_colour_in_all_plots(figures, metrics, results):
+    report.calls_per_model(metrics, "unused.png")
+    report.calls_by_dataset(results, "unused.png")
+    report.em_against_cost(results, "unused.png")
+    bands, bars, _ = (figure.axes[0] for figure in figures)
+    in_bands = {to_hex(band.get_facecolor()[0]) for band in bands.collections}
+    in_bars = [to_hex(container[0].get_facecolor()) for container in bars.containers]
+    dots = {to_hex(line.get_color()) for line in figures[2].axes[0].lines if line.get_markersize() == 8}
+    assert in_bands == set(in_bars) == dots and len(dots) == 5
     assert len(model_colours([f"m{i}" for i in range(23)])) == 23
 
 
@@ -207,20 +205,14 @@ def test_a_model_has_one_colour_in_all_plots(metrics, results):
         (2500, "$2,500.00"),
         (0, "$0"),
         (-1.3e-5, "-$0.0000130"),
-        (None, "–"),
-        (float("nan"), "–"),
     ],
 )
 def test_dollars(value, text):
     assert dollars(value) == text
 
 
-def test_dollars_in_one_column_have_one_number_of_decimals():
-    assert dollars(5.1e-6, 7) == "$0.0000051" and dollars(0, 4) == "$0.0000"
-
-
 def test_percent():
-    assert (percent(0.7345), percent(1), percent(None)) == ("73.5 %", "100.0 %", "–")
+    assert (percent(0.7345), percent(1)) == ("73.5 %", "100.0 %")
 
 
 def test_slots_show_each_span_where_it_lies(figures):
