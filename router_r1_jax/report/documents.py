@@ -4,7 +4,7 @@ import functools
 
 import jinja2
 
-from router_r1_jax.report.number_format import dollars, escape_markdown, interval, percent, points, signed_points
+from router_r1_jax.report.number_format import dollars, escape_markdown, interval, percent, signed_points
 
 
 @functools.cache
@@ -17,7 +17,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    formats = {f.__name__: f for f in (dollars, escape_markdown, interval, percent, points, signed_points)}
+    formats = {f.__name__: f for f in (dollars, escape_markdown, interval, percent, signed_points)}
     environment.globals |= formats
     environment.filters |= formats
     return environment

@@ -98,5 +98,5 @@ def _episode(episode: Episode, policy: int) -> dict[str, Any]:
 
 
 def _call(call: Mapping[str, Any]) -> list[Any]:
-    names_and_counts = [call[key] for key in ("model", "outcome", "completion_tokens", "charged")]
-    return [*names_and_counts, round(call["latency"], 3)]
+    kept = [call[key] for key in ("model", "outcome", "completion_tokens", "charged")]
+    return [*kept, round(call["latency"], 3)]

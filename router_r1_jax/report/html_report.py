@@ -1,8 +1,7 @@
 """Report page (HTML): one self-contained file made from the metrics, results, plots and episodes of a run.
 
-The Jinja templates hold all tags and format the numbers. Jinja escapes everything that a model, a
-provider or a dataset wrote, and the page's security policy runs only the page's own script. A reply that holds markup
-is shown, not obeyed.
+The Jinja templates hold all tags. Jinja escapes everything that a model, a provider or a dataset wrote, and the page's
+security policy runs only the page's own script. A reply that holds markup is shown, not obeyed.
 """
 
 import base64

@@ -58,9 +58,9 @@ METRICS = {
     "call_seconds_per_question": Metric("seconds in calls", "{:.3g}".format),
 }
 SWEEP_METRICS = ("em", "f1", "dollars_per_question", "calls_per_question", "best_model_share", "malformed_share")
-_SYNTHETIC = ("best_model_share", "two_hop_two_calls")  # only if questions state their domains and hops
-_POLICY_METRICS = ("f1", "dollars_per_question", "calls_per_question", *_SYNTHETIC, "malformed_share")
-_DATASET_METRICS = [key for key in METRICS if key not in _SYNTHETIC]
+_ROUTING_METRICS = ("best_model_share", "two_hop_two_calls")  # only if questions state their domains and hops
+_POLICY_METRICS = ("f1", "dollars_per_question", "calls_per_question", *_ROUTING_METRICS, "malformed_share")
+_DATASET_METRICS = [key for key in METRICS if key not in _ROUTING_METRICS]
 
 
 def results_markdown(results: Entry) -> str:
@@ -133,7 +133,7 @@ def policy_table(results: Entry) -> Table:
 
 
 def answers(results: Entry) -> list[tuple[str, Entry]]:
-    """Title and metrics of every policy's answers: greedily, and if there are samples, at a temperature."""
+    """Title and metrics of every policy's answers: the greedy ones and, if there are any, the sampled ones."""
     found = []
     for policy in results["policies"]:
         name = policy["name"] if policy["checkpoint"] is None else f"{policy['name']}, step {policy['checkpoint']}"
