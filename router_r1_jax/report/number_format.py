@@ -20,8 +20,8 @@ def signed_points(share: float) -> str:
 
 
 def dollars(value: float) -> str:
-    """Dollars without exponent, with three significant digits and at least cents: "$0.0000123"; 0 is "$0"."""
-    decimals = max(2, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    """Dollars without exponent, with four significant digits and at least cents: "$0.00001234"; 0 is "$0"."""
+    decimals = max(2, 3 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{'-' if value < 0 else ''}${abs(value):,.{decimals}f}"
 
 

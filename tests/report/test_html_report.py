@@ -71,13 +71,13 @@ def test_table_and_tiles_hold_the_results(run, results):
         "trained",
         "75.3 [70.9, 79.6]",
         "77.1",
-        "$0.0000124",
+        "$0.00001240",
         "1.49",
         "89.1",
         "98.5",
         "0.2",
     ]
-    assert rows["Titan alone"][1:4] == ["55.2", "", "$0.0000630"]
+    assert rows["Titan alone"][1:4] == ["55.2", "", "$0.00006300"]
     tiles = [tile[2] for tile in page.all("div", "tile")]
     assert "Exact match75.3 %warm start: 23.8 %" in tiles
     assert "Gain in exact match+51.5points, 95 % interval +46.2 to +56.8" in tiles

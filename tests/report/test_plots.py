@@ -199,12 +199,12 @@ def test_a_model_has_one_colour_in_all_plots(figures, metrics, results):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (1.234e-5, "$0.0000123"),
-        (0.5, "$0.500"),
+        (1.234e-5, "$0.00001234"),
+        (0.5, "$0.5000"),
         (12.3456, "$12.35"),
         (2500, "$2,500.00"),
         (0, "$0"),
-        (-1.3e-5, "-$0.0000130"),
+        (-1.3e-5, "-$0.00001300"),
     ],
 )
 def test_dollars(value, text):

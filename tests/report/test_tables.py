@@ -122,6 +122,6 @@ def test_baselines_stand_beside_the_routers_lead():
     policy |= {"calls_per_question": 1.25, "router_ahead": {"em": {"mean": 0.1, "ci": [-0.02, 0.2]}}}
     results = {"questions": 3, "split": "test", "policies": [policy], "models": 9, "candidates": 5}
     text = baselines_markdown(results)
-    assert rows(text)[2] == ["knn\\*", "40.0 [36.0, 44.0]", "50.0", "$0.0000120", "1.25", "+10.0 [-2.0, +20.0]"]
+    assert rows(text)[2] == ["knn\\*", "40.0 [36.0, 44.0]", "50.0", "$0.00001200", "1.25", "+10.0 [-2.0, +20.0]"]
     assert text.startswith("3 questions of the test split, mean of its datasets; intervals are 95 % bootstrap over")
     assert "choose among all 9 models, the router among the 5 it is shown.\n\n| policy |" in text
