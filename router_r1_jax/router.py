@@ -23,7 +23,7 @@ from router_r1_jax.model import ModelConfig, Params
 from router_r1_jax.pool.cards import Card, at_step, draw_candidates, route_names
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
 from router_r1_jax.pool.pool import Pool
-from router_r1_jax.reward import episode_cost
+from router_r1_jax.reward import CostNormalizer, Rewards, episode_cost, score
 from router_r1_jax.rollout import Episode, RolloutStats
 
 # If more than this share of a rollout's calls fail at the provider, the run stops: it teaches nothing and costs money.
@@ -53,34 +53,13 @@ class RolloutBatch:
     stats: RolloutStats | None
 
     @property
-    def texts(self) -> list[str]:
-        """[B] the responses, replies included."""
-        return [episode.text for episode in self.episodes]
-
-    @property
-    def golds(self) -> list[tuple[str, ...]]:
-        """[B] the gold answers of each episode's question."""
-        return [question.golds for question in self.questions]
-
-    @property
     def groups(self) -> np.ndarray:
         """[B] int, equal for episodes of the same question."""
         return np.arange(len(self.episodes)) // self.num_generations
 
-    @property
-    def route_names(self) -> dict[str, str]:
-        """Every name that a call may use -> the name that the prompt shows."""
-        return route_names(self.candidates)
-
     def weights(self, pool: ConfigDict) -> np.ndarray:
         """[B] factors of the episodes' advantages: 1, or `pool.fault_weight` if a provider failed."""
         return np.where(self.valid, 1.0, pool.fault_weight)
-
-    def raw_costs(self, reward: ConfigDict) -> np.ndarray:
-        """[B] raw costs, of the kind and in the unit that `config.reward` chooses."""
-        return np.array(
-            [episode_cost(reward.cost, e.replies, int(sum(e.sampled)), reward.router_price) for e in self.episodes]
-        )
 
     def take(self, indices: np.ndarray) -> "RolloutBatch":
         """The episodes with these indices, which form whole groups."""
@@ -96,6 +75,23 @@ def concat_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         episodes=[episode for batch in batches for episode in batch.episodes],
         prefix_length=min(batch.prefix_length for batch in batches),
         valid=np.concatenate([batch.valid for batch in batches]),
+    )
+
+
+def compute_rewards(batch: RolloutBatch, reward: ConfigDict, normalizer: CostNormalizer) -> Rewards:
+    """Rewards as `config.reward` asks for them. Valid costs enter the normaliser's window in the episodes' order."""
+    costs = [episode_cost(reward.cost, e.replies, int(sum(e.sampled)), reward.router_price) for e in batch.episodes]
+    return score(
+        [episode.text for episode in batch.episodes],
+        [question.golds for question in batch.questions],
+        np.array(costs),
+        route_names(batch.candidates),
+        preset=reward.preset,
+        alpha=reward.alpha,
+        metric=reward.metric,
+        normalizer=normalizer,
+        groups=batch.groups,
+        valid=batch.valid,
     )
 
 

@@ -26,8 +26,8 @@ from router_r1_jax.data.questions import QuestionIterator
 from router_r1_jax.distributed import multihost
 from router_r1_jax.launcher import Interrupts, launch
 from router_r1_jax.model import add_adapters
-from router_r1_jax.reward import CostNormalizer, compute_rewards
-from router_r1_jax.router import Router
+from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.router import Router, compute_rewards
 from router_r1_jax.setup.session import open_session
 from router_r1_jax.storage.checkpoint import CheckpointStore
 from router_r1_jax.training.alarms import Alarms

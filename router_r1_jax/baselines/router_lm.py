@@ -16,8 +16,8 @@ from router_r1_jax.learner import Row
 from router_r1_jax.model import Params
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.protocol import neutralize
-from router_r1_jax.reward import CostNormalizer, compute_rewards
-from router_r1_jax.router import Router
+from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.router import Router, compute_rewards
 from router_r1_jax.setup.session import Session
 from router_r1_jax.training.policy_update import make_rows
 from router_r1_jax.training.supervised import Phase, train_supervised

@@ -22,8 +22,8 @@ from router_r1_jax.evaluation.cache_key import records_key
 from router_r1_jax.evaluation.episode_records import Record, make_records
 from router_r1_jax.model import Params, add_adapters
 from router_r1_jax.pool.outcomes import PoolError, provider_fault
-from router_r1_jax.reward import CostNormalizer, compute_rewards, make_normalizer
-from router_r1_jax.router import RolloutBatch, provider_answered
+from router_r1_jax.reward import CostNormalizer, make_normalizer
+from router_r1_jax.router import RolloutBatch, compute_rewards, provider_answered
 from router_r1_jax.setup.policy_weights import fingerprint, first_cost_window
 from router_r1_jax.setup.session import Session
 from router_r1_jax.storage.checkpoint import CheckpointStore

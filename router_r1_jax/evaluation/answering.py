@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from router_r1_jax.data.questions import QuestionRecord
 from router_r1_jax.evaluation.episode_cache import EpisodeCache
 from router_r1_jax.evaluation.episode_records import Record, make_records
-from router_r1_jax.reward import CostNormalizer, compute_rewards
+from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.rollout import Episode
-from router_r1_jax.router import Router, provider_answered, questions_per_batch
+from router_r1_jax.router import Router, compute_rewards, provider_answered, questions_per_batch
 
 
 class SamplingParams(NamedTuple):

@@ -5,7 +5,6 @@ from router_r1_jax.reward.answers import extract_answer as extract_answer
 from router_r1_jax.reward.answers import f1_score as f1_score
 from router_r1_jax.reward.answers import normalize_answer as normalize_answer
 from router_r1_jax.reward.answers import sub_exact_match as sub_exact_match
-from router_r1_jax.reward.batch_rewards import compute_rewards as compute_rewards
 from router_r1_jax.reward.cost import CostNormalizer as CostNormalizer
 from router_r1_jax.reward.cost import cost_bounds as cost_bounds
 from router_r1_jax.reward.cost import episode_cost as episode_cost

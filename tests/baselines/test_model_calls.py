@@ -20,8 +20,8 @@ from router_r1_jax.config import base_config
 from router_r1_jax.evaluation.episode_records import make_records, summarise
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.protocol import parse_response
-from router_r1_jax.reward import CostNormalizer, compute_rewards
-from router_r1_jax.router import RolloutBatch
+from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.router import RolloutBatch, compute_rewards
 from router_r1_jax.synthetic.decompose import by_pattern
 
 

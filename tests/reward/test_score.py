@@ -10,9 +10,11 @@ from published_values import NAMES, REWARDS
 
 from router_r1_jax.config import ConfigError, base_config, model_card, provider
 from router_r1_jax.config_checks import validate
-from router_r1_jax.reward import CostNormalizer, check_format, compute_rewards, extract_answer, f1_score, score
+from router_r1_jax.reward import CostNormalizer, check_format, extract_answer, f1_score, score
 from router_r1_jax.reward.cost import COSTS
 from router_r1_jax.reward.score import PRESETS
+from router_r1_jax.rollout import Episode
+from router_r1_jax.router import RolloutBatch, compute_rewards
 
 GOOD = "<think>a</think><answer>Paris</answer>"
 
@@ -219,13 +221,16 @@ def test_costs_within_a_group_leave_the_window_alone():
 
 def test_a_rollout_batch_is_scored_as_the_configuration_says():
     costs, valid = np.array([1.0, 9.0, np.nan, 4.0]), np.array([True, True, False, True])
-    batch = SimpleNamespace(
-        texts=[GOOD, "nothing", GOOD, GOOD],
-        golds=[["Paris"]] * 4,
-        groups=np.array([0, 0, 1, 1]),
-        route_names={"q": NAMES[0]},
+    replies = [SimpleNamespace(raw_cost=cost) for cost in costs]
+    texts = [GOOD, "nothing", GOOD, GOOD]
+    batch = RolloutBatch(
+        questions=[SimpleNamespace(golds=["Paris"])] * 4,
+        episodes=[Episode(i, (), text=texts[i], replies=[replies[i]]) for i in range(4)],
+        num_generations=2,
+        candidates=(),
+        prefix_length=0,
         valid=valid,
-        raw_costs=lambda reward_config: costs,
+        stats=None,
     )
     config = base_config().reward
     config.preset, config.alpha, config.metric = "group", 0.5, "f1"

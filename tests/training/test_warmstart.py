@@ -29,8 +29,8 @@ from router_r1_jax.config import ConfigError, use_pool
 from router_r1_jax.evaluation.episode_records import make_records, summarise
 from router_r1_jax.pool.cards import all_in_prompts, cards_from_config
 from router_r1_jax.prompts import card_table
-from router_r1_jax.reward import CostNormalizer, compute_rewards
-from router_r1_jax.router import Router
+from router_r1_jax.reward import CostNormalizer
+from router_r1_jax.router import Router, compute_rewards
 from router_r1_jax.setup.environment import open_environment
 from router_r1_jax.setup.session import open_session
 from router_r1_jax.synthetic.warmstart_rows import longest_row, warmstart_phases
