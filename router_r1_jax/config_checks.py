@@ -32,7 +32,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda x: 0 < x < math.inf,
         """pool.deadline pool.request_timeout pool.backoff pool.backoff_max pool.circuit_breaker.pause
         pool.circuit_breaker.pause_max evaluation.temperature learner.max_grad_norm model.arch.rope_theta
-        model.arch.initializer_range model.arch.embedding_range""",
+        model.arch.initializer_range model.arch.embedding_range model.lora.alpha""",
     ),
     "lies in [0, 1]": (
         lambda x: 0 <= x <= 1,
@@ -61,6 +61,7 @@ _CHOICES = {
     "model.arch.family": "qwen2 qwen3 llama",
     "evaluation.split": " ".join(SPLITS),
 }
+_LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def validate(config: ConfigDict) -> None:
@@ -73,6 +74,7 @@ def validate(config: ConfigDict) -> None:
             _check_choice(field, value, _CHOICES[field].split())
     _check_entries("pool.providers", config.pool.providers, provider)
     _check_entries("pool.models", config.pool.models, model_card)
+    _check_model(config)
     _check_data(config)
     _check_rollout(config)
     _check_learner(config)
@@ -101,6 +103,15 @@ def _check_entries(field: str, entries: Sequence[object], made_by: Callable[...,
     for i, entry in enumerate(entries):
         made = isinstance(entry, ConfigDict) and set(entry) == set(made_by())
         _require(made, f"{field}[{i}] is {entry!r}; make it with {made_by.__name__}(...) in a configuration file")
+
+
+def _check_model(config: ConfigDict) -> None:
+    """LoRA's targets are projections of the model."""
+    targets = config.model.lora.targets
+    _require(
+        targets and set(targets) <= set(_LORA_TARGETS),
+        f"model.lora.targets is {targets!r}; name one or more of {', '.join(_LORA_TARGETS)}",
+    )
 
 
 def _check_data(config: ConfigDict) -> None:

@@ -41,11 +41,11 @@ from scipy import stats
 from router_r1_jax.config import ConfigError, config_hash
 from router_r1_jax.config_checks import validate
 from router_r1_jax.launcher import Flag, failed_program, launch, parse_flags
-from router_r1_jax.model import from_arch, lora_from
 from router_r1_jax.pool.cards import cards_from_config
 from router_r1_jax.prompts import load_template
 from router_r1_jax.report import sweep_plot
 from router_r1_jax.report.tables import SWEEP_METRICS, sweep_markdown
+from router_r1_jax.setup.model import random_model, with_settings
 from router_r1_jax.storage.json_lines import replace_file
 
 Overrides = dict[str, Any]  # field, such as "reward.alpha" -> value
@@ -193,14 +193,8 @@ def _check(config: ConfigDict) -> None:
     validate(config)
     cards_from_config(config.pool)
     load_template(config.prompt.template)
-    section, model = "model", config.model
-    try:
-        lora_from(model.lora)
-        section = "model.arch"
-        if not model.source:
-            from_arch(model.arch, 1, dtype=model.dtype, remat=model.remat)
-    except ValueError as error:
-        raise ConfigError(f"{section}.{error}") from error
+    if not config.model.source:
+        with_settings(random_model(config, 1), config.model)
 
 
 def _short_names(fields: set[str]) -> dict[str, str]:

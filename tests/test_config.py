@@ -9,6 +9,7 @@ from router_r1_jax import config_checks
 from router_r1_jax.config import LOSSES, ConfigError, base_config, config_hash, model_card, use_loss
 from router_r1_jax.config_checks import validate
 from router_r1_jax.learner import PolicyLoss
+from router_r1_jax.model import LoRA
 from router_r1_jax.training.policy_update import make_loss
 
 
@@ -103,6 +104,29 @@ def test_a_phase_of_the_curriculum_has_a_known_kind_and_whole_numbers(config, ph
     config.synthetic.curriculum = (("copy", 10, 4, 4), phase)
     with pytest.raises(ConfigError, match=r"synthetic.curriculum\[1\] is .*write \('copy', updates, shortest period"):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.attention", "flash", "model.attention is 'flash'; choose one of einsum, xla, cudnn"),
+        ("model.remat", "some", "model.remat is 'some'; choose one of none, dots, full"),
+        ("model.lora.rank", -1, "model.lora.rank is -1; it must be at least 0"),
+        ("model.lora.alpha", 0.0, "model.lora.alpha is 0.0; it must be greater than 0"),
+        ("model.lora.alpha", math.nan, "model.lora.alpha is nan"),
+        ("model.lora.targets", (), r"model.lora.targets is \(\); name one or more of q, k, v, o, gate, up, down"),
+        ("model.lora.targets", ("q", "query"), "'query'"),
+    ],
+)
+def test_settings_of_the_model_are_checked(config, field, value, message):
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
+def test_every_projection_may_have_adapters(config):
+    config.model.lora.targets = LoRA(rank=1, alpha=1.0).targets
+    validate(config)
 
 
 @pytest.mark.parametrize(

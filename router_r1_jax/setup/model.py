@@ -60,7 +60,7 @@ def random_model(config: ConfigDict, tokens: int) -> ModelConfig:
     """The model of `config.model.arch`, for a tokenizer with so many tokens. Raises ConfigError."""
     vocab_size = -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     try:
-        return model.from_arch(config.model.arch, vocab_size, dtype=config.model.dtype, remat=config.model.remat)
+        return model.from_arch(config.model.arch, vocab_size, dtype=config.model.dtype)
     except ValueError as error:
         raise ConfigError(f"model.arch.{error}") from error
 

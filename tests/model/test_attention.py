@@ -116,8 +116,6 @@ SHAPE = dict(vocab_size=8, num_layers=1, width=16, mlp=16, num_heads=2, num_kv_h
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": "flash"}, "attention is 'flash'; choose one of einsum, xla, cudnn"),
-        ({"remat": "some"}, "remat is 'some'; choose one of none, dots, full"),
         ({"attention": "cudnn", "dtype": "float32"}, "attention is 'cudnn' with dtype 'float32'; .* bfloat16"),
         ({"attention": "cudnn", "head_dim": 36}, "attention is 'cudnn' with head_dim 36; .* choose attention 'einsum'"),
         ({"attention": "cudnn", "head_dim": 264}, "attention is 'cudnn' with head_dim 264; .* up to 128"),

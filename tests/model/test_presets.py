@@ -112,6 +112,6 @@ def test_arch_of_a_configuration_comes_from_a_preset(name):
     assert json.loads(arch.to_json()) == arch.to_dict()
     assert not set(arch) & set(base_config().model)  # one of the two would be read by nobody
     config = preset(name)
-    assert from_arch(arch, 128_000, dtype="float32", remat="full") == config
+    assert from_arch(arch, 128_000, dtype="float32") == config
     with pytest.raises(ValueError, match="the tokenizer needs 152065"):
-        from_arch(arch, 152_065, dtype="float32", remat="full")
+        from_arch(arch, 152_065, dtype="float32")
