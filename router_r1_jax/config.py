@@ -11,15 +11,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
-from router_r1_jax.errors import UserError
+from router_r1_jax.errors import ConfigError as ConfigError
 
 SPLITS = ("train", "validation", "test")
 SYNTHETIC = "synthetic"  # the data set that the synthetic environment builds; prepared sets have other names
 PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
-
-
-class ConfigError(UserError, ValueError):
-    """A configuration that cannot run. The message names the field, the value and the fix."""
 
 
 def model_card(**fields: object) -> ConfigDict:

@@ -199,7 +199,7 @@ def planned_model(config: Any, vocab_size: int) -> ModelConfig:
     """The ModelConfig of `config.model`, without network: of a folder, of a hub name with a preset, or of `model.arch`.
 
     `vocab_size` is the size of the tokenizer's vocabulary, used if `model.arch` names none. Raises ConfigError or
-    ValueError for any other source, or a wrong setting.
+    WeightsError for any other source, or a wrong setting.
     """
     m, folder = config.model, Path(config.model.source).expanduser()
     if not m.source:
@@ -210,7 +210,7 @@ def planned_model(config: Any, vocab_size: int) -> ModelConfig:
         try:
             model = dataclasses.replace(lm.preset(m.source), dtype=m.dtype)
         except ValueError as error:
-            raise ValueError(f"model.source: {error}; download the checkpoint and name its folder") from error
+            raise ConfigError(f"model.source: {error}; download the checkpoint and name its folder") from error
     return with_settings(model, m)
 
 
@@ -233,12 +233,9 @@ def table(moments: dict[str, dict[str, int]], hbm_gb: float) -> str:
 def main(config: Any, devices: int, hbm_gb: float, prefix_tokens: int, vocab_size: int) -> int:
     """Print the memory plan of a configuration: does it fit? Returns the exit status. Raises ConfigError."""
     jax.config.update("jax_platforms", "cpu")  # a GPU may be busy with a run: take nothing from it
-    try:
-        mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        model = planned_model(config, vocab_size)
-        moments = plan(config, model, mesh, prefix_tokens)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    mesh = abstract_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    model = planned_model(config, vocab_size)
+    moments = plan(config, model, mesh, prefix_tokens)
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     abstract = lm.abstract_params(model, mesh)
     count, trained = lm.count_params(abstract), lm.count_params(lm.split_trainable(abstract)[0])

@@ -127,10 +127,7 @@ class Router:
                 f"rollout.replicas is {r.replicas} and rollout.tensor {r.tensor}; each replica takes rollout.tensor "
                 f"devices, of which this process has {len(devices)}, a multiple of rollout.tensor"
             )
-        try:
-            shapes = rollout.static_shapes(r, config.prompt.question_tokens)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        shapes = rollout.static_shapes(r, config.prompt.question_tokens)
         limits = episode_limits(config, replicas=wanted // r.tensor)
         self._engine = rollout.Engine(
             model, shapes, tokenizer, limits, driver=r.driver, devices=devices[:wanted], tensor=r.tensor

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from router_r1_jax.errors import ConfigError
 from router_r1_jax.model.config import AttentionName, ModelConfig
 from router_r1_jax.model.kv_cache import KV, Cache
 
@@ -29,11 +30,11 @@ MOST_BLOCKS = 8  # blocks of queries in one call; more would compile longer and 
 
 
 def check_attention(config: ModelConfig) -> None:
-    """Raise ValueError if this machine cannot run `config.attention`; ModelConfig itself checks everything else."""
+    """Raise ConfigError if this machine cannot run `config.attention`; ModelConfig itself checks everything else."""
     backend = jax.default_backend()
     if config.attention == "cudnn" and backend not in ("gpu", "cuda"):
-        raise ValueError(
-            f"attention is 'cudnn', which needs an NVIDIA GPU; this is {backend}: choose 'einsum' or 'xla'"
+        raise ConfigError(
+            f"model.attention is 'cudnn', which needs an NVIDIA GPU; this is {backend}: choose 'einsum' or 'xla'"
         )
 
 

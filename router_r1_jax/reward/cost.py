@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from router_r1_jax.errors import ConfigError
+
 _LOW, _HIGH = 0.05, 0.95  # quantiles of the window that count as cheap and expensive, from the published code
 FLAT = 1e-8  # costs whose spread is smaller count as equal
 NEUTRAL = 0.5  # cost component of equal costs, and of a cost that says nothing about the policy
@@ -120,21 +122,21 @@ class CostNormalizer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state()` returned.
 
-        Raises ValueError, with nothing changed, for a state that is damaged or belongs to another window.
+        Raises ConfigError, with nothing changed, for a state that is damaged or belongs to another window.
         """
         if set(state) != {"window", "sqrt_costs"}:
-            raise ValueError(f"the saved cost window has fields {sorted(state)}; they must be sqrt_costs and window")
+            raise ConfigError(f"the saved cost window has fields {sorted(state)}; they must be sqrt_costs and window")
         if state["window"] != self.window:
-            raise ValueError(
+            raise ConfigError(
                 f"the saved cost window is {state['window']} values long and this one {self.window}; "
                 f"set reward.window={state['window']} to continue that run"
             )
         values = [float(value) for value in state["sqrt_costs"]]
         if len(values) > self.window:
-            raise ValueError(f"the saved cost window of {self.window} holds {len(values)} sqrt_costs; it is damaged")
+            raise ConfigError(f"the saved cost window of {self.window} holds {len(values)} sqrt_costs; it is damaged")
         for value in values:
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"the saved cost window has {value} in sqrt_costs; each is finite and >= 0")
+                raise ConfigError(f"the saved cost window has {value} in sqrt_costs; each is finite and >= 0")
         self._arrived = deque(values)
         self._sorted = sorted(values)
 
@@ -154,14 +156,14 @@ def make_normalizer(window: int, frozen: Mapping[str, Any] | None = None) -> Cos
     """A normaliser with a new window, or with the window whose state is `frozen`, which costs no longer enter.
 
     Several policies are compared by the same frozen window. A window that slides would call the middle of any policy's
-    costs average. Raises ValueError for a frozen window that is damaged or holds no cost.
+    costs average. Raises ConfigError for a frozen window that is damaged or holds no cost.
     """
     if not frozen:
         return CostNormalizer(window)
     normalizer = CostNormalizer(frozen["window"])
     normalizer.restore(frozen)
     if not frozen["sqrt_costs"]:
-        raise ValueError("the saved cost window holds no sqrt_costs; nothing can be normalised by it")
+        raise ConfigError("the saved cost window holds no sqrt_costs; nothing can be normalised by it")
     normalizer.frozen = True
     return normalizer
 

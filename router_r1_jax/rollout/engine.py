@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from router_r1_jax.errors import ConfigError
 from router_r1_jax.model import ModelConfig, Params
 from router_r1_jax.rollout.episode import Episode, Prompt, PromptError, Respond
 from router_r1_jax.rollout.host_callback import EpisodeLimits, HostCallback
@@ -37,11 +38,11 @@ STOP_SECONDS = 1.0  # a stopped run waits this long for its replicas; one that i
 def static_shapes(rollout: Any, question_tokens: int) -> StaticShapes:
     """Static sizes from `config.rollout` and the longest question behind the shared prefix.
 
-    Raises ValueError if one turn makes a callback's argument larger than CALLBACK_BYTES. Questions and replies may be
+    Raises ConfigError if one turn makes a callback's argument larger than CALLBACK_BYTES. Questions and replies may be
     longer: they are the callback's result, which cannot deadlock.
     """
     if rollout.driver == "jit" and 4 * rollout.max_turn_tokens > CALLBACK_BYTES:
-        raise ValueError(
+        raise ConfigError(
             f"rollout.max_turn_tokens is {rollout.max_turn_tokens}; with rollout.driver 'jit' a turn has at most "
             f"{CALLBACK_BYTES // 4} tokens, as many as one callback carries: lower it, or set rollout.driver to 'host'"
         )

@@ -41,10 +41,7 @@ def open_model(config: ConfigDict, workdir: Path, environment: Environment | Non
     else:
         found = random_model(config, len(tokenizer))
     found = with_settings(found, m)
-    try:
-        model.check_attention(found)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from error
+    model.check_attention(found)
     return OpenedModel(mesh, tokenizer, found, initial)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from router_r1_jax.config import ConfigError, config_hash
+from router_r1_jax.config import config_hash
 from router_r1_jax.data.questions import QuestionIterator
 from router_r1_jax.distributed import multihost
 from router_r1_jax.learner import TrainState
@@ -93,10 +93,7 @@ class RunState:
                 f"note: step {step} was made with another configuration; going on with the present one"
             )
         self.iterator.restore(saved.run["data"])
-        try:
-            self.normalizer.restore(saved.run["cost_window"])
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self.normalizer.restore(saved.run["cost_window"])
         self.first_cost_window = saved.run["first_cost_window"]
         self.session.restore_pools(saved.run["pools"], step)
         self.alarms.restore(saved.run["alarms"])
