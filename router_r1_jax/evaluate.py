@@ -59,7 +59,7 @@ def main(config: ConfigDict, workdir: Path, checkpoint: str, compare: str, chang
         # The prices are those of the evaluated checkpoint's step, also for the baseline and the oracle.
         cards = at_step(pool_changes.change_models(session.cards, changes), weights.step or 0)
         pool_changes.check_candidates(settings.pool.candidates, cards, changes)
-        session.router.show(pool_changes.change_prompt_cards(cards, changes, config.seed))
+        session.router.cards = pool_changes.change_prompt_cards(cards, changes, config.seed)
         questions = session.questions(config.evaluation.split)[: config.evaluation.questions]
         other_name, other_records = read_evaluation(Path(compare).absolute(), questions) if compare else ("", [])
 

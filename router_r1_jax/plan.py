@@ -53,7 +53,8 @@ def plan(config: Any, model: ModelConfig, mesh: Mesh | AbstractMesh, prefix_toke
       mesh: the run's mesh, which may be abstract.
       prefix_tokens: tokens that all prompts share.
     """
-    layout, shapes = training_shapes(config, mesh)
+    layout = learner_layout(config, mesh)
+    shapes = static_shapes(config.rollout, config.prompt.question_tokens)
     prefix, tensor = len(lm.pad_prefix(range(prefix_tokens))), config.rollout.tensor
     params = lm.abstract_params(model, mesh)
     trainable, _ = lm.split_trainable(params)
@@ -84,12 +85,6 @@ def plan(config: Any, model: ModelConfig, mesh: Mesh | AbstractMesh, prefix_toke
         # The rollout drops its old copy first. A single device reads the learner's parameters in place.
         "weight sync": resident | {"weights on their way": 0 if mesh.size == 1 else weights},
     }
-
-
-def training_shapes(config: Any, mesh: Mesh | AbstractMesh) -> tuple[Layout, StaticShapes]:
-    """The compiled shapes of the learner's micro-batches and of the sampling loop, as training makes them."""
-    layout = learner_layout(config, mesh)
-    return layout, static_shapes(config.rollout, config.prompt.question_tokens)
 
 
 def stored_bytes(abstract: Params, *, at_least: int = 0) -> int:
@@ -241,7 +236,8 @@ def main(config: Any, devices: int, hbm_gb: float, prefix_tokens: int, vocab_siz
     count, trained = lm.count_params(abstract), lm.count_params(lm.split_trainable(abstract)[0])
     adapters = f" ({trained / 1e6:,.1f} M of them trained)" if model.lora else ""
     print(f"{count / 1e6:,.1f} M parameters{adapters}, {model.dtype}, remat {model.remat}; {devices} devices: {sizes}")
-    layout, shapes = training_shapes(config, mesh)
+    layout = learner_layout(config, mesh)
+    shapes = static_shapes(config.rollout, config.prompt.question_tokens)
     print(f"{rows_per_update(config)} rows per update in micro-batches: {layout}\n{shapes}\n")
     print(f"The busiest device, the one that also runs the rollout:\n\n{table(moments, hbm_gb)}")
     return 0 if max(sum(moment.values()) for moment in moments.values()) <= hbm_gb * GB else 2

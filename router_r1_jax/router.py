@@ -101,7 +101,7 @@ class Router:
     Attributes:
       config: the run's configuration.
       tokenizer: of the language model.
-      cards: the models that may be asked; `show` changes them.
+      cards: the models that prompts show; calls are accepted and charged by them. May be replaced between rollouts.
       template: text of the prompt template.
     """
 
@@ -148,10 +148,6 @@ class Router:
     def stop(self) -> None:
         """End the rollout that another thread is running, if there is one."""
         self._engine.stop()
-
-    def show(self, cards: Sequence[Card]) -> None:
-        """From now on prompts show these cards, and calls are accepted and charged by them."""
-        self.cards = tuple(cards)
 
     def draw_candidates(self, *seed: int) -> tuple[Card, ...]:
         """The cards as one batch of prompts shows them: selected, shuffled and renamed as the configuration says."""

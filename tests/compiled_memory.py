@@ -14,12 +14,12 @@ from router_r1_jax.config import base_config
 from router_r1_jax.distributed.mesh import RULES, make_mesh
 from router_r1_jax.learner import Learner, PolicyLoss, Row, abstract_state, make_optimizer
 from router_r1_jax.model import ModelConfig, Prefix, RouterLM, abstract_params, empty_cache, unroll
-from router_r1_jax.plan import training_shapes
+from router_r1_jax.rollout import static_shapes
 from router_r1_jax.rollout.decode_batch import empty_caches
 from router_r1_jax.rollout.row_state import empty_rows
 from router_r1_jax.rollout.step import Sampler, step
 from router_r1_jax.rollout.stop_tags import STOP_TAGS, build_automaton
-from router_r1_jax.training.policy_update import rows_per_update
+from router_r1_jax.training.policy_update import learner_layout, rows_per_update
 
 # Machine code is never run here: LLVM need not try at all. Buffers are assigned before it.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -60,7 +60,7 @@ def compiled_update(config, model, mesh, prefix_tokens):
         learning_rate=1e-6, warmup=2, total=9, decay=False, weight_decay=0.0, max_grad_norm=1.0
     )
     loss = PolicyLoss(clip_low=0.2, clip_high=0.2, kl_coef=0.001)
-    layout, _ = training_shapes(config, mesh)
+    layout = learner_layout(config, mesh)
     learner = Learner(model, optimizer, loss, mesh, abstract, layout=layout, chunk=config.learner.logit_chunk)
     batch = learner.place([0] * prefix_tokens, [Row([0], [0] * layout.lengths[-1])] * rows_per_update(config))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
@@ -70,7 +70,7 @@ def compiled_update(config, model, mesh, prefix_tokens):
 def compiled_step(config, model, prefix_tokens):
     """(arguments, all) of the step that both drivers of the rollout run, compiled as the engine compiles it."""
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    _, shapes = training_shapes(config, mesh)
+    shapes = static_shapes(config.rollout, config.prompt.question_tokens)
     params = jax.eval_shape(lambda p: unroll(p, model.num_layers), abstract_params(model, mesh))
     shared = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], empty_cache(model, 1, prefix_tokens)))
     number, key = Shape((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))

@@ -51,7 +51,7 @@ def main(config: ConfigDict, workdir: Path, only: str, tries: int) -> None:
             print("no episodes of the trained router on these questions: evaluate the run first to compare with it")
         # Baselines pay the prices that the trained router was evaluated with.
         session.cards = at_step(session.cards, trained[0]["step"] if trained else 0)
-        session.router.show(session.cards)
+        session.router.cards = session.cards
         resampling = {"resamples": config.evaluation.bootstrap, "seed": config.seed}
         policies: list[dict[str, Any]] = []
         if trained is not None:

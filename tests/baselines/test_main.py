@@ -124,12 +124,12 @@ def test_baselines_choose_and_pay_by_the_prices_of_a_step(tmp_path, monkeypatch)
         dataclasses.replace(card, price_changes=((0, *prices.get(card.key, (7.0, 11.0))), (3, 1.0, 1.0)))
         for card in CARDS
     )
-    shown, config = [], get_config()
+    config, router = get_config(), SimpleNamespace()
     session = SimpleNamespace(
         workdir=tmp_path,
         cards=cards,
         pool=WorldPool(),
-        router=SimpleNamespace(show=shown.append),
+        router=router,
         environment=None,
         questions=questions,
     )
@@ -139,7 +139,7 @@ def test_baselines_choose_and_pay_by_the_prices_of_a_step(tmp_path, monkeypatch)
     assert titan["raw_cost_per_question"] > 0  # 11 for each token written, and WorldPool counts 5 read ones
     assert titan["dollars_per_question"] == pytest.approx((7.0 * 5 + titan["raw_cost_per_question"]) / 1e6)
     assert largest["calls_share"]["Reel"] == 1.0
-    assert {card.key: (card.price_in, card.price_out) for card in shown[0]}["Reel"] == (8.0, 12.0)
+    assert {card.key: (card.price_in, card.price_out) for card in router.cards}["Reel"] == (8.0, 12.0)
 
 
 def test_records_depend_on_what_they_were_fitted_and_scored_with(tmp_path):
