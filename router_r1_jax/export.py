@@ -25,7 +25,7 @@ def main(config: ConfigDict, workdir: Path, folder: str, checkpoint: str) -> Non
         step = store.resolve(checkpoint)
         environment = open_environment(config, cards_from_config(config.pool))
         opened = open_model(config, workdir, environment, load_source=False)
-        params = store.restore_params(step, abstract_params(opened.config, opened.mesh))
+        params = store.restore(step, params=abstract_params(opened.config, opened.mesh))["params"]
     save_hf(folder, opened.config, params, opened.tokenizer)
     print(f"step {step} is exported to {folder}")
 

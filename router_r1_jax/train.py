@@ -115,7 +115,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             multihost.log_primary(f"going on from step {resume_step}")
             run.restore(store, resume_step, trainer.abstract_state())
             if keeps_reference:
-                reference = store.restore_params(store.first(), session.abstract_params)
+                reference = store.restore(store.first(), params=session.abstract_params)["params"]
 
         # ---- logging ------------------------------------------------------------------------------------------------
         writer, episodes_file = stack.enter_context(open_log(config, workdir, resume_step))

@@ -37,7 +37,7 @@ def assert_export_has_the_routers_logits(workdir, folder, step, **lora):
     environment = open_environment(config, cards_from_config(config.pool))
     mesh, _, model, _ = open_model(config, workdir, environment, load_source=False)
     with CheckpointStore(workdir / "checkpoints") as store:
-        params = store.restore_params(step, abstract_params(model, mesh))
+        params = store.restore(step, params=abstract_params(model, mesh))["params"]
     tokens = AutoTokenizer.from_pretrained(folder).encode("Titan knows films. Which river flows through Velmora?")
     assert len(tokens) > 5
     ours = RouterLM(model).apply({"params": params}, np.array([tokens], np.int32))

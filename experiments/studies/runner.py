@@ -188,7 +188,8 @@ def open_checkpoint(config: ConfigDict, workdir: Path) -> Iterator[Checkpoint]:
         CheckpointStore(workdir / "checkpoints", keep=None) as store,
         open_session(config, workdir, load_source=False) as session,
     ):
-        yield Checkpoint(session, store.restore_params(store.resolve("best"), session.abstract_params))
+        restored = store.restore(store.resolve("best"), params=session.abstract_params)
+        yield Checkpoint(session, restored["params"])
 
 
 def greedy_records(

@@ -79,7 +79,7 @@ class BaselineSuite:
         if self._checkpoints.exists():
             with CheckpointStore(self._checkpoints, keep=None) as store:
                 if (first := store.first()) is not None:
-                    return store.restore_params(first, session.abstract_params)
+                    return store.restore(first, params=session.abstract_params)["params"]
         writer = MetricsWriter(session.workdir / "baselines")
         params = add_adapters(session.model, warm_start(session, writer), session.mesh, self.config.seed)
         writer.close()

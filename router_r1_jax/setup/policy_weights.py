@@ -33,7 +33,7 @@ class PolicyWeights:
         if self.step is None:
             return session.initial_params(session.config.seed)
         with CheckpointStore(self.source, keep=None) as store:
-            return store.restore_params(self.step, session.abstract_params)
+            return store.restore(self.step, params=session.abstract_params)["params"]
 
 
 def find_policy_weights(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[ConfigDict, PolicyWeights]:
@@ -76,7 +76,7 @@ def first_cost_window(folder: str | Path) -> dict[str, Any] | None:
     """
     with CheckpointStore(folder, keep=None) as store:
         for step in (store.best(), store.latest()):
-            window = None if step is None else store.restore_run(step)["first_cost_window"]
+            window = None if step is None else store.restore(step, run=None)["run"]["first_cost_window"]
             if window and window["sqrt_costs"]:
                 return window
     return None

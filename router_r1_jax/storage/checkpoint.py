@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -32,14 +32,6 @@ _READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written, found or read. The message names the folder, what is wrong and the fix."""
-
-
-class Restored(NamedTuple):
-    """One checkpoint in memory: arrays in their target shardings, and the `run` dict as it was saved."""
-
-    params: PyTree
-    train: PyTree
-    run: dict[str, Any]
 
 
 def quiet_orbax() -> None:
@@ -75,7 +67,7 @@ class CheckpointStore(contextlib.AbstractContextManager):
     """The checkpoints of one run, in `directory`. A context manager; all processes make the same calls.
 
     `keep` is the number of latest steps that stay beside the first and the best. None opens the store for reading:
-    nothing is created, cleaned or deleted, so a run that still writes there is not disturbed, and `save` is refused.
+    nothing is created, cleaned or deleted, so a run that still writes there is not disturbed.
 
     Every method first waits for the save in flight, and raises CheckpointError if that save failed.
     """
@@ -112,8 +104,6 @@ class CheckpointStore(contextlib.AbstractContextManager):
         The caller may donate or change everything as soon as this returns. `run` holds JSON types only. A higher
         `metric` is better; None or NaN means that this step was not validated.
         """
-        if self.keep is None:
-            raise CheckpointError(f"{self.directory}: opened for reading, step {step} is not saved; pass keep")
         if step in self._steps_on_disk():
             raise CheckpointError(f"{self.directory}: step {step} exists; go on from the last, or name another folder")
         run = json.loads(json.dumps(run))  # a copy: Orbax writes it later, in a thread, while the run changes its dict
@@ -170,21 +160,26 @@ class CheckpointStore(contextlib.AbstractContextManager):
             raise CheckpointError(f"{self.directory}: no checkpoint {spec!r}; choose {choices}")
         return step
 
-    def restore(self, step: int, *, abstract_params: PyTree, abstract_train: PyTree) -> Restored:
-        """The whole checkpoint of `step`, in the shapes, dtypes and shardings of the trees of jax.ShapeDtypeStruct.
+    def restore(self, step: int, **abstract: PyTree) -> dict[str, PyTree]:
+        """The named parts of `step`: `params`, `train` or `run`, or several of them.
 
-        The mesh may differ from the one that saved. Raises CheckpointError if the shapes differ or a file is damaged.
+        Arrays come in the shapes, dtypes and shardings of the given trees of jax.ShapeDtypeStruct; the mesh may differ
+        from the one that saved. `run=None` asks for the `run` dict. Raises CheckpointError if the shapes differ or a
+        file is damaged.
         """
-        state = self._load(step, {"params": abstract_params, "train": abstract_train, "run": None})
-        return Restored(state["params"], state["train"], state["run"])
-
-    def restore_params(self, step: int, abstract_params: PyTree) -> PyTree:
-        """Only the parameters of `step`, e.g. for evaluation or as the reference policy; otherwise like `restore`."""
-        return self._load(step, {"params": abstract_params})["params"]
-
-    def restore_run(self, step: int) -> dict[str, Any]:
-        """Only the `run` dict of `step`; otherwise like `restore`."""
-        return self._load(step, {"run": None})["run"]
+        folder = self.directory / str(self.resolve(step))
+        try:
+            # The shapes are compared first, because Orbax's message for a tree that does not fit fills the screen.
+            index = self._checkpointer.load_checkpointables(step, {"index": None})["index"]
+            difference = _first_difference(index["shapes"], abstract)
+            if difference is None:
+                return self._checkpointer.load_checkpointables(step, abstract)
+        except _READ_ERRORS as error:
+            others = [other for other in self.steps() if other != step]
+            fix = f"fall back to step {others[-1]}" if others else "start a new run"
+            message = f"{folder}: cannot be read ({_cause(error)}); if it is damaged, remove it to {fix}"
+            raise CheckpointError(message) from error
+        raise CheckpointError(f"{folder}: {difference}; use the model and learner settings it was saved with")
 
     def _steps_on_disk(self) -> dict[int, float | None]:
         """Step -> metric, after the save in flight is on disk too."""
@@ -202,21 +197,6 @@ class CheckpointStore(contextlib.AbstractContextManager):
             return self._checkpointer.load_checkpointables(step, {"index": None})["index"]["metric"]
         except _READ_ERRORS:
             return None
-
-    def _load(self, step: int, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
-        folder = self.directory / str(self.resolve(step))
-        try:
-            # The shapes are compared first, because Orbax's message for a tree that does not fit fills the screen.
-            index = self._checkpointer.load_checkpointables(step, {"index": None})["index"]
-            difference = _first_difference(index["shapes"], abstract)
-            if difference is None:
-                return self._checkpointer.load_checkpointables(step, abstract)
-        except _READ_ERRORS as error:
-            others = [other for other in self.steps() if other != step]
-            fix = f"fall back to step {others[-1]}" if others else "start a new run"
-            message = f"{folder}: cannot be read ({_cause(error)}); if it is damaged, remove it to {fix}"
-            raise CheckpointError(message) from error
-        raise CheckpointError(f"{folder}: {difference}; use the model and learner settings it was saved with")
 
     def _raise_failed_save(self, error: Exception) -> NoReturn:
         # Orbax's list already lacks the failed step and the steps that it was to replace. The disk has the truth.
@@ -246,7 +226,7 @@ def _shapes(tree: PyTree) -> dict[str, list[int]]:
 
 def _first_difference(saved: Mapping[str, list[int]], abstract: Mapping[str, PyTree]) -> str | None:
     """The first difference between the shapes on disk and the requested ones; None if they agree."""
-    wanted = _shapes({name: tree for name, tree in abstract.items() if name != "run"})
+    wanted = _shapes(abstract)
     there = {path: shape for path, shape in saved.items() if path.split("/")[0] in abstract}
     for path in [*wanted, *there]:
         if wanted.get(path) != there.get(path):

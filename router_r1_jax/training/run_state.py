@@ -87,17 +87,18 @@ class RunState:
 
     def restore(self, store: CheckpointStore, step: int, abstract: TrainState) -> None:
         """Become the run that checkpoint `step` holds."""
-        saved = store.restore(step, abstract_params=abstract.params, abstract_train=_train_tree(abstract))
-        if saved.run["config"] != config_hash(self.session.config):
+        saved = store.restore(step, params=abstract.params, train=_train_tree(abstract), run=None)
+        host = saved["run"]
+        if host["config"] != config_hash(self.session.config):
             multihost.log_primary(
                 f"note: step {step} was made with another configuration; going on with the present one"
             )
-        self.iterator.restore(saved.run["data"])
-        self.normalizer.restore(saved.run["cost_window"])
-        self.first_cost_window = saved.run["first_cost_window"]
-        self.session.restore_pools(saved.run["pools"], step)
-        self.alarms.restore(saved.run["alarms"])
-        self.advance(TrainState(saved.params, **saved.train), step, self.record_host_state())
+        self.iterator.restore(host["data"])
+        self.normalizer.restore(host["cost_window"])
+        self.first_cost_window = host["first_cost_window"]
+        self.session.restore_pools(host["pools"], step)
+        self.alarms.restore(host["alarms"])
+        self.advance(TrainState(saved["params"], **saved["train"]), step, self.record_host_state())
         self.saved_step = step
 
     @contextmanager
