@@ -158,22 +158,16 @@ def _run_guarded(call: Callable[[], Any], exit_process: Callable[[int], Any]) ->
     """Run `call`; print an error that a user can act on as one line, and exit with a status."""
     try:
         call()
-    except UserError as error:
-        _fail(error)
-    except (AttributeError, LookupError, TypeError, OSError) as error:
-        refusal = _refused_config(error, sys.argv) or _failed_file(error)
-        if refusal is None:
+    except (UserError, AttributeError, LookupError, TypeError, OSError) as error:
+        message = error if isinstance(error, UserError) else _refused_config(error, sys.argv) or _failed_file(error)
+        if message is None:
             raise
-        _fail(refusal)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         # All files are closed and the simulated models' server has ended. Freeing JAX's programs would take seconds.
         exit_process(130)
-
-
-def _fail(message: object) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(1)
 
 
 def parse_flags(argv: list[str], values: absl_flags.FlagValues = FLAGS) -> list[str]:
@@ -234,8 +228,6 @@ def _failed_file(error: BaseException) -> str | None:
         return None
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}; free space or correct the path, then run again"
-    if error.strerror != os.strerror(error.errno):  # the package's writers put path and fix into the text
-        return error.strerror
     if error.errno in DISK_ERRORS and "workdir" in FLAGS:
         return f"{FLAGS['workdir'].value}: {error.strerror}; free space there, then run again"
     return None

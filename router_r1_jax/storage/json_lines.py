@@ -26,7 +26,7 @@ class BrokenFileError(UserError, ValueError):
 def replace_file(path: Path, content: bytes) -> None:
     """Write a whole file. After a crash or on a full disk, either the old file or the new one is there, never a half.
 
-    Raises OSError that names the path and the fix.
+    Raises OSError that names the path.
     """
     fresh = path.with_name(path.name + ".new")
     try:
@@ -34,8 +34,7 @@ def replace_file(path: Path, content: bytes) -> None:
         fresh.replace(path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
-        message = f"cannot be written ({error.strerror}); free space there and start again"
-        raise OSError(error.errno, f"{path}: {message}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class JsonLines(AbstractContextManager):
@@ -64,8 +63,7 @@ class JsonLines(AbstractContextManager):
                 data = data[self._file.write(data) :]
         except OSError as error:
             self._file.truncate(size)  # if the caller goes on, it must not append to half a line
-            message = f"cannot append ({error.strerror}); free space there and start again to resume"
-            raise OSError(error.errno, f"{self.path}: {message}") from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Close the file."""

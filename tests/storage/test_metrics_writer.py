@@ -117,7 +117,7 @@ def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "metrics.jsonl: cannot append (File too large)" in done.stderr
+    assert f"File too large: '{tmp_path}/metrics.jsonl'" in done.stderr
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
