@@ -9,21 +9,15 @@ def list_commands() -> dict[str, str]:
     commands = {}
     package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        if path == Path(__file__) or not any(_calls_launch(node) for node in tree.body):
+        source = path.read_text()
+        if "\n    launch(" not in source:
             continue
-        main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+        main = next(
+            node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "main"
+        )
         name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__main__")
         commands[name] = " ".join((ast.get_docstring(main) or "").split()).partition(". ")[0].removesuffix(".") + "."
     return commands
-
-
-def _calls_launch(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.If)
-        and ast.unparse(node.test) == "__name__ == '__main__'"
-        and "launch(" in ast.unparse(node)
-    )
 
 
 if __name__ == "__main__":
