@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,7 +13,9 @@ from router_r1_jax.config import ConfigError
 from router_r1_jax.distributed import multihost
 from router_r1_jax.distributed.mesh import make_mesh
 from router_r1_jax.model import ModelConfig, Params
-from router_r1_jax.setup.environment import Environment
+
+if TYPE_CHECKING:
+    from router_r1_jax.setup.environment import SyntheticEnvironment
 
 VOCABULARY_MULTIPLE = 64  # a random model's vocabulary is rounded up to it, so that it divides over devices
 
@@ -27,7 +29,9 @@ class OpenedModel(NamedTuple):
     initial: Params | None
 
 
-def open_model(config: ConfigDict, workdir: Path, environment: Environment | None, *, load_source: bool) -> OpenedModel:
+def open_model(
+    config: ConfigDict, workdir: Path, environment: "SyntheticEnvironment | None", *, load_source: bool
+) -> OpenedModel:
     """Open mesh, tokenizer and model; `load_source` also reads the weights of model.source. Raises ConfigError."""
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -62,7 +66,9 @@ def random_model(config: ConfigDict, tokens: int) -> ModelConfig:
         raise ConfigError(f"model.arch.{error}") from error
 
 
-def _load_tokenizer(config: ConfigDict, workdir: Path, environment: Environment | None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(
+    config: ConfigDict, workdir: Path, environment: "SyntheticEnvironment | None"
+) -> PreTrainedTokenizerBase:
     """The configured tokenizer; if none is named, one trained on the synthetic world and kept in the workdir."""
     if source := config.model.tokenizer or config.model.source:
         field = "model.tokenizer" if config.model.tokenizer else "model.source"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 from jax.sharding import Mesh
@@ -25,9 +25,12 @@ from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.ledger import Ledger, spent_dollars
 from router_r1_jax.pool.pool import Pool
 from router_r1_jax.router import Router
-from router_r1_jax.setup.environment import Environment, open_environment
+from router_r1_jax.setup.environment import open_environment
 from router_r1_jax.setup.model import open_model
 from router_r1_jax.storage.json_lines import replace_file
+
+if TYPE_CHECKING:
+    from router_r1_jax.setup.environment import SyntheticEnvironment
 
 LEDGER = "ledger.jsonl"
 DATA_FILE = "data.json"  # which questions were sampled from each data set
@@ -46,7 +49,7 @@ class Session:
     model: ModelConfig
     abstract_params: Params
     datasets: Mapping[str, Path]  # name of the data set -> its folder
-    environment: Environment | None
+    environment: "SyntheticEnvironment | None"
     pool: Pool
     router: Router
     _initial: Params | None

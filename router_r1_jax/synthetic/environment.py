@@ -19,7 +19,7 @@ from router_r1_jax.training.supervised import Phase
 
 
 class SyntheticEnvironment:
-    """A world and the cards of the models that are simulated in it; implements `setup.environment.Environment`."""
+    """A world and the cards of the models that are simulated in it."""
 
     decompose = staticmethod(by_pattern)
 
