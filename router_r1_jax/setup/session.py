@@ -6,10 +6,10 @@ provider. The process ends with the session.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -39,7 +39,7 @@ EMPTY_POOL: dict[str, Any] = {"ledger": {}, "ledger_size": 0}
 
 @dataclasses.dataclass
 class Session:
-    """The opened parts. A context manager that closes the pool and the simulated models' server."""
+    """The opened parts."""
 
     config: ConfigDict
     workdir: Path
@@ -53,15 +53,8 @@ class Session:
     pool: Pool
     router: Router
     _initial: Params | None
-    _closing: ExitStack
     _former: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # see `restore_pools`; process 0 only
     spent: float = 0.0  # dollars that all processes have paid, as of the last `pool_states`
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._closing.__exit__(*exception)
 
     def questions(self, split: str) -> list[QuestionRecord]:
         """The questions that the configuration chooses for a split; <workdir>/data.json says which were sampled."""
@@ -113,10 +106,12 @@ class Session:
         return init_params(self.model.base, self.mesh, seed)
 
 
-def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Session:
-    """Open everything; `load_source` also reads the weights of model.source (an evaluation restores a checkpoint).
+@contextmanager
+def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Iterator[Session]:
+    """Open everything, and at the end close the pool and the simulated models' server.
 
-    Raises ConfigError, DataError or PoolError, with what to mend, before anything is computed.
+    `load_source` also reads the weights of model.source (an evaluation restores a checkpoint). Raises ConfigError,
+    DataError or PoolError, with what to mend, before anything is computed.
     """
     cards = cards_from_config(config.pool)
     environment = open_environment(config, cards)
@@ -125,14 +120,14 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
         if environment is not None:
             datasets[SYNTHETIC] = environment.prepare_dataset(Path(config.data.dir or workdir / "data"))
     opened = open_model(config, workdir, environment, load_source=load_source)
-    with ExitStack() as opening:
+    with ExitStack() as stack:
         shared = _share_of_limits(config, jax.process_count())
         if config.synthetic.simulate_models:
-            opening.enter_context(environment.serve(shared.pool))
-        pool = opening.enter_context(_open_pool(shared.pool, workdir, cards))
+            stack.enter_context(environment.serve(shared.pool))
+        pool = stack.enter_context(_open_pool(shared.pool, workdir, cards))
         pool.check()
         router = Router(shared, opened.config, opened.tokenizer, cards, pool, opened.mesh)
-        return Session(
+        yield Session(
             config=config,
             workdir=workdir,
             mesh=opened.mesh,
@@ -145,7 +140,6 @@ def open_session(config: ConfigDict, workdir: Path, *, load_source: bool) -> Ses
             pool=pool,
             router=router,
             _initial=opened.initial,
-            _closing=opening.pop_all(),
         )
 
 
