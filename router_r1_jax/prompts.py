@@ -4,28 +4,19 @@ The question comes last, so that the prompts of a batch share everything before 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
 from router_r1_jax.config import ConfigError
+from router_r1_jax.pool.cards import Card
 from router_r1_jax.protocol import THINK, neutralize, open_tag
 
 _PLACEHOLDER = re.compile(r"\{(cards|table|descriptions|max_calls|question)\}")
 _OPENED_THOUGHT = re.compile(rf"{re.escape(open_tag(THINK))}\s*$")
-
-
-class PromptCard(Protocol):
-    """The facts that a prompt states of a model: dollars per million output tokens, seconds, scores in [0, 1]."""
-
-    name: str
-    price_out: float
-    latency: float | None
-    performance: Mapping[str, float]
-    description: str
 
 
 def load_template(name_or_path: str) -> str:
@@ -59,7 +50,7 @@ def score_text(score: float) -> str:
     return f"{100 * score:.0f}"
 
 
-def card_line(card: PromptCard) -> str:
+def card_line(card: Card) -> str:
     """One model in one line, scores in percent: "film 97 music 16 : Titan ; price 12 latency 0.06".
 
     A latency or score that is unknown is left out. The scores come directly before the name, so that the name follows
@@ -82,7 +73,7 @@ class TableLine(NamedTuple):
         return "- " + " ".join(f"{self.label} {value} {name}" for value, name in self.entries)
 
 
-def card_table(cards: Sequence[PromptCard]) -> list[TableLine]:
+def card_table(cards: Sequence[Card]) -> list[TableLine]:
     """The cards' scores by topic, then the prices and latencies. Descriptions are left out.
 
     A topic stands directly before each value, and the value directly before the name. To look up a topic's value and
@@ -98,7 +89,7 @@ def card_table(cards: Sequence[PromptCard]) -> list[TableLine]:
     return [*lines, TableLine("latency", known)] if known else lines
 
 
-def looked_up(template: str, topic: str, card: PromptCard) -> tuple[str, str]:
+def looked_up(template: str, topic: str, card: Card) -> tuple[str, str]:
     """A topic's score as the template's cards state it, and the name that follows: (" film 97 :", " Titan").
 
     If the template has a table, no colon stands in between.
@@ -107,12 +98,12 @@ def looked_up(template: str, topic: str, card: PromptCard) -> tuple[str, str]:
     return f" {topic} {score_text(card.performance[topic])}{colon}", f" {card.name}"
 
 
-def description_line(card: PromptCard) -> str:
+def description_line(card: Card) -> str:
     """One model in one line, in words: "Titan: knows films and music". Only the name if there is no description."""
     return f"{card.name}: {card.description}" if card.description else card.name
 
 
-def render(template: str, cards: Sequence[PromptCard], question: str, max_calls: int) -> str:
+def render(template: str, cards: Sequence[Card], question: str, max_calls: int) -> str:
     """The text of the prompt. All values are inserted in one pass, so braces in a question or a card mean nothing.
 
     A question is external text. Its tags and special tokens are neutralised, because `<|im_end|>` in a question would

@@ -30,7 +30,7 @@ ALLOWED = {
     "learner": "distributed errors model",
     "rollout": "distributed errors model protocol",
     "reward": "errors protocol",
-    "prompts": "config protocol",
+    "prompts": "config pool protocol",
     "pool": "config errors launcher protocol",
     "data": "config errors protocol storage",
     "router": "config data distributed model pool prompts rollout reward",

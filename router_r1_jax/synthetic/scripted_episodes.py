@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from router_r1_jax import prompts, protocol
-from router_r1_jax.prompts import PromptCard
+from router_r1_jax.pool.cards import Card
 from router_r1_jax.synthetic.world import Question, World, claim, query_text
 
 Pieces = list[tuple[str, bool]]
 
 
 def scripted_episode(
-    question: Question, world: World, candidates: Sequence[PromptCard], rng: np.random.Generator, *, template: str
+    question: Question, world: World, candidates: Sequence[Card], rng: np.random.Generator, *, template: str
 ) -> Pieces:
     """The response to a question: the router thinks, calls, gets a reply, and so on, and at last answers.
 
@@ -43,7 +43,7 @@ def scripted_episode(
     return pieces
 
 
-def recited_cards(candidates: Sequence[PromptCard], rng: np.random.Generator, count: int, *, template: str) -> Pieces:
+def recited_cards(candidates: Sequence[Card], rng: np.random.Generator, count: int, *, template: str) -> Pieces:
     """`count` texts such as " film 97 : Titan", with random cards and random domains. The domain is given.
 
     This is what a think segment says of a model after the domain. An episode looks up one or two models only.
@@ -57,7 +57,7 @@ def recited_cards(candidates: Sequence[PromptCard], rng: np.random.Generator, co
     return pieces
 
 
-def recited_lines(candidates: Sequence[PromptCard], rng: np.random.Generator, *, lines: int, count: int) -> Pieces:
+def recited_lines(candidates: Sequence[Card], rng: np.random.Generator, *, lines: int, count: int) -> Pieces:
     """`lines` random lines of the candidates' table, and `count` of their entries. The names are to be said.
 
     This exercise in reading can be as short as one line of two models. Prices and latencies are among its lines only if

@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from router_r1_jax import prompts
+from router_r1_jax.pool.cards import Card
 from router_r1_jax.synthetic.scripted_episodes import scripted_episode
 from router_r1_jax.synthetic.world import SPLITS, World
 
@@ -42,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path) -> None:
     ).save_pretrained(folder)
 
 
-def corpus(world: World, cards: Sequence[prompts.PromptCard], template: str, max_calls: int) -> Iterator[str]:
+def corpus(world: World, cards: Sequence[Card], template: str, max_calls: int) -> Iterator[str]:
     """Texts for the world's tokenizer: those of the world, a prompt, scripted episodes, names and scores."""
     yield from world.texts()
     rng = np.random.default_rng(0)
