@@ -42,7 +42,7 @@ from router_r1_jax.reward import make_normalizer
 from router_r1_jax.setup.policy_weights import PolicyWeights, find_policy_weights, fingerprint, first_cost_window
 from router_r1_jax.setup.session import Session, open_session
 from router_r1_jax.storage.checkpoint import CheckpointStore
-from router_r1_jax.storage.json_lines import EPISODES_FOLDER, EpisodeWriter, replace_file
+from router_r1_jax.storage.json_lines import EPISODES_FOLDER, replace_file, write_episodes
 from router_r1_jax.storage.metrics_writer import read_metrics
 
 
@@ -170,9 +170,7 @@ def answer_as(
                     on_episode=lambda _, bar=bar: bar.update(),
                 )
         if multihost.is_primary():
-            writer = EpisodeWriter(folder, f"{config.evaluation.split}_{name}")
-            writer.write(records[sampling.name])
-            writer.close()
+            write_episodes(folder, f"{config.evaluation.split}_{name}", records[sampling.name])
     return Policy(weights, bits, records["greedy"], records.get("samples", []))
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from router_r1_jax.evaluation.episode_records import Record
 from router_r1_jax.pool.outcomes import Outcome, Reply
 from router_r1_jax.rollout import Episode
-from router_r1_jax.storage.json_lines import EPISODES_FOLDER, EpisodeWriter, JsonLines, read_lines
+from router_r1_jax.storage.json_lines import EPISODES_FOLDER, JsonLines, read_lines, write_episodes
 
 FOLDER = "evaluation"
 
@@ -48,9 +48,7 @@ def measured_once(
     records = read_lines(workdir / EPISODES_FOLDER / f"{name}.jsonl")
     if [(r["id"], r.get("made_with")) for r in records] != [(question, made_with) for question in ids]:
         records = [record | {"made_with": made_with} for record in measure()]
-        writer = EpisodeWriter(workdir, name)
-        writer.write(records)
-        writer.close()
+        write_episodes(workdir, name, records)
     return records
 
 

@@ -73,13 +73,6 @@ class JsonLines(AbstractContextManager):
         self.close()
 
 
-class EpisodeWriter(JsonLines):
-    """Appends episodes to `<workdir>/episodes/<name>.jsonl`. `resume_step` works as in `MetricsWriter`."""
-
-    def __init__(self, workdir: str | Path, name: str, *, resume_step: int | None = None) -> None:
-        super().__init__(Path(workdir) / EPISODES_FOLDER / f"{name}.jsonl", keep=up_to_step(resume_step))
-
-
 def up_to_step(resume_step: int | None) -> Callable[[Record], bool]:
     """A test whether a line stays in the file of a run that resumes from this step. If it is None, no line stays.
 
@@ -108,6 +101,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise BrokenFileError(f"{path}, line {number} is {line[:40]!r}, not a JSON object; delete that line")
         records.append(record)
     return records
+
+
+def write_episodes(workdir: Path, name: str, records: Iterable[Record]) -> None:
+    """Write `<workdir>/episodes/<name>.jsonl` as a whole. Raises OSError that names the path."""
+    path = workdir / EPISODES_FOLDER / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, _encode(records))
 
 
 def read_episodes(workdir: str | Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from router_r1_jax.distributed import multihost
 from router_r1_jax.evaluation.episode_records import Record, make_records, summarise
 from router_r1_jax.router import RolloutBatch, concat_batches
 from router_r1_jax.setup.session import Session
-from router_r1_jax.storage.json_lines import EpisodeWriter, replace_file
+from router_r1_jax.storage.json_lines import EPISODES_FOLDER, JsonLines, replace_file, up_to_step
 from router_r1_jax.storage.metrics_writer import MetricsWriter
 from router_r1_jax.training.rollouts import Round
 
@@ -24,17 +24,17 @@ TIMELINE_FILE = "rollout.json"
 @contextmanager
 def open_log(
     config: ConfigDict, workdir: Path, resume_step: int | None
-) -> Iterator[tuple[MetricsWriter | multihost.NullWriter, EpisodeWriter | multihost.NullWriter]]:
+) -> Iterator[tuple[MetricsWriter | multihost.NullWriter, JsonLines | multihost.NullWriter]]:
     """Write config.json; open metrics.jsonl and episodes/train.jsonl. Process 0 writes, the others write nothing."""
     if not multihost.is_primary():
         yield multihost.NullWriter(), multihost.NullWriter()
         return
     settings = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
     replace_file(workdir / "config.json", settings.encode())
-    c = config.logging
+    c, episodes_file = config.logging, workdir / EPISODES_FOLDER / "train.jsonl"
     with (
         closing(MetricsWriter(workdir, tensorboard=c.tensorboard, wandb=c.wandb, resume_step=resume_step)) as metrics,
-        closing(EpisodeWriter(workdir, "train", resume_step=resume_step)) as episodes,
+        closing(JsonLines(episodes_file, keep=up_to_step(resume_step))) as episodes,
     ):
         yield metrics, episodes
 

@@ -25,7 +25,7 @@ from router_r1_jax.evaluation.episode_cache import digest
 from router_r1_jax.model import ModelConfig, abstract_params, init_params, lora_from
 from router_r1_jax.model.lora import split_trainable
 from router_r1_jax.pool.outcomes import Outcome, PoolError, Reply
-from router_r1_jax.storage.json_lines import EpisodeWriter
+from router_r1_jax.storage.json_lines import write_episodes
 from router_r1_jax.storage.metrics_writer import MissingExtraError
 
 NAMES = ("direct", "prompt only", "fine-tuned", "random", "knn*", "classifier*", "oracle of one call")
@@ -108,9 +108,7 @@ def assert_same_leaves(tree, other):
 
 
 def test_the_trained_router_is_compared_on_some_of_the_questions_that_it_answered(tmp_path):
-    writer = EpisodeWriter(tmp_path, "test_trained")
-    writer.write([{"id": name, "em": 1.0} for name in "abc"])
-    writer.close()
+    write_episodes(tmp_path, "test_trained", [{"id": name, "em": 1.0} for name in "abc"])
     asked = [SimpleNamespace(id=name) for name in "ca"]
     assert [r["id"] for r in baselines.trained_records(tmp_path, "test", asked)] == ["c", "a"]
     assert baselines.trained_records(tmp_path, "test", [*asked, SimpleNamespace(id="d")]) is None

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from router_r1_jax.evaluation.aggregates import METRICS
-from router_r1_jax.storage.json_lines import EpisodeWriter
+from router_r1_jax.storage.json_lines import write_episodes
 from router_r1_jax.storage.metrics_writer import MetricsWriter
 
 PRICES = {"Aria": 0.3, "Boreal": 0.2, "Corvid": 0.9, "Dune": 0.25, "Titan": 6.0}  # dollars per million tokens
@@ -196,7 +196,6 @@ def write_run(workdir, questions=40):
         writer.write(line["step"], {key: value for key, value in line.items() if key != "step"})
     writer.close()
     for policy, step, skill in (("warm start", 0, 0.3), ("trained", 120, 0.85)):
-        episodes = EpisodeWriter(workdir, policy.replace(" ", "_"))
-        episodes.write(fake_episode(rng, number, policy, step, skill) for number in range(questions))
-        episodes.close()
+        episodes = (fake_episode(rng, number, policy, step, skill) for number in range(questions))
+        write_episodes(workdir, policy.replace(" ", "_"), episodes)
     (workdir / "config.json").write_text(json.dumps({"seed": 0, "reward": {"alpha": 0.0, "preset": "official"}}))
