@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from router_r1_jax import report
 from router_r1_jax.config import config_hash
@@ -150,25 +149,20 @@ def answer_as(
         if sampling != GREEDY:
             policy += ", sampled"
         key = episodes_key(config, session.router.cards, questions, sampling, bits)
-        total, quiet = len(questions) * sampling.num_generations, not multihost.is_primary()
         with EpisodeCache(session.workdir, name, key, jax.process_index()) as cache:
             if len(cache):
                 multihost.log_primary(f"{policy}: {len(cache)} episodes are on disk already, in {cache.path}")
-            with tqdm(total=total, desc=policy, unit="episode", dynamic_ncols=True, disable=quiet) as bar:
-                records[sampling.name] = answer_questions(
-                    config,
-                    session.router,
-                    questions,
-                    num_generations=sampling.num_generations,
-                    temperature=sampling.temperature,
-                    seed_of_batch=lambda start, stream=sampling.stream: (config.seed, 0, stream, start),
-                    step=weights.step or 0,
-                    split=config.evaluation.split,
-                    policy=policy,
-                    normalizer=make_normalizer(config.reward.window, frozen=cost_window),
-                    cache=cache,
-                    on_episode=lambda _, bar=bar: bar.update(),
-                )
+            records[sampling.name] = answer_questions(
+                session.router,
+                questions,
+                sampling=sampling,
+                step=weights.step or 0,
+                split=config.evaluation.split,
+                policy=policy,
+                normalizer=make_normalizer(config.reward.window, frozen=cost_window),
+                cache=cache,
+                progress=multihost.is_primary(),
+            )
         if multihost.is_primary():
             write_episodes(folder, f"{config.evaluation.split}_{name}", records[sampling.name])
     return Policy(weights, bits, records["greedy"], records.get("samples", []))

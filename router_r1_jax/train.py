@@ -173,9 +173,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             try:
                 interrupts.release()
                 if validates(config, step):
-                    validation_metrics, records = validate(
-                        config, session, validation_questions, run.first_cost_window, step
-                    )
+                    validation_metrics, records = validate(session, validation_questions, run.first_cost_window, step)
                     run.update_ledger_sums()
                     metrics |= validation_metrics
                     validation_reward = validation_metrics["val/reward/total"]

@@ -144,8 +144,8 @@ def test_a_named_score_is_compared_with_the_cards_in_the_prompt(studies, world_a
 class Silent:
     """A router that answers nothing, and counts the questions."""
 
-    def __init__(self):
-        self.asked = 0
+    def __init__(self, config):
+        self.config, self.asked = config, 0
 
     def answer(self, questions, *, num_generations, **_):
         self.asked += len(questions)
@@ -158,7 +158,7 @@ def test_episodes_are_measured_once_for_each_checkpoint_and_variant(studies, wor
     config = runpy.run_path(str(Path(__file__).parent / "tiny_config.py"))["get_config"]()
     asked = [QuestionRecord(q.id, "synthetic", q.text, q.golds, 1, (), ()) for q in world.questions("test")[:3]]
     session = SimpleNamespace(config=config, workdir=tmp_path, cards=cards, pool=None)
-    router = Silent()
+    router = Silent(config)
 
     def records(weight, **overrides):
         checkpoint = runner["Checkpoint"](session, {"w": np.full(3, weight, np.float32)})

@@ -73,9 +73,10 @@ def test_validation_meets_several_candidates_where_they_are_drawn(shown, batches
         episodes = [Episode(i, prompt=(), stop="answer", text="<answer> no </answer>") for i in range(len(asked))]
         return RolloutBatch(asked, episodes, 1, (), 0, np.ones(len(asked), bool), None)
 
-    session = SimpleNamespace(router=SimpleNamespace(answer=answer), cards=())
+    router = SimpleNamespace(config=config, answer=answer)
+    session = SimpleNamespace(config=config, router=router, cards=())
     window = CostNormalizer(config.reward.window).state()
-    figures, records = validate(config, session, questions, window, step=5)
+    figures, records = validate(session, questions, window, step=5)
     assert sizes == batches and len(set(seeds)) == len(batches)
     assert [record["id"] for record in records] == [str(i) for i in range(20)] and figures["val/em"] == 0
 

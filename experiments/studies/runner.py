@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from router_r1_jax.config_checks import validate
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.evaluation.answering import GREEDY, answer_questions
+from router_r1_jax.evaluation.answering import answer_questions
 from router_r1_jax.evaluation.cache_key import records_key
 from router_r1_jax.evaluation.episode_cache import measured_once
 from router_r1_jax.evaluation.episode_records import Record, summarise
@@ -201,10 +201,8 @@ def greedy_records(
 
     def measure() -> list[Record]:
         return answer_questions(
-            config,
             checkpoint.router(variant),
             questions,
-            seed_of_batch=lambda start: (config.seed, 0, GREEDY.stream, start),
             step=0,
             split=config.evaluation.split,
             policy=variant.name,

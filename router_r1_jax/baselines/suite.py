@@ -17,7 +17,7 @@ from router_r1_jax.baselines.features import RouterFeatures
 from router_r1_jax.baselines.graph_router import GraphRouter
 from router_r1_jax.baselines.router_dc import RouterDC
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.evaluation.answering import GREEDY, answer_questions
+from router_r1_jax.evaluation.answering import answer_questions
 from router_r1_jax.evaluation.cache_key import records_key
 from router_r1_jax.evaluation.episode_records import Record, make_records
 from router_r1_jax.model import Params, add_adapters
@@ -160,18 +160,15 @@ class BaselineSuite:
         elif name == "fine-tuned":
             params = router_lm.fine_tune(config, session, params)
         router.sync_weights(params)
-        with _progress(None, name, len(questions)) as bar:
-            return answer_questions(
-                config,
-                router,
-                questions,
-                seed_of_batch=lambda start: (config.seed, 0, GREEDY.stream, start),
-                step=0,
-                split=config.evaluation.split,
-                policy=name,
-                normalizer=self._normalizer(),
-                on_episode=lambda _: bar.update(),
-            )
+        return answer_questions(
+            router,
+            questions,
+            step=0,
+            split=config.evaluation.split,
+            policy=name,
+            normalizer=self._normalizer(),
+            progress=True,
+        )
 
     def _normalizer(self) -> CostNormalizer:
         return make_normalizer(self.config.reward.window, frozen=self._cost_window)
@@ -185,5 +182,5 @@ class BaselineSuite:
         return list(_progress(tried, label, len(questions)))
 
 
-def _progress(items: Iterable[Any] | None, label: str, total: int) -> tqdm:
+def _progress(items: Iterable[Any], label: str, total: int) -> tqdm:
     return tqdm(items, total=total, desc=label, unit="question", dynamic_ncols=True)

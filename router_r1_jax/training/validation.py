@@ -3,23 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from router_r1_jax.data.questions import QuestionRecord
-from router_r1_jax.evaluation.answering import answer_questions
+from router_r1_jax.evaluation.answering import SamplingParams, answer_questions
 from router_r1_jax.evaluation.episode_records import Record, summarise
 from router_r1_jax.reward import CostNormalizer
 from router_r1_jax.setup.session import Session
 
+SAMPLING = SamplingParams("validation", num_generations=1, temperature=0.0, stream=0)
 METRICS = "em reward/total dollars_per_question calls_per_question best_model_share malformed_share".split()
 
 
 def validate(
-    config: ConfigDict,
-    session: Session,
-    questions: Sequence[QuestionRecord],
-    first_cost_window: Mapping[str, Any],
-    step: int,
+    session: Session, questions: Sequence[QuestionRecord], first_cost_window: Mapping[str, Any], step: int
 ) -> tuple[dict[str, float], list[Record]]:
     """Answer the validation questions greedily; returns metrics under "val/" and a record per question.
 
@@ -28,15 +23,12 @@ def validate(
     cheap, and rewards of two steps could not be compared. Questions go in batches as in an evaluation: on a single draw
     of candidates, the best checkpoint would be the one that happens to suit it.
     """
-    normalizer = CostNormalizer(config.reward.window)
+    normalizer = CostNormalizer(session.config.reward.window)
     normalizer.restore(first_cost_window)
     records = answer_questions(
-        config,
         session.router,
         questions,
-        num_generations=1,
-        temperature=0.0,
-        seed_of_batch=lambda start: (config.seed, 0, 0, *([start] if start else [])),
+        sampling=SAMPLING,
         step=step,
         split="validation",
         policy="training",

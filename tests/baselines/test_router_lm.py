@@ -142,8 +142,8 @@ class Batches:
 
     cards = CARDS
 
-    def __init__(self) -> None:
-        self.asked = []
+    def __init__(self, config) -> None:
+        self.config, self.asked = config, []
 
     def sync_weights(self, params) -> None:
         pass
@@ -162,10 +162,10 @@ def test_baselines_and_evaluation_ask_in_the_same_batches_small_ones_if_candidat
     config.rollout.update(dict(prompts_per_step=2, num_generations=GROUP))
     config.pool.update(pool)
     asked, params = questions("test")[:7], {"w": np.ones(3, np.float32)}
-    session = SimpleNamespace(config=config, workdir=tmp_path, cards=CARDS, router=Batches())
+    session = SimpleNamespace(config=config, workdir=tmp_path, cards=CARDS, router=Batches(config))
     weights = SimpleNamespace(name="trained", step=0, load=lambda session: params)
     policy = answer_as(weights, session, asked, tmp_path, None)
-    evaluated, session.router = session.router, Batches()
+    evaluated, session.router = session.router, Batches(config)
     suite = BaselineSuite(config, session, tries=1)
     suite.params = params
     records = suite.measure("prompt only", asked)
