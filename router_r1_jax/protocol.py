@@ -104,20 +104,18 @@ def match_pairs(tags: Sequence[Tag]) -> list[tuple[int, int]]:
     open no pair themselves. An opening tag that is never closed is skipped. These are the pairs that the published
     code's non-greedy pattern `<(kind)>(.*?)</\\1>` finds.
     """
-    closing = {kind: [i for i, tag in enumerate(tags) if tag.closing and tag.kind == kind] for kind in KINDS}
-    passed = dict.fromkeys(KINDS, 0)  # closing tags of each kind before tag i; it only grows, so time is linear
-    pairs = []
-    i = 0
-    while i < len(tags):
-        kind = tags[i].kind
-        if not tags[i].closing:
-            following = closing[kind]
-            while passed[kind] < len(following) and following[passed[kind]] < i:
-                passed[kind] += 1
-            if passed[kind] < len(following):
-                pairs.append((i, following[passed[kind]]))
-                i = following[passed[kind]]
-        i += 1
+    nearest: dict[str, int] = {}  # kind -> its first closing tag behind the tag that the loop is at
+    closing_of: dict[int, int] = {}  # opening tag -> its closing tag, from the last opening tag to the first
+    for i in reversed(range(len(tags))):
+        if tags[i].closing:
+            nearest[tags[i].kind] = i
+        elif tags[i].kind in nearest:
+            closing_of[i] = nearest[tags[i].kind]
+    pairs, end = [], -1
+    for opening, closing in reversed(closing_of.items()):
+        if opening > end:
+            pairs.append((opening, closing))
+            end = closing
     return pairs
 
 
