@@ -73,13 +73,8 @@ def _sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, ...]:
 
 def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Drop mesh axes that do not divide their dimension: few kv heads on a large `tensor` axis are replicated."""
-    sizes = dict(mesh.shape)
-    fitted = []
-    for dim, names in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
-        group = (names,) if isinstance(names, str) else (names or ())
-        fits = dim % int(np.prod([sizes[n] for n in group])) == 0
-        fitted.append(names if fits else None)
-    return PartitionSpec(*fitted)
+    axes = zip(shape, spec, strict=True)
+    return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in axes))
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
