@@ -43,7 +43,8 @@ class Client:
         """
         started = time.monotonic()
         deadline = started + self._config.deadline
-        body = json.dumps(self._providers[card.provider].body(card.model, query)).encode()
+        # Some servers stream unless they are told not to.
+        body = json.dumps({**self._providers[card.provider].body(card.model, query), "stream": False}).encode()
         completions: list[Completion] = []  # of all attempts
         while True:
             completion, retry_after = self._attempt(card, query, body, deadline)

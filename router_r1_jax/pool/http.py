@@ -1,31 +1,33 @@
-"""One HTTP request to an OpenAI-compatible provider: send, read, parse the chat completion, Retry-After, key redaction.
+"""One HTTP request to an OpenAI-compatible provider: connection, deadline, Retry-After, key redaction.
 
 A provider's fault is an outcome and never an exception. Connections are kept alive and shared by all threads. The key
 is read from the environment once, at the start, and leaves this file only in a request header. If a provider echoes the
 key, it is redacted.
 """
 
+import dataclasses
 import email.utils
 import errno
-import json
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from router_r1_jax.pool.chat_completion import read_completion, read_error
 from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError
 from router_r1_jax.pool.providers import Provider
 
-_RETRIED = {408: Outcome.TIMEOUT, 409: Outcome.UNAVAILABLE, 429: Outcome.RATE_LIMITED}  # and every 5xx
 _MAX_BODY = 16 * 1024 * 1024  # bytes; a longer answer is no chat completion
-_MAX_TOKENS = 10**9  # a provider that reports more has not counted
+_MAX_ERROR = 300  # characters of an error message
 _SHORTEST_SECRET = 8  # characters; shorter "keys" such as EMPTY are placeholders of local servers and ordinary words
-_BAD_ANSWER = (ValueError, TypeError, LookupError, OverflowError)  # a JSON value is missing or of another type
+_DURATION = re.compile(r"(\d+\.?\d*) ?(ms|milli|s|m|h|)[a-z]*")
+_SECONDS = {"ms": 1e-3, "milli": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_EPOCH = 1e9  # seconds; a larger Retry-After is a time since 1970
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 
@@ -55,18 +57,14 @@ class Transport:
         except _NETWORK_ERRORS as error:
             return Completion("", Outcome.UNAVAILABLE, error=self._redact(_reason(error))), 0.0
         status = response.status_code
-        if status == 200:
-            return self._parse(content, len(body))
-        message = _error_field(content, "message")
-        if "Location" in response.headers:
-            message = f"it redirects to {response.headers['Location']}"
-        # Redact first: a key of which only a part is left would not be found.
-        error = self._redact(f"HTTP {status}: {message}".rstrip(": "))[:300]
-        if status in _RETRIED or status >= 500:
-            wait = _retry_after(response.headers.get("Retry-After", ""))
-            return Completion("", _RETRIED.get(status, Outcome.UNAVAILABLE), error=error), wait
-        refused = _error_field(content, "code") == "content_filter"  # a filter before the model
-        return Completion("", Outcome.REFUSED if refused else Outcome.BAD_REQUEST, error=error), None
+        if status < 300:
+            completion, retry = read_completion(content, len(body))
+        elif "Location" in response.headers:
+            message = f"HTTP {status}: it redirects to {response.headers['Location']}"
+            completion, retry = Completion("", Outcome.BAD_REQUEST, error=message), False
+        else:
+            completion, retry = read_error(status, content)
+        return self._redacted(completion), _retry_after(response.headers) if retry else None
 
     def check(self) -> None:
         """Raise PoolError if the provider does not answer or refuses the key.
@@ -106,43 +104,11 @@ class Transport:
         settings = {"verify": session.verify, "cert": session.cert, "proxies": session.proxies}
         return self._adapter.send(prepared, stream=True, timeout=timeout, **settings)
 
-    def _parse(self, content: bytes, request_size: int) -> tuple[Completion, float | None]:
-        """Read a chat completion; returns what `post` returns. `request_size` is the size of the request in bytes."""
-        data: Any = None
-        try:
-            # If a model wrote half a character, its answer is still used: the half becomes U+FFFD.
-            data = json.loads(content.decode("utf-8-sig", "replace"))
-            choice = data["choices"][0]
-            message = choice["message"]
-            text = message.get("content") or ""
-            usage = data.get("usage") or {}
-            tokens = _count(usage, "prompt_tokens", request_size), _count(usage, "completion_tokens", len(text))
-            if not isinstance(text, str) or not all(0 <= count <= _MAX_TOKENS for count in tokens):
-                raise ValueError
-        except (*_BAD_ANSWER, AttributeError, RecursionError):
-            prompt_tokens, completion_tokens = _used_tokens(data)
-            failed = Completion(
-                "",
-                Outcome.UNAVAILABLE,
-                error="HTTP 200, but not a chat completion",
-                wasted_prompt_tokens=prompt_tokens,
-                wasted_completion_tokens=completion_tokens,
-            )
-            return failed, 0.0
-        outcome = Outcome.TRUNCATED if choice.get("finish_reason") == "length" else Outcome.OK
-        if not text.strip():
-            outcome = Outcome.EMPTY
-        if choice.get("finish_reason") == "content_filter" or (outcome == Outcome.EMPTY and message.get("refusal")):
-            outcome = Outcome.REFUSED
-        served = data.get("model")
-        completion = Completion(
-            self._redact(text),
-            outcome,
-            *tokens,
-            cached_tokens=min(_cached_tokens(usage), tokens[0]),
-            served=self._redact(served)[:200] if isinstance(served, str) else "",
-        )
-        return completion, None
+    def _redacted(self, completion: Completion) -> Completion:
+        """The completion without the key, if the provider has echoed it, and with an error of a readable length."""
+        # Redact first: a key of which only a part is left would not be found.
+        texts = {field: self._redact(getattr(completion, field)) for field in ("text", "thought", "served", "error")}
+        return dataclasses.replace(completion, **texts | {"error": texts["error"][:_MAX_ERROR]})
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
@@ -179,42 +145,20 @@ def _read(response: requests.Response, deadline: float) -> bytes:
     return b"".join(chunks)
 
 
-def _retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0 if it is neither."""
-    with suppress(ValueError):
-        return max(float(value), 0.0)
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that the headers retry-after-ms or Retry-After ask for; 0 if they ask for nothing that can be read.
+
+    Retry-After is a date or a number. The number may have a unit, and may be a time since 1970 in (milli)seconds.
+    """
+    milliseconds, value = headers.get("retry-after-ms"), headers.get("Retry-After", "").strip().lower()
+    if duration := _DURATION.fullmatch(f"{milliseconds.strip()}ms" if milliseconds else value):
+        seconds = float(duration[1]) * _SECONDS[duration[2]]
+        if seconds >= _EPOCH:
+            seconds = seconds / (1 if seconds < 1000 * _EPOCH else 1000) - time.time()
+        return max(seconds, 0.0)
     with suppress(ValueError, TypeError, OverflowError):
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     return 0.0
-
-
-def _count(usage: Mapping[str, Any], field: str, characters: int) -> int:
-    """Tokens as the provider counts them. If it does not, one token for four characters: no call is free."""
-    value = usage.get(field)
-    return -(-characters // 4) if value is None else int(value)
-
-
-def _used_tokens(data: Any) -> tuple[int, int]:
-    """Prompt and completion tokens of an answer that cannot be used; 0 if the provider does not count them."""
-    with suppress(*_BAD_ANSWER):
-        tokens = int(data["usage"]["prompt_tokens"]), int(data["usage"]["completion_tokens"])
-        if all(0 <= count <= _MAX_TOKENS for count in tokens):
-            return tokens
-    return 0, 0
-
-
-def _cached_tokens(usage: Mapping[str, Any]) -> int:
-    """Prompt tokens that came from the provider's prompt cache; 0 if it does not say so."""
-    with suppress(*_BAD_ANSWER):
-        return max(int(usage["prompt_tokens_details"]["cached_tokens"]), 0)
-    return 0
-
-
-def _error_field(content: bytes, field: str) -> str:
-    """A field of an OpenAI-style error body, in one line of any length; "" if there is none."""
-    with suppress(*_BAD_ANSWER, RecursionError):
-        return " ".join(str(json.loads(content)["error"][field]).split())
-    return ""
 
 
 def _reason(error: BaseException) -> str:

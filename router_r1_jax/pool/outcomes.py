@@ -65,6 +65,8 @@ class Completion:
       wasted_prompt_tokens: prompt tokens of failed requests of this call, as far as the provider counted them.
       wasted_completion_tokens: completion tokens of failed requests of this call, as far as the provider counted them.
       served: the model's name as the provider reports it.
+      thought: what a reasoning model thought before its text, if the provider shows it. It is no part of `text`.
+      estimated: whether a token count is our estimate, because the provider gave none that can be true.
     """
 
     text: str
@@ -78,6 +80,8 @@ class Completion:
     wasted_prompt_tokens: int = 0
     wasted_completion_tokens: int = 0
     served: str = ""
+    thought: str = ""
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Reply:
       hit: whether the reply came from the call cache or from another row's equal request.
       error: the last error in a few words, "" if there was none.
       cached_tokens: how many of the prompt tokens came from the provider's prompt cache; they are charged in full.
+      thought: what the model thought before its text, for the report; the router never sees it.
+      estimated: whether a token count is our estimate, because the provider gave none that can be true.
     """
 
     text: str
@@ -117,3 +123,5 @@ class Reply:
     hit: bool = False
     error: str = ""
     cached_tokens: int = 0
+    thought: str = ""
+    estimated: bool = False

@@ -215,4 +215,6 @@ def make_reply(card: Card, query: str, used: Completion, made: Completion | None
         hit=made is None,
         error=used.error,
         cached_tokens=made.cached_tokens if made else 0,
+        thought=used.thought[:_LONGEST],
+        estimated=used.estimated,
     )
