@@ -35,6 +35,9 @@ def model_card(**fields: object) -> ConfigDict:
     card.performance = ConfigDict(fields.pop("performance", {}))  # topic -> score in [0, 1]
     card.description = ""  # a few words for the prompt
     card.aliases = ()  # other names by which the router may call the model
+    card.system = ""  # system message of every request to the model; "": none
+    # Further parameters of the JSON body of its requests. They replace the provider's, and None takes one away.
+    card.parameters = ConfigDict(fields.pop("parameters", {}))
     # Faults of a simulated model; read by the simulated server only.
     card.simulated = ConfigDict()
     card.simulated.failure_rate = 0.0  # share of requests that are answered with HTTP 503
@@ -70,10 +73,11 @@ def provider(**fields: object) -> ConfigDict:
 
 
 def use_pool(config: ConfigDict, path: str | Path) -> None:
-    """Take providers, models and price date from a file such as configs/pools/simulated.py."""
+    """Take providers, models, price date and, if it has one, PROMPT from a file such as configs/pools/simulated.py."""
     pool = runpy.run_path(str(path))
     config.pool.providers, config.pool.models = pool["providers"](), pool["models"]()
     config.pool.price_date = pool["PRICE_DATE"]
+    config.pool.prompt = pool.get("PROMPT", config.pool.prompt)
 
 
 # Published losses: the fields of `learner` that each sets beside _PLAIN_LOSS. Methods without clipping have a ratio all
@@ -202,6 +206,7 @@ def base_config() -> ConfigDict:
     c.pool.budget = 0.0  # dollars after which the run stops; calls in flight are still paid; 0: no limit
     # Factor in [0, 1] of the advantages of an episode whose provider failed; at 0 it also leaves its group's baseline.
     c.pool.fault_weight = 0.0
+    c.pool.prompt = "{query}"  # text in which every query travels to its model
     c.pool.max_tokens = 512  # most completion tokens that are asked of an external model
     c.pool.temperature = 0.0  # sampling temperature of the external models
     c.pool.call_cache = ConfigDict()

@@ -34,6 +34,10 @@ _LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Some tokenizers apply Unicode's compatibility normalisation (NFKC), which turns these characters into < and >.
 _ANGLE_BRACKETS = str.maketrans({"\uff1c": "<", "\ufe64": "<", "\uff1e": ">", "\ufe65": ">"})
+# Other hyphens and spaces that a model may write in a name; quotes and mark-up that it may write around one.
+_PLAIN = str.maketrans({"\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2212": "-", "\u00a0": " ", "\u202f": " "})
+_COLON, _ANY_COLON = re.compile(":"), re.compile("[:\uff1a\ufe55]")
+_MARKS = " \t\n*_@`\"'[]\u2018\u2019\u201c\u201d"
 # Matches the protocol's tags, also with spaces in them, and anything without a space between angle brackets. The latter
 # covers the special tokens of every tokenizer's chat template (<|im_end|>, </s>, <start_of_turn>). Not matched are
 # "a < b and c > d", "<=>", "<3" and "<->". A match holds no parentheses, so that the output never matches again. The
@@ -150,26 +154,38 @@ def parse_response(text: str) -> list[Segment]:
     return segments
 
 
-def parse_route(text: str, names: Sequence[str] | Mapping[str, str]) -> RouteCall | RouteFault:
+def parse_route(text: str, names: Sequence[str] | Mapping[str, str], *, exact: bool = False) -> RouteCall | RouteFault:
     """Parse the text inside of a `<search>` block, `Name: question`.
 
     Args:
         text: the text between the tags.
         names: the declared names, or a mapping from each alias to the declared name, which is accepted too.
+        exact: the published rule: the name as declared, but for its case and white space around it, and a plain colon.
+            Otherwise the name may also be quoted or marked up ("**Name**", "@Name"), and its hyphens, spaces and the
+            colon may be other characters of the same meaning.
 
     Returns:
         RouteCall with the declared spelling of the name, and all text behind the *first* colon as the query. The name
-        must match as a whole, but in any case and with any white space around it. RouteFault "malformed_route" if there
-        is no colon, the query is empty, or the text holds a placeholder of the prompt's example. Otherwise RouteFault
-        "unknown_model".
+        must match as a whole. RouteFault "malformed_route" if there is no colon, the query is empty, or the text holds
+        a placeholder of the prompt's example. Otherwise RouteFault "unknown_model".
     """
-    written, colon, query = text.partition(":")
-    query = query.strip()
+    colon = (_COLON if exact else _ANY_COLON).search(text)
+    written, query = (text[: colon.start()], text[colon.end() :].strip()) if colon else (text, "")
+    if not exact and written.count("**") == 1:  # "**Name:** question"
+        query = query.removeprefix("**").lstrip()
     lowered = text.lower()
-    if not colon or not query or any(placeholder in lowered for placeholder in PLACEHOLDERS):
+    if not query or any(placeholder in lowered for placeholder in PLACEHOLDERS):
         return RouteFault("malformed_route")
-    declared = _declared(names).get(written.strip().lower())
+    spellings = _declared(names)
+    declared = spellings.get(written.strip().lower())
+    if declared is None and not exact:
+        declared = spellings.get(_plain_name(written))
     return RouteFault("unknown_model") if declared is None else RouteCall(declared, query)
+
+
+def _plain_name(written: str) -> str:
+    """A name in lower case without quotes and mark-up around it, and with plain hyphens and spaces."""
+    return written.translate(_PLAIN).strip(_MARKS).lower()
 
 
 def _declared(names: Sequence[str] | Mapping[str, str]) -> dict[str, str]:

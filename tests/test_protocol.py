@@ -22,6 +22,7 @@ from router_r1_jax.protocol import (
     parse_response,
     parse_route,
 )
+from router_r1_jax.reward import check_format
 
 NAMES = ["Qwen2.5-7B-Instruct", "LLaMA-3.1-8B-Instruct", "Oracle"]
 EVERY_TAG = [tag(kind) for kind in KINDS for tag in (open_tag, close_tag)]
@@ -181,6 +182,40 @@ def test_a_megabyte_of_anything_is_read(piece):
 )
 def test_route_calls(text, expected):
     assert parse_route(text, NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "**Qwen2.5-7B-Instruct**: who?",
+        "**Qwen2.5-7B-Instruct:** who?",
+        "__qwen2.5-7b-instruct__: who?",
+        '"Qwen2.5-7B-Instruct": who?',
+        "\u201cQwen2.5-7B-Instruct\u201d: who?",
+        "`Qwen2.5-7B-Instruct`: who?",
+        "@Qwen2.5-7B-Instruct: who?",
+        "[Qwen2.5-7B-Instruct]: who?",
+        "Qwen2.5-7B-Instruct\uff1awho?",
+        "Qwen2.5\u20117B\u2011Instruct: who?",
+    ],
+)
+def test_a_name_in_quotes_or_marked_up_is_called_and_the_published_rule_refuses_it(text):
+    assert parse_route(text, NAMES) == RouteCall("Qwen2.5-7B-Instruct", "who?")
+    response = f"<think>t</think><search>{text}</search><information>i</information><answer>a</answer>"
+    assert check_format(response, NAMES, strict=False).ok and not check_format(response, NAMES).ok
+
+
+@pytest.mark.parametrize("text", ["**Claude**: who?", "**: who?", "Oracle*Oracle: who?"])
+def test_marks_make_no_name(text):
+    assert parse_route(text, NAMES) == RouteFault("unknown_model")
+
+
+def test_a_name_may_begin_with_a_mark():
+    assert parse_route("@home: who?", ["@home"]) == RouteCall("@home", "who?")
+
+
+def test_a_query_keeps_its_own_marks():
+    assert parse_route("Oracle: **who?**", NAMES) == RouteCall("Oracle", "**who?**")
 
 
 def test_query_is_not_cut_at_a_second_colon():

@@ -11,6 +11,14 @@ from ml_collections import ConfigDict
 from router_r1_jax.config import model_card, provider
 
 PRICE_DATE = "2025-06-01"  # the month in which the paper appeared
+# The published system wraps every sub-question in such an instruction. These words are ours, to the same effect.
+PROMPT = """Several agents reason together about a larger question, and you are one of them. Here is your part of it:
+
+{query}
+
+Answer it and explain the answer in a few sentences. If you cannot answer it, give facts that help to find the answer. \
+If you can do neither, say so, and advise to ask another model. Be clear, keep to the question, and write fewer than \
+512 tokens."""
 
 
 def _card(name: str, model: str, price_out: float, description: str) -> ConfigDict:

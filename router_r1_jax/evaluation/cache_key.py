@@ -14,7 +14,7 @@ from router_r1_jax.prompts import load_template
 # Fields of config.rollout that change how long an evaluation takes, or that evaluations do not read.
 _NO_INFLUENCE = ("replicas", "driver", "temperature")
 # Fields of config.pool that an evaluation depends on, beside providers and cards.
-_POOL = ("candidates", "shuffle", "rename", "names", "max_tokens", "temperature")
+_POOL = ("candidates", "shuffle", "rename", "names", "prompt", "max_tokens", "temperature")
 
 
 def episodes_key(

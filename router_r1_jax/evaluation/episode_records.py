@@ -25,7 +25,8 @@ EPISODE_METRICS: dict[str, Callable[[Record], float]] = {
     "malformed_share": lambda r: float(r["reward"]["format"] < 0),
 }
 REWARD_PARTS = ("total", "format", "outcome", "cost")
-CALL_FIELDS = ("model", "query", "outcome", "completion_tokens", "charged", "latency", "raw_cost")  # of pool.Reply
+# Fields of pool.Reply.
+CALL_FIELDS = ("model", "query", "outcome", "completion_tokens", "charged", "latency", "raw_cost", "thought")
 
 
 def make_records(batch: RolloutBatch, rewards: Rewards, *, step: int, split: str, policy: str) -> list[Record]:

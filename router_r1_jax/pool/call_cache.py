@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError, provider
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY, provider TEXT, request TEXT, text TEXT, outcome TEXT,
-    prompt_tokens INTEGER, completion_tokens INTEGER, latency REAL
+    prompt_tokens INTEGER, completion_tokens INTEGER, latency REAL, thought TEXT DEFAULT '', estimated INTEGER DEFAULT 0
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS faults (
     key TEXT, episode TEXT, call INTEGER, outcome TEXT, error TEXT, latency REAL, PRIMARY KEY (key, episode, call)
 ) WITHOUT ROWID;
 """
+# Columns of `replies` that files of earlier versions lack.
+_ADDED_COLUMNS = ("thought TEXT DEFAULT ''", "estimated INTEGER DEFAULT 0")
+_MEASURED = ("outcome", "prompt_tokens", "completion_tokens", "latency")
 _LOCK_TIMEOUT = 30.0  # seconds for which a process waits for another one's write
 
 
@@ -78,6 +81,9 @@ class CallCache:
             # Data survives a killed process. A power cut may lose the last calls.
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
+            for column in _ADDED_COLUMNS:
+                with suppress(sqlite3.OperationalError):  # the column is there
+                    self._db.execute(f"ALTER TABLE replies ADD COLUMN {column}")
             # Processes record different episodes. So a fault that a reply replaces was here at the start, or comes from
             # this process.
             self._may_hold_faults = bool(self._db.execute("SELECT 1 FROM faults LIMIT 1").fetchall())
@@ -107,14 +113,17 @@ class CallCache:
             self._may_hold_faults = True
             self._execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", row)
             return completion
-        text = completion.text.encode("utf-8", "replace").decode()  # SQLite refuses a lone surrogate
-        measured = completion.outcome, completion.prompt_tokens, completion.completion_tokens, completion.latency
-        row = (key, request.provider, json.dumps(request.body), text, *measured)
+        # SQLite refuses a lone surrogate.
+        text, thought = (said.encode("utf-8", "replace").decode() for said in (completion.text, completion.thought))
+        measured = [getattr(completion, name) for name in _MEASURED]
+        row = (key, request.provider, json.dumps(request.body), text, *measured, thought, completion.estimated)
         if self._may_hold_faults:
             self._execute("DELETE FROM faults WHERE key = ? AND episode = ? AND call = ?", who)
         # Hundreds of threads come here, and each statement waits for the interpreter again: use a single statement.
-        inserted = self._execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING key", row)
-        return Completion(text, *measured, attempts=0) if inserted else self._reply(key) or completion
+        inserted = self._execute(f"INSERT OR IGNORE INTO replies VALUES ({'?, ' * 9}?) RETURNING key", row)
+        if not inserted:
+            return self._reply(key) or completion
+        return Completion(text, *measured, attempts=0, thought=thought, estimated=completion.estimated)
 
     def close(self) -> None:
         """Close the file."""
@@ -129,10 +138,12 @@ class CallCache:
         return Completion("", Outcome(rows[0][0]), latency=rows[0][2], attempts=0, error=rows[0][1]) if rows else None
 
     def _reply(self, key: str) -> Completion | None:
-        rows = self._execute(
-            "SELECT text, outcome, prompt_tokens, completion_tokens, latency FROM replies WHERE key = ?", (key,)
-        )
-        return Completion(rows[0][0], Outcome(rows[0][1]), *rows[0][2:], attempts=0) if rows else None
+        columns = f"text, {', '.join(_MEASURED)}, thought, estimated"
+        rows = self._execute(f"SELECT {columns} FROM replies WHERE key = ?", (key,))
+        if not rows:
+            return None
+        text, outcome, *measured, thought, estimated = rows[0]
+        return Completion(text, Outcome(outcome), *measured, attempts=0, thought=thought, estimated=bool(estimated))
 
     def _execute(self, statement: str, values: tuple) -> list[tuple]:
         with _pool_errors(self._path), self._lock:
@@ -198,7 +209,9 @@ def merge_caches(into: Path, others: Sequence[Path]) -> int:
         for other in others:
             db.execute("ATTACH ? AS other", (str(other),))
             db.execute("BEGIN IMMEDIATE")
-            added += db.execute("INSERT OR IGNORE INTO replies SELECT * FROM other.replies").rowcount
+            columns = ", ".join(row[1] for row in db.execute("PRAGMA other.table_info(replies)"))
+            insert = f"INSERT OR IGNORE INTO replies ({columns}) SELECT {columns} FROM other.replies"
+            added += db.execute(insert).rowcount
             db.execute("INSERT OR IGNORE INTO faults SELECT * FROM other.faults")
             db.execute("COMMIT")
             db.execute("DETACH other")

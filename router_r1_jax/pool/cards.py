@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict
 from router_r1_jax.config import ConfigError
 from router_r1_jax.protocol import PLACEHOLDERS
 
+# Parameters of a request that the pool sets, or that change the shape of the answer.
+_RESERVED = ("model", "messages", "stream", "n")
 _PRICE = "a price is dollars per million tokens, >= 0"
 
 
@@ -32,6 +35,8 @@ class Card:
       simulated: faults of a simulated model, as `config.model_card` lists them; all 0 for a real model.
       price_changes: (training step, price_in, price_out); each is valid from its step on.
       price_cached: dollars per million prompt tokens that the provider has cached; None if that is price_in.
+      system: system message of every request, "" for none.
+      parameters: fields in the body of every request; they replace the provider's, and None takes one away.
     """
 
     key: str
@@ -47,6 +52,8 @@ class Card:
     simulated: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     price_changes: tuple[tuple[int, float, float], ...] = ()
     price_cached: float | None = None
+    system: str = ""
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def dollars(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
         """Price of one call in dollars, if the provider had cached `cached_tokens` of the prompt tokens."""
@@ -128,6 +135,13 @@ def route_names(cards: Sequence[Card]) -> dict[str, str]:
     return {spelling: card.name for card in cards for spelling in (card.name, *card.aliases)}
 
 
+def check_parameters(field: str, parameters: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the parameters of `field`, a provider or a model, hold one that is not the user's to set."""
+    for name in _RESERVED:
+        if name in parameters:
+            raise ConfigError(f"{field}.parameters.{name} is set; leave it out, the pool sets it itself")
+
+
 def check_names(cards: Sequence[Card]) -> None:
     """Raise ConfigError unless every name and alias can be written in a call and means one model in any case."""
     spellings: dict[str, str] = {}
@@ -153,6 +167,7 @@ def _card(where: str, entry: ConfigDict, providers: Sequence[str]) -> Card:
         _check_number(f"{where}.performance.{topic}", score, "a score lies in [0, 1]", most=1.0)
     for field in ("failure_rate", "malformed_rate", "wrong_type_rate", "dropped_rate"):
         _check_number(f"{where}.simulated.{field}", entry.simulated[field], "a share lies in [0, 1]", most=1.0)
+    check_parameters(where, entry.parameters)
     return Card(
         key=entry.name,
         **entry.to_dict()
@@ -175,10 +190,11 @@ def _check_spellings(spellings: Mapping[str, str]) -> None:
     for field, spelling in spellings.items():
         if not spelling:
             raise ConfigError(f"{field} is ''; give the model a name")
-        if any(mark in spelling for mark in ":<>") or not spelling.isprintable() or spelling != spelling.strip():
+        if any(mark in spelling for mark in ":\uff1a<>") or not spelling.isprintable() or spelling != spelling.strip():
             raise ConfigError(
                 f"{field} is {spelling!r}; a name holds no colon, angle bracket, line break or invisible character "
-                "and no space at its ends, or no call could spell it"
+                "and no space at its ends, or no call could spell it; "
+                f"name it {_speakable(spelling)!r}, and let .model keep the provider's id"
             )
         if any(placeholder in spelling.lower() for placeholder in PLACEHOLDERS):
             raise ConfigError(
@@ -189,3 +205,8 @@ def _check_spellings(spellings: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{field} is {spelling!r}, which {other} is already; names and aliases differ by more than case"
             )
+
+
+def _speakable(name: str) -> str:
+    """A name that a call can spell, as near to `name` as possible: "qwen2.5:7b" becomes "qwen2.5-7b"."""
+    return re.sub("[:\uff1a<>]+", "-", "".join(filter(str.isprintable, name))).strip(" -") or "model"

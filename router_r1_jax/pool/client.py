@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from router_r1_jax.pool.cards import Card
 from router_r1_jax.pool.http import Transport
 from router_r1_jax.pool.outcomes import Completion, Outcome, provider_fault
-from router_r1_jax.pool.providers import Provider
+from router_r1_jax.pool.providers import Provider, tokens_at_most
 from router_r1_jax.pool.rate_limits import CircuitBreaker, TokenBucket
 
 _log = logging.getLogger(__name__)
@@ -43,11 +43,12 @@ class Client:
         """
         started = time.monotonic()
         deadline = started + self._config.deadline
-        # Some servers stream unless they are told not to.
-        body = json.dumps({**self._providers[card.provider].body(card.model, query), "stream": False}).encode()
+        request = self._providers[card.provider].body(card, query)
+        body = json.dumps(request | {"stream": False}).encode()  # some servers stream unless they are told not to
+        tokens = tokens_at_most(request)
         completions: list[Completion] = []  # of all attempts
         while True:
-            completion, retry_after = self._attempt(card, query, body, deadline)
+            completion, retry_after = self._attempt(card, body, tokens, deadline)
             completions.append(completion)
             if retry_after is None:
                 break
@@ -82,15 +83,17 @@ class Client:
         for transport in self._transports.values():
             transport.close()
 
-    def _attempt(self, card: Card, query: str, body: bytes, deadline: float) -> tuple[Completion, float | None]:
-        """Send one request when circuit breaker and rate limits permit it; returns what `Transport.post` returns."""
+    def _attempt(self, card: Card, body: bytes, reserved: int, deadline: float) -> tuple[Completion, float | None]:
+        """Send one request when circuit breaker and rate limits permit it; returns what `Transport.post` returns.
+
+        `reserved` is the number of tokens that the request may use.
+        """
         provider, breaker = self._providers[card.provider], self._breakers[card.key]
         while delay := breaker.delay(now := time.monotonic()):
             if now + delay >= deadline or self._closed.wait(min(delay, self._config.backoff)):
                 why = f"not sent: the model failed too often (pool.circuit_breaker): {breaker.last_error}"
                 return Completion("", Outcome.UNAVAILABLE, attempts=0, error=why), None
         requests, tokens = self._requests[provider.name], self._tokens[provider.name]
-        reserved = provider.tokens_at_most(query)
         pause = max(requests.take(1, now), tokens.take(reserved, now))
         if pause and (now + pause >= deadline or self._closed.wait(pause)):
             requests.give_back(1)

@@ -121,7 +121,7 @@ class Pool:
         if self._cache is None:
             used = made = self._call(card, query, source)
         else:
-            body = self._providers[card.provider].body(card.model, query)
+            body = self._providers[card.provider].body(card, query)
             request = Request(card.provider, body, source["episode"], source["call"])
             used, made = self._cached_call(request, lambda: self._call(card, query, source))
         return self._record(make_reply(card, query, used, made), source)

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 from ml_collections import ConfigDict
 
 from router_r1_jax.config import ConfigError
+from router_r1_jax.pool.cards import Card, check_parameters
 
-_RESERVED = ("model", "messages", "stream", "n")  # the pool sets them, or they change the shape of the answer
+_QUERY = "{query}"
 # A header that may hold a secret. The headers of the config are written to config.json and to the report.
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)
 _HEADER_NAME = re.compile("[A-Za-z0-9-]+")
@@ -37,6 +38,7 @@ class Provider:
       tokens_per_minute: rate limit of tokens; 0 is none.
       concurrency: most calls in flight.
       request_timeout: seconds of one HTTP request.
+      prompt: the text in which a query travels, with the placeholder {query}.
     """
 
     field: str
@@ -50,15 +52,15 @@ class Provider:
     tokens_per_minute: float
     concurrency: int
     request_timeout: float
+    prompt: str = _QUERY
 
-    def body(self, model: str, query: str) -> dict[str, Any]:
-        """The JSON body of a chat completion request."""
-        return {"model": model, "messages": [{"role": "user", "content": query}], **self.parameters}
-
-    def tokens_at_most(self, query: str) -> int:
-        """Estimate the tokens of a request before it is sent: one per four characters, and the longest answer."""
-        answer = self.parameters.get("max_completion_tokens") or self.parameters.get("max_tokens") or 0
-        return len(query) // 4 + 1 + int(answer)
+    def body(self, card: Card, query: str) -> dict[str, Any]:
+        """The JSON body of a chat completion request. A parameter that is None is left out."""
+        system = [{"role": "system", "content": card.system}] if card.system else []
+        user = {"role": "user", "content": self.prompt.replace(_QUERY, query)}
+        parameters = {**self.parameters, **card.parameters}
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return {"model": card.model, "messages": [*system, user], **given}
 
     def key(self) -> str:
         """The key from the environment, "" if none is needed. Raises ConfigError, which never shows the key."""
@@ -84,6 +86,8 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
     A provider's concurrency and request_timeout replace those of the pool unless they are 0. Its `parameters` replace
     pool.max_tokens and pool.temperature. A parameter that is None is left out, for endpoints that refuse it.
     """
+    if pool_config.prompt.count(_QUERY) != 1:
+        raise ConfigError(f"pool.prompt is {pool_config.prompt!r}; it must hold {_QUERY} once, where the query stands")
     providers: dict[str, Provider] = {}
     for i, entry in enumerate(pool_config.providers):
         field = f"pool.providers[{i}]"
@@ -100,20 +104,25 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
                 raise ConfigError(f"{field}.{name} is {entry[name]}; it must be at least 0, and 0 takes the default")
         parameters = {"max_tokens": pool_config.max_tokens, "temperature": pool_config.temperature}
         parameters |= entry.parameters.to_dict()
-        for name in _RESERVED:
-            if name in parameters:
-                raise ConfigError(f"{field}.parameters.{name} is set; leave it out, the pool sets it itself")
+        check_parameters(field, parameters)
         providers[entry.name] = Provider(
             field=field,
             **entry.to_dict()
             | {
                 "base_url": entry.base_url.rstrip("/"),
-                "parameters": {name: value for name, value in parameters.items() if value is not None},
+                "parameters": parameters,
+                "prompt": pool_config.prompt,
                 "concurrency": entry.concurrency or pool_config.concurrency,
                 "request_timeout": entry.request_timeout or pool_config.request_timeout,
             },
         )
     return providers
+
+
+def tokens_at_most(body: Mapping[str, Any]) -> int:
+    """Estimate the tokens of a request before it is sent: one per four characters, and the longest answer."""
+    answer = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    return sum(len(message["content"]) for message in body["messages"]) // 4 + 1 + int(answer)
 
 
 def _check_url(field: str, url: str) -> None:

@@ -113,8 +113,10 @@ if (block) {
     const known = Object.hasOwn(LABELS, kind);
     return element("div", `segment ${known ? kind : "text"}`, element("span", "tag", known ? LABELS[kind] : "other"), body);
   };
-  const call = ([name, outcome, tokens, charged, seconds]) => element("li", "",
-    model(name), " ", element("span", "outcome", outcome), ` ${tokens} tokens · ${dollars(charged)} · ${number(seconds)} s`);
+  const thought = (text) => element("details", "", element("summary", "", "thought"), element("bdi", "thought", text));
+  const call = ([name, outcome, tokens, charged, seconds, thoughts]) => element("li", "",
+    model(name), " ", element("span", "outcome", outcome), ` ${tokens} tokens · ${dollars(charged)} · ${number(seconds)} s`,
+    ...(thoughts ? [thought(thoughts)] : []));
   const verdict = (episode) => element("span", episode.right ? "verdict good" : "verdict", episode.right ? "right" : "wrong");
   const drawEpisode = (episode) => {
     const [total, format, outcome, cost] = episode.reward;

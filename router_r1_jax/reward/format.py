@@ -75,7 +75,7 @@ def check_format(response: str, names: Sequence[str] | Mapping[str, str], *, str
 
 def _search_fault(search: str, names: Sequence[str] | Mapping[str, str], strict: bool) -> str | None:
     """The first fault inside one search segment, or None."""
-    route = protocol.parse_route(search, names)
+    route = protocol.parse_route(search, names, exact=strict)
     if isinstance(route, protocol.RouteFault):
         return route.reason
     if not strict:

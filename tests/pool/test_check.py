@@ -3,10 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from scripted_provider import completion
 
 from router_r1_jax.config import SPLITS, base_config, provider
-from router_r1_jax.pool.check import main
+from router_r1_jax.pool.cards import Card
+from router_r1_jax.pool.check import main, table_row
+from router_r1_jax.pool.outcomes import Completion, Outcome
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-marked-5ecre7-key"
@@ -29,21 +32,58 @@ def test_each_model_is_asked_once_and_told_in_a_row(serve, pool_config, capsys):
     scripted = serve(script)
     assert main(_config(pool_config, scripted.base_url)) == 1
     heads, titan, pico = capsys.readouterr().out.splitlines()
-    assert heads.split("  ")[0] == "model" and "served as" in heads
-    assert titan.split()[:2] == ["Titan", "yes"]
-    assert titan.split()[3:] == ["1000", "500", "9.00e-03", "titan-7b"]  # 3 and 12 dollars per million tokens
-    assert pico.split()[:2] == ["Pico", "no"] and pico.endswith("unavailable: HTTP 503: overloaded")
+    assert heads.split() == ["model", "outcome", "seconds", "tokens", "in", "tokens", "out", "dollars", "reply"]
+    assert titan.split()[:2] == ["Titan", "ok"]
+    assert titan.split()[3:6] == ["1000", "500", "9.00e-03"]  # 3 and 12 dollars per million tokens
+    assert titan.endswith(" Paris; served by titan-7b")
+    assert pico.split()[:2] == ["Pico", "unavailable"] and pico.endswith(" HTTP 503: overloaded")
     assert sorted(body["model"] for _, body in scripted.requests) == ["pico-1b", "titan-70b"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "row", "status"),
+    [
+        (completion("Paris " * 20), "ok", 0),
+        (completion("Paris", completion_tokens=0), "2 (estimated)", 0),
+        (completion("Par", finish="length"), "truncated", 0),
+        (completion("<think>Let me", finish="length"), "empty", 1),
+        (completion("", completion_tokens=512, finish="length"), "no text in 512 tokens; if the model thinks", 1),
+        (completion(None, finish="content_filter"), "refused", 1),
+        ((200, {}, b'{"error": {"code": 402, "message": "no credits"}}'), "bad_request", 1),
+    ],
+)
+def test_the_exit_status_is_0_only_if_every_model_gave_text(serve, pool_config, capsys, answer, row, status):
+    scripted = serve(lambda n, b: answer)
+    assert main(_config(pool_config, scripted.base_url)) == status
+    assert all(row in line for line in capsys.readouterr().out.splitlines()[1:])
+    assert len(scripted.requests) == 2  # a final fault ends a model's call at once
+
+
+@pytest.mark.parametrize(
+    ("asked", "served", "same"),
+    [
+        ("gpt-5-mini", "gpt-5-mini-2025-08-07", True),
+        ("openai/gpt-5-mini", "gpt-5-mini", True),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen/qwen2.5-7b-instruct", True),
+        ("gpt-5", "gpt-4o", False),
+        ("m", "", True),
+    ],
+)
+def test_another_model_than_the_one_asked_for_is_named(asked, served, same):
+    card = Card("M", "M", "p", asked, 0.0, 1.0, None, {}, "", ())
+    cell = table_row(card, Completion("Paris", Outcome.OK, served=served))[-1]
+    assert cell == ("Paris" if same else f"Paris; served by {served}")
 
 
 def test_the_key_is_sent_and_never_printed(serve, pool_config, capfd, monkeypatch):
     monkeypatch.setenv("MARKED_KEY", KEY)
-    content = json.dumps({"model": KEY, "error": {"message": KEY}, "choices": [{"message": {"content": KEY}}]}).encode()
-    for status in (200, 401):
-        scripted = serve(lambda n, b, status=status: (status, {}, content))
+    answer = json.dumps({"model": KEY, "choices": [{"message": {"content": KEY}}]}).encode()
+    refusal = json.dumps({"error": {"message": KEY}}).encode()
+    for status, content in ((200, answer), (200, refusal), (401, refusal)):
+        scripted = serve(lambda n, b, status=status, content=content: (status, {}, content))
         config = _config(pool_config, scripted.base_url)
         config.pool.providers = (provider(name="p", base_url=scripted.base_url, key_env="MARKED_KEY"),)
-        assert main(config) == int(status != 200)
+        assert main(config) == int(content == refusal)
         assert scripted.requests[0][0]["Authorization"] == f"Bearer {KEY}"
     said = "".join(capfd.readouterr())
     assert "[key]" in said and KEY not in said
@@ -55,7 +95,7 @@ def test_the_command_serves_a_simulated_pool_itself():
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()
     assert [row.split()[0] for row in rows] == ["model", "Titan", "Reel", "Aria", "Atlas", "Pico"]
-    assert [row.split()[-1] for row in rows[1:]] == ["titan", "reel", "aria", "atlas", "pico"]
+    assert [row.split()[1] for row in rows[1:]] == ["ok"] * 5
     refused = subprocess.run([*command, "--config.pool.deadline=-1"], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1] == "error: pool.deadline is -1.0; it must be greater than 0"

@@ -44,8 +44,10 @@ def ask(serve, pool_config):
 class FakeTime:
     """A clock that only sleeping moves; stands in for the client's `time` and for its closing event."""
 
+    start = 1000.0
+
     def __init__(self):
-        self.now = 1000.0
+        self.now = self.start
         self.pauses = []
 
     def monotonic(self):
@@ -240,6 +242,35 @@ def test_retry_after_is_honoured(monkeypatch, serve, pool_config, date):
     script = lambda n, b: completion("ok") if n else (429, {"Retry-After": value}, b"")  # noqa: E731
     got, pauses = _ask_in_fake_time(monkeypatch, serve, pool_config, script, deadline=60.0)
     assert (got.outcome, pauses) == (Outcome.OK, [7.0])
+
+
+@pytest.mark.parametrize(
+    ("headers", "pause"),
+    [
+        ({"Retry-After": "7s"}, 7.0),
+        ({"Retry-After": "7.5 seconds"}, 7.5),
+        ({"Retry-After": "7500ms"}, 7.5),
+        ({"Retry-After": "0.1 minutes"}, 6.0),
+        ({"Retry-After": "1700000007"}, 7.0),  # seconds since 1970
+        ({"Retry-After": "1700000007000"}, 7.0),
+        ({"retry-after-ms": "7000"}, 7.0),
+        ({"retry-after-ms": "7000", "Retry-After": "8"}, 7.0),
+        ({"Retry-After": "1600000000"}, None),  # long past
+        ({"Retry-After": "inf"}, None),
+        ({"Retry-After": "1e400"}, None),
+    ],
+)
+def test_retry_after_is_read_in_all_its_forms(monkeypatch, serve, pool_config, headers, pause):
+    monkeypatch.setattr(FakeTime, "start", 1.7e9)
+    script = lambda n, b: completion("ok") if n else (429, headers, b"")  # noqa: E731
+    got, pauses = _ask_in_fake_time(monkeypatch, serve, pool_config, script, deadline=60.0)
+    assert got.outcome == Outcome.OK
+    assert pauses == [pytest.approx(pause)] if pause else pauses[0] <= 0.05  # backoff_max
+
+
+def test_a_stream_is_not_asked_for(ask):
+    _, scripted = ask(lambda n, b: completion("ok"))
+    assert scripted.requests[0][1]["stream"] is False
 
 
 def test_a_retry_after_beyond_the_deadline_ends_the_call_at_once(monkeypatch, serve, pool_config):
@@ -437,12 +468,13 @@ def test_tokens_of_unusable_answers_are_not_free(ask):
 
 @pytest.mark.parametrize("tokens", [10**9 + 1, 2**63, 10**400, -1])
 @pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
-def test_a_count_that_nobody_can_have_used_is_no_answer(ask, tokens, field):
-    """No database column, no price and no budget has room for it."""
+def test_a_count_that_nobody_can_have_used_is_estimated(ask, tokens, field):
+    """No database column, no price and no budget has room for it; and the answer is there, so nobody pays again."""
     usage = {"prompt_tokens": 3, "completion_tokens": 5, field: tokens}
     body = {"choices": [{"message": {"content": "ok"}}], "usage": usage}
-    got, _ = ask(lambda n, b: (200, {}, json.dumps(body).encode()), **ONCE)
-    assert (got.outcome, got.wasted_prompt_tokens, got.wasted_completion_tokens) == (Outcome.UNAVAILABLE, 0, 0)
+    got, scripted = ask(lambda n, b: (200, {}, json.dumps(body).encode()))
+    assert (got.outcome, got.estimated, len(scripted.requests)) == (Outcome.OK, True, 1)
+    assert 0 < getattr(got, field) < 100
 
 
 def test_no_more_tokens_are_cached_than_were_asked(ask):

@@ -1,9 +1,13 @@
+import dataclasses
+
 import pytest
 
 from router_r1_jax.config import ConfigError, provider
-from router_r1_jax.pool.providers import providers_from_config
+from router_r1_jax.pool.cards import Card
+from router_r1_jax.pool.providers import providers_from_config, tokens_at_most
 
 KEY = "sk-marked-5ecre7"
+CARD = Card("M", "M", "a", "some-model", 0.0, 1.0, None, {}, "", ())
 
 
 def _providers(pool_config, *entries, **fields):
@@ -14,7 +18,7 @@ def _providers(pool_config, *entries, **fields):
 
 def test_a_request_has_the_form_that_openai_documents(pool_config):
     entry = provider(name="a", base_url="https://x.example/v1/", parameters={"top_p": 0.9})
-    body = _providers(pool_config, entry, max_tokens=99)["a"].body("some-model", "Who?")
+    body = _providers(pool_config, entry, max_tokens=99)["a"].body(CARD, "Who?")
     assert body == {
         "model": "some-model",
         "messages": [{"role": "user", "content": "Who?"}],
@@ -30,8 +34,35 @@ def test_a_providers_parameters_win_and_none_drops_one(pool_config):
         base_url="http://x/v1",
         parameters={"max_tokens": None, "max_completion_tokens": 7, "temperature": 0.5},
     )
-    parameters = _providers(pool_config, entry)["a"].parameters
-    assert parameters == {"max_completion_tokens": 7, "temperature": 0.5}
+    body = _providers(pool_config, entry)["a"].body(CARD, "Who?")
+    assert {name: body[name] for name in body.keys() - {"model", "messages"}} == {
+        "max_completion_tokens": 7,
+        "temperature": 0.5,
+    }
+
+
+def test_a_models_own_instruction_and_parameters_win_over_the_providers(pool_config):
+    entry = provider(name="a", base_url="http://x/v1", parameters={"top_p": 0.9, "temperature": 0.5})
+    card = dataclasses.replace(CARD, system="Be brief.", parameters={"temperature": None, "top_p": 0.1, "seed": 3})
+    assert _providers(pool_config, entry, max_tokens=99)["a"].body(card, "Who?") == {
+        "model": "some-model",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}],
+        "max_tokens": 99,
+        "top_p": 0.1,
+        "seed": 3,
+    }
+
+
+def test_every_query_travels_in_the_pools_prompt(pool_config):
+    entry = provider(name="a", base_url="http://x/v1")
+    made = _providers(pool_config, entry, prompt="Answer briefly.\n{query}\nThe end {}.")["a"]
+    assert made.body(CARD, "Who {query}?")["messages"][0]["content"] == "Answer briefly.\nWho {query}?\nThe end {}."
+
+
+@pytest.mark.parametrize("prompt", ["", "Answer.", "{query} and {query}"])
+def test_a_prompt_without_a_place_for_the_query_is_refused(pool_config, prompt):
+    with pytest.raises(ConfigError, match=r"pool\.prompt is .*; it must hold \{query\} once"):
+        _providers(pool_config, provider(name="a", base_url="http://x/v1"), prompt=prompt)
 
 
 @pytest.mark.parametrize(
@@ -110,4 +141,4 @@ def test_a_request_is_known_to_use_no_more_than_its_query_and_what_it_may_write(
         provider(name="b", base_url="http://x/v1", parameters={"max_tokens": None, "max_completion_tokens": 7}),
     )
     made = _providers(pool_config, *entries, max_tokens=100)
-    assert [made[name].tokens_at_most("x" * 40) for name in "ab"] == [111, 18]
+    assert [tokens_at_most(made[name].body(CARD, "x" * 40)) for name in "ab"] == [111, 18]

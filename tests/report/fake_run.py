@@ -164,6 +164,7 @@ def fake_episode(rng, number, policy, step, skill):
                 "completion_tokens": tokens,
                 "charged": tokens * PRICES[name] / 1e6,
                 "latency": 0.08 + 0.2 * rng.random(),
+                "thought": "",
             }
         )
     answer = f"Veltara{number + hops - 1}" if right else "Ondo"

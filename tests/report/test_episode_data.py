@@ -59,7 +59,7 @@ def test_a_page_that_would_be_too_large_says_how_much_it_holds():
 @given(st.lists(st.text(max_size=30), min_size=4, max_size=4), st.text(max_size=10))
 def test_whatever_the_text_the_block_is_ascii_without_a_bracket(texts, model):
     question, gold, response, policy = texts
-    call = {"model": model, "outcome": "ok", "completion_tokens": 3, "charged": 1e-6, "latency": 0.1}
+    call = {"model": model, "outcome": "ok", "completion_tokens": 3, "charged": 1e-6, "latency": 0.1, "thought": ""}
     record = episode(1, policy, 0, 1, question=question, golds=[gold], response=response, calls=[call])
     data = pack_episodes([record], {model: "#000"}).json
     assert data.isascii() and not re.search("[<>&]", data)
