@@ -7,6 +7,7 @@ replies from the network, so hostile text could stall a pattern that backtracks.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,14 +39,22 @@ _ANGLE_BRACKETS = str.maketrans({"\uff1c": "<", "\ufe64": "<", "\uff1e": ">", "\
 _PLAIN = str.maketrans({"\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2212": "-", "\u00a0": " ", "\u202f": " "})
 _COLON, _ANY_COLON = re.compile(":"), re.compile("[:\uff1a\ufe55]")
 _MARKS = " \t\n*_@`\"'[]\u2018\u2019\u201c\u201d"
-# Matches the protocol's tags, also with spaces in them, and anything without a space between angle brackets. The latter
-# covers the special tokens of every tokenizer's chat template (<|im_end|>, </s>, <start_of_turn>). Not matched are
+# Anything without a space between angle brackets, and the protocol's tags also with spaces in them. Not matched are
 # "a < b and c > d", "<=>", "<3" and "<->". A match holds no parentheses, so that the output never matches again. The
 # quantifiers are possessive (no backtracking) and a match holds no second "<"; so matching takes linear time.
-_TAG_LIKE = re.compile(
+_BRACKETED = re.compile(
     rf"<(\s*+/?+\s*+(?:{'|'.join(KINDS)})\s*+|[^\s<>()=\d-][^\s<>()]*+)>",
     re.IGNORECASE,
 )
+# What stands between the brackets of a tag of the protocol, of a thought, and of special tokens of known tokenizers.
+_SPECIAL = re.compile(
+    rf"\s*/?\s*(?:{'|'.join(KINDS)}|thinking|reasoning|thought)\s*|.*\|.*"
+    "|/?(?:s|unk|pad|bos|eos|sos|eot|cls|sep|mask|sys|inst|image|img|video|audio|reponame|filename)"
+    r"|/?(?:start|end|begin|bos|eos|tool|function|fim|im|vision|image|extra_id|gh|jupyter|issue|repo|file|commit|empty)"
+    r"_\w+|unused_?\d+|reserved\w*",
+    re.IGNORECASE | re.DOTALL,
+)
+_SNAKE_CASE = re.compile(r"/?[a-z]+(?:_[a-z0-9]+)+", re.IGNORECASE)  # the form of most other special tokens
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ def neutralize(text: str) -> str:
 
     `<think>` and `<|im_end|>` become `(think)` and `(|im_end|)`, also in capitals, in full-width characters and with
     invisible characters inside. Invisible and control characters are dropped, every line break becomes a newline, and a
-    lone surrogate becomes U+FFFD. All other text stays. Idempotent.
+    lone surrogate becomes U+FFFD. All other text stays, code such as `vector<int>` too. Idempotent.
 
     As a second lock, a tokenizer should still be told to read such text without special tokens.
     """
@@ -210,4 +219,14 @@ def neutralize(text: str) -> str:
     text = _SURROGATE.sub("\ufffd", text)
     text = _LINE_BREAK.sub("\n", text)
     text = text.translate(_ANGLE_BRACKETS)
-    return _TAG_LIKE.sub(r"(\1)", text)
+    return _BRACKETED.sub(_harmless, text)
+
+
+def _harmless(match: re.Match[str]) -> str:
+    """The bracketed text in parentheses if it may be read as a tag or special token; otherwise as it is."""
+    inside = unicodedata.normalize("NFKC", match[1])  # some tokenizers read it so
+    before = match.string[max(match.start() - 1, 0) : match.start()]
+    is_type = before.isalnum() or before == "_"  # "vector<size_t>"
+    if _SPECIAL.fullmatch(inside) or (_SNAKE_CASE.fullmatch(inside) and not is_type):
+        return f"({match[1]})"
+    return match[0]

@@ -282,6 +282,10 @@ def test_a_neutralized_reply_stays_inside_its_block(text, cut):
         ("</s><eos><<SYS>>", "(/s)(eos)<(SYS)>"),
         ("<<think>>", "<(think)>"),
         ("<thi<think>nk>", "<thi(think)nk>"),
+        ("vector<think>", "vector(think)"),
+        ("end<start_of_turn>user", "end(start_of_turn)user"),
+        ("<my_special_token>", "(my_special_token)"),
+        ("<\uff54\uff48\uff49\uff4e\uff4b>", "(\uff54\uff48\uff49\uff4e\uff4b)"),
         ("a\r\nb\rc\x85d\u2028e", "a\nb\nc\nd\ne"),
         ("a\ud800b", "a\ufffdb"),
         ("bell\x07 and\x1b[31m", "bell and[31m"),
@@ -301,6 +305,9 @@ def test_what_becomes_harmless(text, expected):
         "think / search : information & answer",
         "x<y; the end",
         "&lt;think&gt;",
+        "std::vector<int> v; List<String> s; Map<K,List<V>> m; Box<size_t> b; static_cast<uint8_t>(x)",
+        "#include <iostream>\n<div>a <b>bold</b> word<br/></div>",
+        "fn f<'a>(x: &'a str) -> Option<&'a str> where T: Into<String>",
     ],
 )
 def test_ordinary_text_stays(text):
