@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from router_r1_jax.config import ConfigError
 from router_r1_jax.pool.cards import Card, check_parameters
 
-_QUERY = "{query}"
+_QUERY = "{query}"  # its place in pool.prompt
 # A header that may hold a secret. The headers of the config are written to config.json and to the report.
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)
 _HEADER_NAME = re.compile("[A-Za-z0-9-]+")

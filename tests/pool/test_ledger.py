@@ -45,6 +45,7 @@ def test_a_line_holds_all_of_a_call_but_its_texts(tmp_path):
         "prompt_tokens": 11,
         "completion_tokens": 2,
         "cached_tokens": 0,
+        "estimated": False,
         "charged": 5.7e-5,
         "spent": 0.0,
         "latency": 0.25,
