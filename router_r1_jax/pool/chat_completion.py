@@ -42,6 +42,7 @@ _REFUSED = {"content_filter", "content_filtered", "safety", "recitation", "block
 _REFUSED |= {"refusal", "guardrail_intervened", "moderation", "sensitive", "image_safety"}
 _FAILED = {"error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource"}
 
+_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 _TAG = re.compile(r"<(/?)(think|thinking|reasoning|thought)\s*>", re.IGNORECASE)
 _QUOTES = frozenset("`\"'\u2018\u2019\u201c\u201d")
 _TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
@@ -84,9 +85,7 @@ def read_completion(content: bytes, request_size: int) -> tuple[Completion, bool
     except _BAD_ANSWER:
         words = "an event stream that breaks off" if _STREAM.match(content) else error_message(content)
         return _failure({"message": words or "no chat completion"}, data)
-    for field in ("reasoning_content", "reasoning"):
-        if not thought and isinstance(message.get(field), str):
-            thought = message[field]
+    thought = thought or _first_text(message, _THOUGHT_FIELDS)
     if inline := _inline_thoughts(text, cut=reason in _TRUNCATED):
         text, thought = inline[0], "\n\n".join(filter(None, (thought, inline[1])))
     outcome = Outcome.TRUNCATED if reason in _TRUNCATED else Outcome.OK
@@ -152,6 +151,8 @@ def _join_chunks(stream: str) -> dict[str, Any]:
             ended = True
             break
         chunk = json.loads(data)
+        if not isinstance(chunk, dict):
+            continue
         joined |= {name: chunk[name] for name in ("error", "usage", "model") if chunk.get(name)}
         for choice in chunk.get("choices") or ():
             if choice.get("index"):
@@ -159,8 +160,8 @@ def _join_chunks(stream: str) -> dict[str, Any]:
             delta = choice.get("delta") or choice.get("message") or {}
             text, thought = _text_and_thought(delta.get("content"))
             message["content"] += text
-            message["reasoning_content"] += thought or delta.get("reasoning_content") or delta.get("reasoning") or ""
-            message["refusal"] += delta.get("refusal") or ""
+            message["reasoning_content"] += thought or _first_text(delta, _THOUGHT_FIELDS)
+            message["refusal"] += _first_text(delta, ("refusal",))
             joined |= {"error": choice["error"]} if choice.get("error") else {}
             reason = choice.get("finish_reason") or reason
     if reason is None and not ended and "error" not in joined:
@@ -273,6 +274,11 @@ def _text_and_thought(content: Any) -> tuple[str, str]:
         words = inner.get("value", "") if isinstance(inner, Mapping) else "".join(_text_and_thought(inner))
         (thoughts if thinks else texts).append(words)
     return "".join(texts), "".join(thoughts)
+
+
+def _first_text(message: Mapping[str, Any], fields: tuple[str, ...]) -> str:
+    """The first of these fields that holds text, or ""."""
+    return next((message[field] for field in fields if isinstance(message.get(field), str)), "")
 
 
 def _inline_thoughts(text: str, *, cut: bool) -> tuple[str, str] | None:

@@ -222,6 +222,12 @@ def test_an_error_with_status_200_is_what_its_code_says(body, outcome, retry, wo
     assert completion.completion_tokens == 0
 
 
+@pytest.mark.parametrize("thought", [None, {"summary": "x"}, 3, ["x"]])
+def test_a_thought_that_is_no_text_is_no_reason_to_ask_again(thought):
+    completion, retry = read_completion(answer(message={"reasoning": thought}), 40)
+    assert (completion.text, completion.thought, retry) == ("Paris", "", False)
+
+
 def test_an_error_that_is_null_is_none():
     assert read(answer(error=None)).outcome == Outcome.OK
 
@@ -271,6 +277,11 @@ def test_an_event_stream_is_put_together():
 def test_an_event_over_several_lines_and_without_a_space_is_read():
     content = b'event: message\ndata:{"choices": [{"delta": {"content": "Oslo"},\ndata:"finish_reason": "length"}]}\n\n'
     assert (read(content).text, read(content).outcome) == ("Oslo", Outcome.TRUNCATED)
+
+
+def test_what_a_stream_holds_beside_chunks_is_passed_over():
+    content = stream(None, delta("Os", refusal=None, reasoning={"effort": "low"}), "ping", delta("lo", finish="stop"))
+    assert (read(content).text, read(content).outcome) == ("Oslo", Outcome.OK)
 
 
 def test_a_stream_that_ends_with_done_alone_is_whole():
