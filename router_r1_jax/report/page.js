@@ -22,7 +22,7 @@ if (block) {
   };
   const dollars = (amount) => {
     if (amount === 0) return "$0.00";
-    return "$" + amount.toFixed(Math.max(2, 2 - Math.floor(Math.log10(Math.abs(amount)))));
+    return "$" + amount.toFixed(Math.max(2, 3 - Math.floor(Math.log10(Math.abs(amount)))));
   };
   const number = (value) => value.toFixed(2);
 
