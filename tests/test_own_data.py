@@ -127,8 +127,8 @@ def test_the_questions_are_prepared_and_sampled_by_split(run):
 def test_the_check_says_that_both_models_answer(run):
     lines = run[1]["pool.check"].splitlines()
     assert [line.split()[:2] for line in lines if line.startswith(("Sparrow", "Heron"))] == [
-        ["Sparrow", "yes"],
-        ["Heron", "yes"],
+        ["Sparrow", "ok"],
+        ["Heron", "ok"],
     ]
 
 
