@@ -84,7 +84,7 @@ def read_completion(content: bytes, request_size: int) -> tuple[Completion, bool
         text, thought = _text_and_thought(message.get("content"))
     except _BAD_ANSWER:
         words = "an event stream that breaks off" if _STREAM.match(content) else error_message(content)
-        return _failure({"message": words or "no chat completion"}, data)
+        return _failure({"message": words or "not a chat completion"}, data)
     thought = thought or _first_text(message, _THOUGHT_FIELDS)
     if inline := _inline_thoughts(text, cut=reason in _TRUNCATED):
         text, thought = inline[0], "\n\n".join(filter(None, (thought, inline[1])))

@@ -213,7 +213,7 @@ def test_an_empty_answer_costs_what_the_provider_counts():
         ),
         ({"detail": "Not ready"}, Outcome.UNAVAILABLE, True, "Not ready"),
         ({"choices": [{"error": {"code": 502, "message": "cut"}}]}, Outcome.UNAVAILABLE, True, "cut"),
-        ({"choices": []}, Outcome.UNAVAILABLE, True, "no chat completion"),
+        ({"choices": []}, Outcome.UNAVAILABLE, True, "not a chat completion"),
     ],
 )
 def test_an_error_with_status_200_is_what_its_code_says(body, outcome, retry, words):
