@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 from router_r1_jax.errors import ConfigError as ConfigError
 
 SPLITS = ("train", "validation", "test")
+QUERY = "{query}"  # the place of the query in pool.prompt
 SYNTHETIC = "synthetic"  # the data set that the synthetic environment builds; prepared sets have other names
 PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 
@@ -73,11 +74,14 @@ def provider(**fields: object) -> ConfigDict:
 
 
 def use_pool(config: ConfigDict, path: str | Path) -> None:
-    """Take providers, models, price date and, if it has one, PROMPT from a file such as configs/pools/simulated.py."""
+    """Take providers, models, price date and prompt from a file such as configs/pools/simulated.py.
+
+    The prompt is the file's PROMPT. If it has none, queries travel as they are.
+    """
     pool = runpy.run_path(str(path))
     config.pool.providers, config.pool.models = pool["providers"](), pool["models"]()
     config.pool.price_date = pool["PRICE_DATE"]
-    config.pool.prompt = pool.get("PROMPT", config.pool.prompt)
+    config.pool.prompt = pool.get("PROMPT", QUERY)
 
 
 # Published losses: the fields of `learner` that each sets beside _PLAIN_LOSS. Methods without clipping have a ratio all
@@ -206,7 +210,7 @@ def base_config() -> ConfigDict:
     c.pool.budget = 0.0  # dollars after which the run stops; calls in flight are still paid; 0: no limit
     # Factor in [0, 1] of the advantages of an episode whose provider failed; at 0 it also leaves its group's baseline.
     c.pool.fault_weight = 0.0
-    c.pool.prompt = "{query}"  # text in which every query travels to its model
+    c.pool.prompt = QUERY  # text in which every query travels to its model
     c.pool.max_tokens = 512  # most completion tokens that are asked of an external model
     c.pool.temperature = 0.0  # sampling temperature of the external models
     c.pool.call_cache = ConfigDict()

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from router_r1_jax.pool.outcomes import Completion, Outcome, PoolError, provider
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY, provider TEXT, request TEXT, text TEXT, outcome TEXT,
-    prompt_tokens INTEGER, completion_tokens INTEGER, latency REAL, thought TEXT DEFAULT '', estimated INTEGER DEFAULT 0
+    prompt_tokens INTEGER, completion_tokens INTEGER, latency REAL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS faults (
     key TEXT, episode TEXT, call INTEGER, outcome TEXT, error TEXT, latency REAL, PRIMARY KEY (key, episode, call)
 ) WITHOUT ROWID;
 """
-# Columns of `replies` that files of earlier versions lack.
-_ADDED_COLUMNS = ("thought TEXT DEFAULT ''", "estimated INTEGER DEFAULT 0")
+# Further columns of `replies`: files of earlier versions lack them, so they are added to every file.
+_ADDED_COLUMNS = {"thought": "TEXT DEFAULT ''", "estimated": "INTEGER DEFAULT 0"}
 _MEASURED = ("outcome", "prompt_tokens", "completion_tokens", "latency")
 _LOCK_TIMEOUT = 30.0  # seconds for which a process waits for another one's write
 
@@ -81,9 +81,10 @@ class CallCache:
             # Data survives a killed process. A power cut may lose the last calls.
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
-            for column in _ADDED_COLUMNS:
-                with suppress(sqlite3.OperationalError):  # the column is there
-                    self._db.execute(f"ALTER TABLE replies ADD COLUMN {column}")
+            self._db.execute("BEGIN IMMEDIATE")  # one of several processes adds the columns, and the others see them
+            for column in sorted(_ADDED_COLUMNS.keys() - _columns(self._db, "main")):
+                self._db.execute(f"ALTER TABLE replies ADD COLUMN {column} {_ADDED_COLUMNS[column]}")
+            self._db.execute("COMMIT")
             # Processes record different episodes. So a fault that a reply replaces was here at the start, or comes from
             # this process.
             self._may_hold_faults = bool(self._db.execute("SELECT 1 FROM faults LIMIT 1").fetchall())
@@ -117,10 +118,12 @@ class CallCache:
         text, thought = (said.encode("utf-8", "replace").decode() for said in (completion.text, completion.thought))
         measured = [getattr(completion, name) for name in _MEASURED]
         row = (key, request.provider, json.dumps(request.body), text, *measured, thought, completion.estimated)
+        columns = f"key, provider, request, text, {', '.join(_MEASURED)}, thought, estimated"
         if self._may_hold_faults:
             self._execute("DELETE FROM faults WHERE key = ? AND episode = ? AND call = ?", who)
         # Hundreds of threads come here, and each statement waits for the interpreter again: use a single statement.
-        inserted = self._execute(f"INSERT OR IGNORE INTO replies VALUES ({'?, ' * 9}?) RETURNING key", row)
+        insert = f"INSERT OR IGNORE INTO replies ({columns}) VALUES ({'?, ' * (len(row) - 1)}?) RETURNING key"
+        inserted = self._execute(insert, row)
         if not inserted:
             return self._reply(key) or completion
         return Completion(text, *measured, attempts=0, thought=thought, estimated=completion.estimated)
@@ -160,6 +163,11 @@ def _use_wal(db: sqlite3.Connection) -> sqlite3.Cursor:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
         time.sleep(0.01)
+
+
+def _columns(db: sqlite3.Connection, schema: str) -> list[str]:
+    """Names of the columns of `replies`, in the main file or in an attached one."""
+    return [row[1] for row in db.execute(f"PRAGMA {schema}.table_info(replies)")]
 
 
 @contextmanager
@@ -209,7 +217,7 @@ def merge_caches(into: Path, others: Sequence[Path]) -> int:
         for other in others:
             db.execute("ATTACH ? AS other", (str(other),))
             db.execute("BEGIN IMMEDIATE")
-            columns = ", ".join(row[1] for row in db.execute("PRAGMA other.table_info(replies)"))
+            columns = ", ".join(_columns(db, "other"))
             insert = f"INSERT OR IGNORE INTO replies ({columns}) SELECT {columns} FROM other.replies"
             added += db.execute(insert).rowcount
             db.execute("INSERT OR IGNORE INTO faults SELECT * FROM other.faults")

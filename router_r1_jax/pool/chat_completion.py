@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from router_r1_jax.pool.outcomes import Completion, Outcome
 
@@ -50,15 +50,6 @@ _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry|):")
 _LINE_BREAK = re.compile("\r\n|\r|\n")
 
 
-class Usage(NamedTuple):
-    """Token counts of an answer. `estimated` says that the provider gave no usable count of one of them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    estimated: bool
-
-
 def read_completion(content: bytes, request_size: int) -> tuple[Completion, bool]:
     """Read the body of an answer with HTTP status 200.
 
@@ -94,22 +85,12 @@ def read_completion(content: bytes, request_size: int) -> tuple[Completion, bool
     if reason in _REFUSED or (outcome == Outcome.EMPTY and message.get("refusal")):
         outcome = Outcome.REFUSED
     usage = _usage(data.get("usage"), request_size, len(text) + len(thought))
-    served = data.get("model")
-    completion = Completion(
-        text,
-        outcome,
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        cached_tokens=usage.cached_tokens,
-        served=served[:200] if isinstance(served, str) else "",
-        thought=thought,
-        estimated=usage.estimated,
-    )
-    return completion, False
+    served = _first_text(data, ("model",))[:200]
+    return Completion(text, outcome, **usage, served=served, thought=thought), False
 
 
 def read_error(status: int, content: bytes) -> tuple[Completion, bool]:
-    """Read the body of an answer with an HTTP status of 300 or more; returns what `read_completion` returns."""
+    """Read the body of an answer with another HTTP status than 200; returns what `read_completion` returns."""
     error: Any = None
     with suppress(*_BAD_ANSWER):
         error = _error_object(_decode(content))
@@ -324,8 +305,11 @@ def _is_quoted(text: str, tag: re.Match) -> bool:
     return bool(before and after) and before in _QUOTES and after in _QUOTES
 
 
-def _usage(usage: Any, request_size: int, characters: int) -> Usage:
-    """Token counts as the provider gives them. If it does not, one token for four characters: no call is free."""
+def _usage(usage: Any, request_size: int, characters: int) -> dict[str, Any]:
+    """Token counts as fields of a Completion. A missing or impossible count is a token for four characters.
+
+    So no call is free. `characters` counts those of text and thought.
+    """
     usage = usage if isinstance(usage, Mapping) else {}
     prompt = _count(usage, ("prompt_tokens", "input_tokens"))
     completion = _count(usage, ("completion_tokens", "output_tokens"))
@@ -339,7 +323,8 @@ def _usage(usage: Any, request_size: int, characters: int) -> Usage:
     completion = completion or math.ceil(characters / 4)
     details = (usage.get("prompt_tokens_details"), usage.get("input_tokens_details"), usage)
     cached = next(filter(None, (_count(d, ("cached_tokens", "prompt_cache_hit_tokens")) for d in details)), 0)
-    return Usage(prompt, completion, min(cached, prompt), estimated)
+    cached = min(cached, prompt)
+    return dict(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=cached, estimated=estimated)
 
 
 def _count(usage: Any, fields: tuple[str, ...]) -> int | None:

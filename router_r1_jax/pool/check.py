@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from router_r1_jax.launcher import launch
 from router_r1_jax.pool.cards import Card, cards_from_config
 from router_r1_jax.pool.client import Client
-from router_r1_jax.pool.outcomes import Completion, Outcome
+from router_r1_jax.pool.outcomes import HAS_TEXT, Completion, Outcome
 from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.report.tables import Table
 from router_r1_jax.setup.environment import open_environment
@@ -23,7 +23,6 @@ from router_r1_jax.setup.environment import open_environment
 QUESTION = "Which city is the capital of France? Answer with one word."
 HEADS = ("model", "outcome", "seconds", "tokens in", "tokens out", "dollars", "reply")
 _SHOWN = 60  # characters of a reply
-_TEXT = (Outcome.OK, Outcome.TRUNCATED)
 
 
 def table_row(card: Card, completion: Completion) -> tuple[str, ...]:
@@ -69,7 +68,7 @@ def main(config: ConfigDict) -> int:
             completions = list(threads.map(lambda card: client.complete(card, QUESTION), cards))
         client.close()
     print(Table(HEADS, list(map(table_row, cards, completions))).text(), flush=True)
-    return int(any(completion.outcome not in _TEXT for completion in completions))
+    return int(any(completion.outcome not in HAS_TEXT for completion in completions))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Transport:
         except _NETWORK_ERRORS as error:
             return Completion("", Outcome.UNAVAILABLE, error=self._redact(_reason(error))), 0.0
         status = response.status_code
-        if status < 300:
+        if status == 200:
             completion, retry = read_completion(content, len(body))
         elif "Location" in response.headers:
             message = f"HTTP {status}: it redirects to {response.headers['Location']}"

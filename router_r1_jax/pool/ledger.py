@@ -19,8 +19,8 @@ from router_r1_jax.pool.outcomes import PoolError, Reply
 # Dollars are summed in whole units of this size, so that the sum does not depend on the order in which calls end.
 UNITS_PER_DOLLAR = 10**12
 _SUMS = ("calls", "charged", "spent")
-_FIELDS = "model outcome prompt_tokens completion_tokens cached_tokens estimated charged spent latency attempts hit"
-_FIELDS = (*_FIELDS.split(), "error")
+_TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens", "estimated")
+_FIELDS = ("model", "outcome", *_TOKENS, "charged", "spent", "latency", "attempts", "hit", "error")  # of a Reply
 
 
 class Ledger:

@@ -19,7 +19,7 @@ class Outcome(enum.StrEnum):
     TIMEOUT = "timeout"
     UNAVAILABLE = "unavailable"  # no connection, HTTP 5xx, or an answer that is no chat completion
     RATE_LIMITED = "rate_limited"
-    BAD_REQUEST = "bad_request"  # the provider refuses the request itself: its key, model id or parameters
+    BAD_REQUEST = "bad_request"  # the provider refuses the request itself: its key, credits, model id or parameters
     OVER_BUDGET = "over_budget"  # no request is sent because the run has spent pool.budget; the run ends
     UNKNOWN_MODEL = "unknown_model"
     MALFORMED_ROUTE = "malformed_route"
@@ -28,6 +28,7 @@ class Outcome(enum.StrEnum):
 _PROVIDER_FAULTS = frozenset(
     {Outcome.TIMEOUT, Outcome.UNAVAILABLE, Outcome.RATE_LIMITED, Outcome.BAD_REQUEST, Outcome.OVER_BUDGET}
 )
+HAS_TEXT = frozenset({Outcome.OK, Outcome.TRUNCATED})  # the router reads the model's text
 # The router reads these sentences instead of a reply.
 FAULT_TEXT = dict.fromkeys(_PROVIDER_FAULTS, "The model could not be reached.") | {
     Outcome.EMPTY: "The model gave no text.",

@@ -17,7 +17,7 @@ from router_r1_jax.pool.call_cache import CallCache, Request
 from router_r1_jax.pool.cards import Card, route_names
 from router_r1_jax.pool.client import Client
 from router_r1_jax.pool.ledger import Ledger
-from router_r1_jax.pool.outcomes import FAULT_TEXT, Completion, Outcome, PoolError, Reply, provider_fault
+from router_r1_jax.pool.outcomes import FAULT_TEXT, HAS_TEXT, Completion, Outcome, PoolError, Reply, provider_fault
 from router_r1_jax.pool.providers import providers_from_config
 from router_r1_jax.protocol import RouteFault, neutralize, parse_route
 
@@ -194,14 +194,14 @@ def make_reply(card: Card, query: str, used: Completion, made: Completion | None
       made: the completion that was paid for, or None for a hit.
     """
     outcome, text = used.outcome, neutralize(used.text[:_LONGEST]).strip()
-    if not text and outcome in (Outcome.OK, Outcome.TRUNCATED):
+    if not text and outcome in HAS_TEXT:
         outcome = Outcome.EMPTY
     spent = 0.0
     if made is not None:
         spent = card.dollars(made.prompt_tokens, made.completion_tokens, made.cached_tokens)
         spent += card.dollars(made.wasted_prompt_tokens, made.wasted_completion_tokens)
     return Reply(
-        text=text if outcome in (Outcome.OK, Outcome.TRUNCATED) else FAULT_TEXT[outcome],
+        text=text if outcome in HAS_TEXT else FAULT_TEXT[outcome],
         outcome=outcome,
         model=card.key,
         query=query,

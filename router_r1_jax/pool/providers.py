@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
-from router_r1_jax.config import ConfigError
+from router_r1_jax.config import QUERY, ConfigError
 from router_r1_jax.pool.cards import Card, check_parameters
 
-_QUERY = "{query}"  # its place in pool.prompt
 # A header that may hold a secret. The headers of the config are written to config.json and to the report.
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)
 _HEADER_NAME = re.compile("[A-Za-z0-9-]+")
@@ -52,12 +51,12 @@ class Provider:
     tokens_per_minute: float
     concurrency: int
     request_timeout: float
-    prompt: str = _QUERY
+    prompt: str = QUERY
 
     def body(self, card: Card, query: str) -> dict[str, Any]:
         """The JSON body of a chat completion request. A parameter that is None is left out."""
         system = [{"role": "system", "content": card.system}] if card.system else []
-        user = {"role": "user", "content": self.prompt.replace(_QUERY, query)}
+        user = {"role": "user", "content": self.prompt.replace(QUERY, query)}
         parameters = {**self.parameters, **card.parameters}
         given = {name: value for name, value in parameters.items() if value is not None}
         return {"model": card.model, "messages": [*system, user], **given}
@@ -86,8 +85,8 @@ def providers_from_config(pool_config: ConfigDict) -> dict[str, Provider]:
     A provider's concurrency and request_timeout replace those of the pool unless they are 0. Its `parameters` replace
     pool.max_tokens and pool.temperature. A parameter that is None is left out, for endpoints that refuse it.
     """
-    if pool_config.prompt.count(_QUERY) != 1:
-        raise ConfigError(f"pool.prompt is {pool_config.prompt!r}; it must hold {_QUERY} once, where the query stands")
+    if pool_config.prompt.count(QUERY) != 1:
+        raise ConfigError(f"pool.prompt is {pool_config.prompt!r}; it must hold {QUERY} once, where the query stands")
     providers: dict[str, Provider] = {}
     for i, entry in enumerate(pool_config.providers):
         field = f"pool.providers[{i}]"

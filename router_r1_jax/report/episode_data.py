@@ -99,4 +99,4 @@ def _episode(episode: Episode, policy: int) -> dict[str, Any]:
 
 def _call(call: Mapping[str, Any]) -> list[Any]:
     kept = [call[key] for key in ("model", "outcome", "completion_tokens", "charged")]
-    return [*kept, round(call["latency"], 3), call["thought"]]
+    return [*kept, round(call["latency"], 3), call.get("thought", "")]  # older files have no thoughts

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import signal
 import sqlite3
@@ -42,6 +43,30 @@ def test_a_reply_is_found_again_in_every_mode(call_cache, mode):
     found = call_cache(mode).find(_request())
     assert found == kept  # also in the characters that cannot be stored
     assert found == replace(REPLY, text="Kessan ?.", attempts=0)
+
+
+def test_a_thought_and_an_estimate_are_kept(call_cache):
+    thought = replace(REPLY, text="Kessan.", thought="Who \udc80?", estimated=True, attempts=0)
+    kept = call_cache("record").keep(_request(), thought)
+    assert call_cache("replay").find(_request()) == kept == replace(thought, thought="Who ??")
+
+
+def test_a_file_without_these_columns_is_read_and_written(tmp_path):
+    """As versions before wrote it. Its replies were paid, so it is not refused."""
+    old, new = tmp_path / "old.sqlite", tmp_path / "new.sqlite"
+    with contextlib.closing(CallCache(old, "record")) as cache:
+        cache.keep(_request(), REPLY)
+    with contextlib.closing(sqlite3.connect(old)) as db:
+        for column in ("thought", "estimated"):
+            db.execute(f"ALTER TABLE replies DROP COLUMN {column}")
+        db.commit()
+    assert merge_caches(new, [old]) == 1
+    for path in (new, old):
+        with contextlib.closing(CallCache(path, "record")) as cache:
+            found = cache.find(_request())
+            assert (found.text, found.thought, found.estimated) == ("Kessan ?.", "", False)
+            cache.keep(_request(top_p=0.5), replace(REPLY, thought="x"))
+            assert cache.find(_request(top_p=0.5)).thought == "x"
 
 
 @pytest.mark.parametrize(

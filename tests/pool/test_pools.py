@@ -50,6 +50,15 @@ def test_a_pool_is_complete_and_dated(name):
         assert "latency" not in prompt.partition(cards[0].name)[2].partition("Who?")[0].splitlines()[0]
 
 
+def test_a_pools_prompt_does_not_outlast_it():
+    config = base_config()
+    use_pool(config, POOLS / "paper.py")
+    providers_from_config(config.pool)  # refuses a prompt without its place for the query
+    assert len(config.pool.prompt) > 100
+    use_pool(config, POOLS / "simulated.py")
+    assert config.pool.prompt == "{query}"
+
+
 def test_the_papers_prices_are_the_published_ones():
     paper = _load("paper")
     assert {card.name: card.price_out for card in paper.models()} == PUBLISHED
