@@ -435,12 +435,12 @@ def test_a_fault_is_charged_to_nobody_and_what_it_used_is_spent(serve, pool_conf
 
 def test_impossible_counts_reach_neither_call_cache_nor_ledger(serve, pool_config, open_pool):
     """SQLite's integers end at 2^63 and a float's range at 1e308: the run must not end there with them."""
-    for tokens in (2**63, 10**400):
+    for question, tokens in (("First?", 2**63), ("Second?", 10**400)):
         body = {"choices": [{"message": {"content": "ok"}}], "usage": {"completion_tokens": tokens}}
         content = json.dumps(body).encode()
         config = pool_config(serve(lambda n, b, content=content: (200, {}, content)).base_url, call_cache="record")
         pool, cards = open_pool(config)
-        reply = _ask(pool, cards, "Titan: Who?")
+        reply = _ask(pool, cards, f"Titan: {question}")
         assert (reply.outcome, reply.completion_tokens, reply.estimated) == (Outcome.OK, 1, True)
         assert 0 < reply.charged < 1e-3 and reply.spent == pytest.approx(reply.charged)
 
