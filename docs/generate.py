@@ -54,7 +54,8 @@ def config_fields() -> list[tuple[str, str, str]]:
             above.insert(0, comments[number])
             number -= 1
         comment = " ".join([*above, *([comments[node.end_lineno]] if node.end_lineno in comments else [])])
-        value = ast.unparse(node.value)
+        named = isinstance(node.value, ast.Name)  # a constant of the module
+        value = repr(getattr(router_r1_jax.config, node.value.id)) if named else ast.unparse(node.value)
         fields.append((name, "" if value == "ConfigDict()" else value, comment))
     return fields
 
