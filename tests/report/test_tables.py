@@ -40,12 +40,12 @@ def test_the_console_says_what_a_row_over_several_datasets_is(results):
     for policy in results["policies"]:
         policy["datasets"] = fake_datasets()["datasets"]
     text = results_text(results)
-    assert "greedy; a policy's own row is the mean over its datasets\n" in text
+    assert "greedy; EM, F1 and shares in percent; a policy's own row is the mean over its datasets\n" in text
     row = next(line for line in text.splitlines() if line.startswith("trained: nq"))
     assert row.split()[2:5] == ["40.0", "[36.0,", "44.0]"]
     for policy in results["policies"]:
         policy["datasets"] = {"nq": policy["datasets"]["nq"]}
-    assert "greedy\n" in results_text(results)
+    assert "greedy; EM, F1 and shares in percent\n" in results_text(results)
 
 
 def test_a_policy_without_the_papers_datasets_has_no_such_columns(results):
